@@ -1,0 +1,108 @@
+"""Where bundles are, and what network a bundle describes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pfedsam.errors import PFedSAMError, first_of_ours
+
+#: Ids of a bundle's configuration that a job may override, and the types of literal it may give. Paths never.
+OVERRIDES: dict[str, tuple[type, ...]] = {
+    "backbone": (str,),
+    "image_size": (int,),
+    "adapted_blocks": (int, str),
+    "lora_rank": (int,),
+    "experts": (int,),
+    "bottleneck": (int,),
+    "gate": (str,),
+    "grey": (str,),
+    "seed": (int,),
+    "folds": (int,),
+    "batch_size": (int,),
+    "val_batch_size": (int,),
+    "positives_per_case": (int,),
+    "negatives_per_case": (int,),
+    "augmentations": (int,),
+    "amp": (bool,),
+    "cache_limit_gb": (int, float),
+    "cache_dtype": (str,),
+}
+
+
+def folder(kind: str) -> Path:
+    """The folder of packaged `bundles` or `jobs`: inside the installed package, else in the source tree."""
+    here = Path(__file__).resolve().parent
+    installed = here / kind
+    return installed if installed.is_dir() else here.parents[1] / kind
+
+
+def find_bundle(name: str) -> Path:
+    """The folder of an installed bundle, by name.
+
+    Raises:
+        PFedSAMError: E16 if there is no such bundle. A path is never accepted: a job could point it anywhere.
+    """
+    root = folder("bundles")
+    known = sorted(path.parent.parent.name for path in root.glob("*/configs/metadata.json"))
+    if name not in known:
+        raise PFedSAMError("E16", f"there is no installed bundle '{name}'.", f"Installed bundles: {known}.")
+    return root / name
+
+
+def checked_overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Only listed ids with literal values may be overridden by a job.
+
+    Raises:
+        PFedSAMError: E18 for an id that is not listed, a value of another type, or a string that MONAI would execute
+            or resolve (`$`, `@`, `%`) or that looks like a path.
+    """
+    checked = {}
+    for key, value in (overrides or {}).items():
+        if key not in OVERRIDES:
+            raise PFedSAMError("E18", f"override '{key}' is not allowed.", f"Allowed: {sorted(OVERRIDES)}.")
+        kinds = OVERRIDES[key]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise PFedSAMError("E18", f"override '{key}' is {value!r}.", f"Give a literal {names}.")
+        if isinstance(value, str) and not value.isidentifier():
+            raise PFedSAMError("E18", f"override '{key}' is {value!r}.", "Give a plain name: no expression, no path.")
+        checked[key] = value
+    return checked
+
+
+def network_of(bundle: str, overrides: Mapping[str, Any] | None = None, *, weights: bool = True) -> Any:
+    """The bundle's network.
+
+    Args:
+        bundle: name of an installed bundle.
+        overrides: see `checked_overrides`.
+        weights: False for names, shapes and dtypes only: on the meta device, without weights or memory.
+
+    Raises:
+        PFedSAMError: E10 if the base weights cannot be loaded, E16 or E18 for wrong settings.
+    """
+    import torch
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser()
+    parser.read_config(str(find_bundle(bundle) / "configs" / "train.json"))
+    for key, value in checked_overrides(overrides).items():
+        parser[key] = value
+    if not weights:
+        parser["checkpoint"] = None
+    try:
+        with torch.device("cpu" if weights else "meta"):
+            return parser.get_parsed_content("network_def")
+    except Exception as error:
+        # MONAI wraps an error of a component in a RuntimeError
+        raise first_of_ours(error) or PFedSAMError(
+            "E16", f"the network of bundle '{bundle}' could not be built: {error}", "Check the overrides."
+        ) from error
+
+
+def metadata(bundle: str) -> dict[str, Any]:
+    """The bundle's metadata."""
+    return json.loads((find_bundle(bundle) / "configs" / "metadata.json").read_text())

@@ -1,0 +1,1 @@
+"""Site folders, their checks, slices, and the phantom federation."""

@@ -1,0 +1,151 @@
+"""Volumes as slices for training: what is drawn in an epoch, and the pre-drawn augmentations of each slice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from monai.data import CacheDataset
+from monai.transforms import MapTransform, Randomizable
+from monai.utils import convert_to_tensor
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from pfedsam.errors import PFedSAMError
+
+Grey = Literal["neighbours", "same"]
+
+
+def slice_channels(volume: Tensor, index: int | None = None, grey: Grey = "neighbours") -> Tensor:
+    """The three input channels of a grey volume.
+
+    Args:
+        volume: `(1, H, W, D)`.
+        index: of one slice, or None for all.
+        grey: `neighbours` for the slice before, the slice and the slice after (the outermost slices are repeated),
+            `same` for the slice three times.
+
+    Returns:
+        `(3, H, W)` for one slice, `(3, H, W, D)` for all.
+    """
+    depth = volume.shape[-1]
+    offsets = (-1, 0, 1) if grey == "neighbours" else (0, 0, 0)
+    centre = torch.arange(depth) if index is None else torch.tensor([index])
+    channels = torch.cat([volume[..., (centre + offset).clamp(0, depth - 1)] for offset in offsets])
+    return channels if index is None else channels[..., 0]
+
+
+class SliceChannelsd(MapTransform):
+    """Dictionary transform: `(1, H, W, D)` to the three input channels `(3, H, W, D)` of every slice."""
+
+    def __init__(self, keys: Any, grey: Grey = "neighbours") -> None:
+        super().__init__(keys)
+        self.grey: Grey = grey
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Apply to every key."""
+        return {**data, **{key: slice_channels(data[key], grey=self.grey) for key in self.key_iterator(dict(data))}}
+
+
+class SliceDataset(Dataset):
+    """Slices of labelled volumes; item `slice * variants + variant`.
+
+    A variant is one pre-drawn augmentation. It is a function of `(seed, item)`, so features of its frozen trunk can be
+    cached and a run can be repeated. With one variant there is no augmentation.
+
+    Args:
+        data: items with `image` and `label` paths (see `pfedsam.data.sites.datalist`).
+        transform: of a volume, deterministic: gives `image` `(1, H, W, D)` and `label` `(C, H, W, D)`.
+        augment: of a slice, random: MONAI dictionary transforms on `image` `(3, H, W)` and `label` `(C, H, W)`.
+        variants: number K of pre-drawn augmentations of each slice.
+        grey: see `slice_channels`.
+        seed: of the augmentations.
+
+    Raises:
+        PFedSAMError: E06 if there is no item or no slice with a label.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[dict[str, Any]],
+        transform: Callable,
+        augment: Callable | None = None,
+        variants: int = 4,
+        grey: Grey = "neighbours",
+        seed: int = 0,
+    ) -> None:
+        self.volumes = CacheDataset(list(data), transform, progress=False)
+        self.augment, self.grey, self.seed = augment, grey, seed
+        self.variants = variants if augment is not None else 1
+        self.slices: list[tuple[int, int]] = []
+        #: For each volume: indices into `slices` with and without a label.
+        self.positive: list[list[int]] = []
+        self.negative: list[list[int]] = []
+        for number in range(len(self.volumes)):
+            has_label = self.volumes[number]["label"].flatten(0, -2).any(dim=0).tolist()
+            first = len(self.slices)
+            self.slices += [(number, z) for z in range(len(has_label))]
+            self.positive.append([first + z for z, found in enumerate(has_label) if found])
+            self.negative.append([first + z for z, found in enumerate(has_label) if not found])
+        if not any(self.positive):
+            raise PFedSAMError("E06", "no training case has a labelled slice.", "Check the split and the labels.")
+
+    def __len__(self) -> int:
+        return len(self.slices) * self.variants
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, z = self.slices[index // self.variants]
+        volume = self.volumes[number]
+        item = {"image": slice_channels(volume["image"], z, self.grey), "label": volume["label"][..., z]}
+        if self.augment is not None:
+            if isinstance(self.augment, Randomizable):
+                self.augment.set_random_state(seed=int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0]))
+            item = self.augment(item)
+        return {key: convert_to_tensor(item[key]).float().contiguous() for key in ("image", "label")} | {"index": index}
+
+
+class EpochSampler(Sampler[int]):
+    """The slices of an epoch: of every case at most so many with and without a label, in random order.
+
+    Every epoch has the same number of slices, so that all strategies get the same number of steps.
+
+    Args:
+        dataset: the slices.
+        positives_per_case: at most so many slices with a label of a case.
+        negatives_per_case: at most so many slices without; never more than half of the positives over all cases, so
+            that positive : negative is at least 2 : 1.
+        seed: the draw is a function of `(seed, draw)`, see `set_draw`.
+    """
+
+    def __init__(
+        self, dataset: SliceDataset, positives_per_case: int = 8, negatives_per_case: int = 4, seed: int = 0
+    ) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.take = [
+            (min(positives_per_case, len(p)), min(negatives_per_case, len(n)))
+            for p, n in zip(dataset.positive, dataset.negative, strict=True)
+        ]
+        self.negatives = min(sum(n for _, n in self.take), sum(p for p, _ in self.take) // 2)
+        self.draw: tuple[int, ...] = (0,)
+
+    def __len__(self) -> int:
+        return sum(p for p, _ in self.take) + self.negatives
+
+    def set_draw(self, *draw: int) -> None:
+        """Choose what the next iteration draws, for example by `(round, phase, epoch)`."""
+        self.draw = draw
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng([self.seed, *self.draw])
+        chosen: list[int] = []
+        empty: list[int] = []
+        cases = zip(self.take, self.dataset.positive, self.dataset.negative, strict=True)
+        for (positives, negatives), positive, negative in cases:
+            chosen += random.choice(positive, positives, replace=False).tolist() if positives else []
+            empty += random.choice(negative, negatives, replace=False).tolist() if negatives else []
+        chosen += random.choice(empty, self.negatives, replace=False).tolist() if self.negatives else []
+        variants = random.integers(self.dataset.variants, size=len(chosen))
+        items = np.asarray(chosen) * self.dataset.variants + variants
+        return iter(random.permutation(items).tolist())

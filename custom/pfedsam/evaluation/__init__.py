@@ -1,0 +1,1 @@
+"""Evaluation of a site's models, tables and pictures."""

@@ -1,0 +1,1 @@
+"""The NVFlare side: learner, outgoing filter, guard, persistor. The only room that imports nvflare."""

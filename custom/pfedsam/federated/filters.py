@@ -1,0 +1,283 @@
+"""The two filters at the boundary: `PersonalisedFilter` at a site, `IncomingGuard` at the server.
+
+Both apply the rules of `boundary` to every result and record what passed. Neither writes to NVFlare's own log methods
+(`log_error` and others): those also fire events, which a job may forward; sentences stay in the local log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.client import Client
+from nvflare.apis.dxo import MetaKey
+from nvflare.apis.event_type import EventType
+from nvflare.apis.filter import Filter
+from nvflare.apis.fl_constant import FilterKey, FLContextKey, ServerCommandKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.utils.task_utils import get_filters
+from nvflare.app_common.abstract.model import ModelLearnableKey
+from nvflare.app_common.app_constant import AppConstants
+
+from pfedsam.errors import PFedSAMError
+from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY, Passed, check_headers, check_result
+from pfedsam.federated.plan import plan_of
+from pfedsam.parameters import GROUPS, Manifest, group_of
+
+#: Records in the job's run folder, one JSON object a line.
+SENT_FILE = "pfedsam_sent.jsonl"
+RECEIVED_FILE = "pfedsam_received.jsonl"
+#: The site's own settings, and the key in it that narrows what the site shares.
+SITE_SETTINGS = "pfedsam.json"
+MAY_SHARE = "may_share"
+#: The number of training cases of a site may change by this factor between rounds.
+LARGEST_CHANGE = 10
+
+_RESULT_FILTERS = "task_result_filters"
+
+
+class PersonalisedFilter(Filter):
+    """Outgoing filter of a site: shared tensors pass, experts stay, anything unknown is refused.
+
+    The learner hands over its whole trainable state; this filter builds the payload. It fails closed: whatever goes
+    wrong in it, a return code is all that leaves, and the sentence stays in the site's log.
+    """
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        """Rebuild a result from checked parts.
+
+        Args:
+            shareable: the learner's result.
+            fl_ctx: context of the task.
+
+        Returns:
+            The rebuilt result, or a reply with nothing but `SITE_REFUSED:Exx`.
+        """
+        try:
+            return self._rebuilt(shareable, fl_ctx)
+        except PFedSAMError as error:
+            return self._refused(error, fl_ctx)
+        except Exception as error:
+            self.logger.exception("the outgoing filter failed")
+            return self._refused(PFedSAMError("E19", f"the outgoing filter failed: {type(error).__name__}."), fl_ctx)
+
+    def _rebuilt(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
+        plan = plan_of(fl_ctx)
+        shared = plan.shared()
+        check_site_ceiling(shared, site_ceiling(fl_ctx))
+        passed = check_result(shareable, task, shared=shared, personal=plan.personal(), code="E19")
+        if self._is_last_of_ours(fl_ctx, task):
+            self._record(passed, task, fl_ctx)
+        return passed.shareable
+
+    def _record(self, passed: Passed, task: str, fl_ctx: FLContext) -> None:
+        by_group = passed.bytes_by_group
+        record = {
+            "time": _now(),
+            "task": task,
+            "reply": passed.shareable.get_return_code(),
+            "round": passed.metadata.get(ROUND_KEY),
+            "tensors": len(passed.tensors),
+            "bytes": sum(by_group.values()),
+            "by_group": by_group,
+            "excluded": passed.excluded,
+            "sha256": passed.sha256(),
+        }
+        _append(fl_ctx, SENT_FILE, record)
+        self.logger.info(
+            f"task {task}: {record['tensors']} tensors with {record['bytes']} bytes leave the site {by_group}, "
+            f"{passed.excluded} personal tensors stay"
+        )
+
+    def _refused(self, error: PFedSAMError, fl_ctx: FLContext) -> Shareable:
+        self.logger.error(f"result refused, only its code leaves the site: {error}")
+        with suppress(Exception):
+            task = str(fl_ctx.get_prop(FLContextKey.TASK_NAME))
+            _append(fl_ctx, SENT_FILE, {"time": _now(), "task": task, "reply": error.as_reply(), "bytes": 0})
+        return make_reply(error.as_reply())
+
+    def _is_last_of_ours(self, fl_ctx: FLContext, task: str) -> bool:
+        # a site may apply this filter by its privacy.json and the job once more: count what leaves once
+        ours = [one for one in outgoing_filters(fl_ctx, task) if type(one) is PersonalisedFilter]
+        return not ours or ours[-1] is self
+
+
+class IncomingGuard(Filter):
+    """Guard of the server: the same rules once more, for a site whose filter is missing or was changed.
+
+    A personal tensor is refused here, not left out. The number of training cases, which weighs a site's contribution,
+    must stay near the first that the site sent.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first_steps: dict[str, int] = {}
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Forget the sites of an earlier run."""
+        if event_type == EventType.START_RUN:
+            self._first_steps = {}
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        """Rebuild a result from checked parts and the headers that NVFlare's aggregation needs.
+
+        Args:
+            shareable: the result as received.
+            fl_ctx: context of the submission.
+
+        Returns:
+            The rebuilt result.
+
+        Raises:
+            PFedSAMError: E20 or E16. NVFlare then replaces the result by TASK_RESULT_FILTER_ERROR, and the site counts
+                as failed in this round.
+        """
+        client = _peer_name(fl_ctx)
+        try:
+            return self._rebuilt(shareable, client, fl_ctx)
+        except PFedSAMError as error:
+            refusal = error
+        except Exception as error:
+            refusal = PFedSAMError("E20", f"the guard failed: {type(error).__name__}.")
+            refusal.__cause__ = error
+        self.logger.error(f"result of site {client} refused: {refusal}")
+        with suppress(Exception):
+            task = str(fl_ctx.get_prop(FLContextKey.TASK_NAME))
+            refused = {"time": _now(), "client": client, "task": task, "accepted": False, "code": refusal.code}
+            _append(fl_ctx, RECEIVED_FILE, refused)
+        raise refusal
+
+    def _rebuilt(self, shareable: Shareable, client: str, fl_ctx: FLContext) -> Shareable:
+        task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
+        _check_identity(shareable, client)
+        passed = check_result(shareable, task, shared=plan_of(fl_ctx).shared(), code="E20")
+        headers = check_headers(shareable, code="E20")
+        if passed.tensors:
+            self._check_metadata(passed.metadata, client, fl_ctx)
+        for key, value in headers.items():
+            passed.shareable.set_header(key, value)
+        record = {
+            "time": _now(),
+            "client": client,
+            "task": task,
+            "round": passed.metadata.get(ROUND_KEY),
+            "bytes": sum(passed.bytes_by_group.values()),
+            "accepted": True,
+            "reply": passed.shareable.get_return_code(),
+            "sha256": passed.sha256(),
+        }
+        _append(fl_ctx, RECEIVED_FILE, record)
+        return passed.shareable
+
+    def _check_metadata(self, metadata: dict[str, Any], client: str, fl_ctx: FLContext) -> None:
+        model = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
+        expected = ((model or {}).get(ModelLearnableKey.META) or {}).get(FINGERPRINT_KEY)
+        if expected is not None and metadata[FINGERPRINT_KEY] != expected:
+            raise PFedSAMError("E20", "the site trains other base weights than the federation.")
+        steps = metadata[MetaKey.NUM_STEPS_CURRENT_ROUND]
+        first = self._first_steps.get(client, steps)
+        if not first <= steps * LARGEST_CHANGE or not steps <= first * LARGEST_CHANGE:
+            raise PFedSAMError("E20", f"the site reports {steps} training cases, and {first} in its first round.")
+        self._first_steps[client] = first
+
+
+def outgoing_filters(fl_ctx: FLContext, task: str) -> list[Filter]:
+    """The filters of a task's result at this site, in the order in which NVFlare applies them (site scope first)."""
+    table = getattr(fl_ctx.get_prop(FLContextKey.RUNNER), _RESULT_FILTERS, None)
+    if not isinstance(table, dict):
+        return []
+    return get_filters(_RESULT_FILTERS, fl_ctx, table, task, FilterKey.OUT)
+
+
+def require_outgoing_filter(fl_ctx: FLContext, tasks: Iterable[str]) -> None:
+    """Make sure that `PersonalisedFilter` is the first outgoing filter of every task.
+
+    Later filters in the chain (noise, quantisation, encryption) then see shared tensors only.
+
+    Args:
+        fl_ctx: context of a task at the site.
+        tasks: names of the tasks whose results must be filtered.
+
+    Raises:
+        PFedSAMError: E15 naming the first task without it. A subclass is not accepted: it could let anything pass.
+    """
+    for task in tasks:
+        chain = outgoing_filters(fl_ctx, task)
+        if not chain or type(chain[0]) is not PersonalisedFilter:
+            name = f"{PersonalisedFilter.__module__}.{PersonalisedFilter.__name__}"
+            found = [type(one).__name__ for one in chain]
+            raise PFedSAMError(
+                "E15",
+                f"the first outgoing filter of task '{task}' is not {name}: {found}.",
+                "Name it first, with this task, in the task_result_filters of the job's config_fed_client.json "
+                "or of the site's local/privacy.json.",
+            )
+
+
+def site_ceiling(fl_ctx: FLContext) -> frozenset[str] | None:
+    """The parameter groups that this site is willing to share, from its own file; None if it sets no limit.
+
+    Raises:
+        PFedSAMError: E01 if the file or the key is wrong.
+    """
+    path = Path(fl_ctx.get_engine().get_workspace().get_site_config_dir()) / SITE_SETTINGS
+    if not path.exists():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PFedSAMError(
+            "E01", f"{path} could not be read ({type(error).__name__}).", "Write a JSON object."
+        ) from None
+    if not isinstance(settings, dict):
+        raise PFedSAMError("E01", f"{path} holds no JSON object.", 'Write { "may_share": ["lora_a"] }, for example.')
+    groups = settings.get(MAY_SHARE)
+    if groups is None:
+        return None
+    if not isinstance(groups, list) or any(group not in GROUPS for group in groups):
+        raise PFedSAMError("E01", f"{path}: '{MAY_SHARE}' = {groups!r}.", f"Give a list of some of {list(GROUPS)}.")
+    return frozenset(groups)
+
+
+def check_site_ceiling(shared: Manifest, ceiling: frozenset[str] | None) -> None:
+    """Refuse a plan that shares more than the site allows.
+
+    Raises:
+        PFedSAMError: E19 naming the groups above the site's ceiling.
+    """
+    above = [] if ceiling is None else sorted({group_of(name) for name in shared} - ceiling)
+    if above:
+        raise PFedSAMError(
+            "E19",
+            f"the job shares group(s) {above}, the site allows {sorted(ceiling or ())}.",
+            f"Ask for another strategy, or change '{MAY_SHARE}' in local/{SITE_SETTINGS}.",
+        )
+
+
+def _peer_name(fl_ctx: FLContext) -> str:
+    peer = fl_ctx.get_peer_context()
+    return str(peer.get_identity_name(default="?")) if peer else "?"
+
+
+def _check_identity(result: Shareable, claimed: str) -> None:
+    # the peer context is sent by the site; this header is set by the server from the site's token
+    client = result.get_header(ServerCommandKey.FL_CLIENT)
+    if isinstance(client, Client) and client.name != claimed:
+        raise PFedSAMError("E20", f"site '{client.name}' calls itself '{claimed}'.")
+
+
+def _append(fl_ctx: FLContext, file_name: str, record: dict[str, Any]) -> None:
+    folder = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / file_name).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

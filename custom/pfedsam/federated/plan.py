@@ -1,0 +1,87 @@
+"""The plan of a job: which bundle, with which overrides, by which strategy. Server and sites build it from the job.
+
+NVFlare builds one `Plan` on each side as the component `plan`; the learner, the outgoing filter, the server's guard and
+the persistor read it. The tensors that may travel are computed here from the *installed* bundle, never taken from a
+message.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nvflare.apis.fl_context import FLContext
+
+from pfedsam.bundles import checked_overrides, find_bundle, network_of
+from pfedsam.errors import PFedSAMError
+from pfedsam.parameters import Manifest, manifest
+from pfedsam.training.phases import Strategy
+
+PLAN_ID = "plan"
+
+
+class Plan:
+    """What a job trains and how.
+
+    Args:
+        federation: name of the federation: the personal state at a site is keyed by it.
+        bundle: name of an installed bundle.
+        strategy: settings of `pfedsam.training.phases.Strategy`.
+        overrides: listed ids of the bundle's configuration with literal values.
+
+    Raises:
+        PFedSAMError: E16 or E18, from `checked`, not from the constructor: a job with a wrong plan must be answered
+            with a code, not with a component that could not be built.
+    """
+
+    def __init__(
+        self,
+        federation: str,
+        bundle: str,
+        strategy: dict[str, Any],
+        overrides: dict[str, Any] | None = None,
+    ) -> None:
+        self.federation = federation
+        self.bundle = bundle
+        self.strategy = strategy
+        self.overrides = overrides
+        self._manifests: dict[str, Manifest] = {}
+
+    def checked(self) -> Strategy:
+        """The strategy, after a check of all settings.
+
+        Raises:
+            PFedSAMError: E16 for a wrong federation name, bundle or strategy, E18 for an override.
+        """
+        if not isinstance(self.federation, str) or not self.federation.replace("-", "_").isidentifier():
+            raise PFedSAMError("E16", f"federation name {self.federation!r}.", "Use letters, digits, '-' and '_'.")
+        find_bundle(self.bundle)
+        checked_overrides(self.overrides)
+        return Strategy.of(self.strategy)
+
+    def shared(self) -> Manifest:
+        """Names, shapes and dtypes of the tensors that this job shares."""
+        return self._manifest("shared")
+
+    def personal(self) -> Manifest:
+        """Names, shapes and dtypes of the tensors that stay at the site."""
+        return self._manifest("personal")
+
+    def _manifest(self, role: Any) -> Manifest:
+        if not self._manifests:
+            strategy = self.checked()
+            network = network_of(self.bundle, self.overrides, weights=False)
+            self._manifests = {role: manifest(network, strategy.roles, role) for role in ("shared", "personal")}
+        return self._manifests[role]
+
+
+def plan_of(fl_ctx: FLContext) -> Plan:
+    """The plan of the running job.
+
+    Raises:
+        PFedSAMError: E16 if the job has none.
+    """
+    engine = fl_ctx.get_engine()
+    plan = engine.get_component(PLAN_ID) if engine else None
+    if not isinstance(plan, Plan):
+        raise PFedSAMError("E16", f"the job has no component '{PLAN_ID}' of class {Plan.__module__}.Plan.")
+    return plan

@@ -1,0 +1,1 @@
+"""SAM with LoRA and experts: backbones, adapters, the network."""

@@ -1,0 +1,68 @@
+"""Low-rank adaptation of a fused qkv projection (LoRA: Hu et al., arXiv 2106.09685), on q and v only."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: How the rows of a fused projection are laid out: `q | k | v`, or `q k v` again for every head.
+Layout = Literal["blocks", "per_head"]
+
+
+class QVLoRA(nn.Linear):
+    """A fused qkv projection plus a low-rank update of its q and v rows.
+
+    `W x + b + (alpha / rank) * [B_q A_q x, 0, B_v A_v x]`. `A` is Kaiming (seeded), `B` is zero: a no-op at the start.
+    The layer keeps the names `weight` and `bias` of the projection that it replaces, so checkpoints load unchanged.
+
+    Args:
+        linear: the projection, `(3 * dim, in)`; its parameters are taken over, not copied.
+        heads: number of attention heads.
+        layout: layout of the fused rows; segment-anything's ViT has `blocks`, TinyViT has `per_head`.
+        rank: of the update.
+        alpha: scale; the update is multiplied by `alpha / rank`.
+        generator: for `A`.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        heads: int,
+        layout: Layout,
+        rank: int = 4,
+        alpha: float | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        # no initialisation of a weight that is replaced in the next line
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale = (rank if alpha is None else alpha) / rank
+        self.heads, self.layout = heads, layout
+        dim = linear.out_features // 3
+        device = linear.weight.device
+        a = torch.empty(2, rank, linear.in_features, device=device)
+        if device.type != "meta":
+            bound = math.sqrt(3) * math.sqrt(2 / (1 + 5)) / math.sqrt(linear.in_features)  # kaiming_uniform_(a=sqrt 5)
+            a = (torch.rand(a.shape, generator=generator) * 2 - 1).mul(bound).to(device)
+        #: `(2, rank, in)`: q, v.
+        self.lora_a = nn.Parameter(a)
+        #: `(2, dim, rank)`: q, v.
+        self.lora_b = nn.Parameter(torch.zeros(2, dim, rank, device=device))
+
+    def fused_b(self) -> Tensor:
+        """`B` in the layout of the fused rows, `(3 * dim, 2 * rank)`: zero rows for k."""
+        _, dim, rank = self.lora_b.shape
+        heads = self.heads if self.layout == "per_head" else 1
+        b_q, b_v = self.lora_b.view(2, heads, dim // heads, rank)
+        zero = torch.zeros_like(b_q)
+        q, k, v = torch.cat([b_q, zero], -1), torch.cat([zero, zero], -1), torch.cat([zero, b_v], -1)
+        return torch.stack([q, k, v], dim=1).reshape(3 * dim, 2 * rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., 3 * dim)`."""
+        update = F.linear(F.linear(x, self.lora_a.flatten(0, 1)), self.fused_b())
+        return F.linear(x, self.weight, self.bias) + self.scale * update

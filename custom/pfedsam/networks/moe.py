@@ -1,0 +1,90 @@
+"""The localized mixture of experts (L-MoE): the personal part of a site."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Gate = Literal["image", "token"]
+
+
+class LMoE(nn.Module):
+    """Mixture of bottleneck adapters, parallel to an MLP: `s * sum_e g_e(n) * Up_e(GELU(Down_e(n)))`.
+
+    `n` is the normed input of the MLP and `g = softmax(Wg n)` (METHOD.md). `Up` is zero at the start: a no-op.
+
+    Args:
+        dim: channels of the tokens.
+        experts: number of experts E.
+        bottleneck: hidden width of each expert.
+        scale: s.
+        gate: `image` gates by the mean token of an image, `token` gates each token.
+        generator: for the initial weights.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        experts: int = 4,
+        bottleneck: int = 16,
+        scale: float = 1.0,
+        gate: Gate = "image",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.number, self.bottleneck, self.scale, self.gate_per = experts, bottleneck, scale, gate
+        self.enabled = True
+        self.gate = nn.Linear(dim, experts, device=device)
+        self.down = nn.Linear(dim, experts * bottleneck, device=device)
+        #: `(E, bottleneck, dim)`
+        self.up = nn.Parameter(torch.zeros(experts, bottleneck, dim, device=device))
+        #: `(E, dim)`
+        self.up_bias = nn.Parameter(torch.zeros(experts, dim, device=device))
+        if self.up.device.type != "meta":
+            for layer in (self.gate, self.down):
+                layer.weight.data.copy_(torch.randn(layer.weight.shape, generator=generator) * dim**-0.5)
+                layer.bias.data.zero_()
+        self.forget_usage()
+
+    def gates(self, n: Tensor) -> Tensor:
+        """Gate values `(B, ..., E)`; for gates per image the spatial dimensions are 1."""
+        if self.gate_per == "image":
+            n = n.mean(dim=tuple(range(1, n.ndim - 1)), keepdim=True)
+        return self.gate(n).softmax(dim=-1)
+
+    def forward(self, n: Tensor) -> Tensor:
+        """`(B, ..., dim)` to the same shape; zeros when the experts are off."""
+        if not self.enabled:
+            return torch.zeros_like(n)
+        gates = self.gates(n)
+        self._note(gates)
+        hidden = F.gelu(self.down(n)).unflatten(-1, (self.number, self.bottleneck)) * gates.unsqueeze(-1)
+        mixed = F.linear(hidden.flatten(-2), self.up.flatten(0, 1).T) + gates @ self.up_bias
+        return self.scale * mixed
+
+    def forget_usage(self) -> None:
+        """Start counting the gates anew."""
+        self._share: Tensor | None = None
+        self._entropy: Tensor | None = None
+        self._seen = 0
+
+    def usage(self) -> dict[str, float]:
+        """Mean entropy of the gates in nats and mean share of each expert since `forget_usage`."""
+        if self._share is None or self._entropy is None:
+            return {}
+        shares = (self._share / self._seen).tolist()
+        return {"entropy": float(self._entropy / self._seen)} | {f"share_{e}": share for e, share in enumerate(shares)}
+
+    @torch.no_grad()
+    def _note(self, gates: Tensor) -> None:
+        if not self.training:
+            return
+        flat = gates.detach().float().flatten(0, -2)
+        share, entropy = flat.sum(0), -(flat * flat.clamp_min(1e-12).log()).sum()
+        self._share = share if self._share is None else self._share + share
+        self._entropy = entropy if self._entropy is None else self._entropy + entropy
+        self._seen += len(flat)

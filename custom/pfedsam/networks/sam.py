@@ -1,0 +1,220 @@
+"""The network: Segment Anything without prompts, with LoRA (shared) and a mixture of experts (personal)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import MaskDecoder
+from segment_anything.modeling.common import MLPBlock
+from torch import Tensor, nn
+
+from pfedsam.errors import PFedSAMError
+from pfedsam.networks.backbones import BACKBONES, build_parts, get_backbone, load_base, read_checkpoint
+from pfedsam.networks.lora import QVLoRA
+from pfedsam.networks.moe import Gate, LMoE
+from pfedsam.parameters import base_fingerprint
+
+
+class MLPWithExperts(MLPBlock):
+    """segment-anything's MLP block with experts in parallel; its tensors keep their names."""
+
+    def __init__(self, mlp: MLPBlock, experts: LMoE):
+        nn.Module.__init__(self)
+        self.lin1, self.lin2, self.act, self.experts = mlp.lin1, mlp.lin2, mlp.act, experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, H, W, dim)` to the same shape; `x` is normed already."""
+        return super().forward(x) + self.experts(x)
+
+
+class SegmentAnything(nn.Module):
+    """`(B, 3, H, W)` in [0, 1] to logits `(B, C, H, W)`.
+
+    Normalisation happens inside. There is no prompt: the dense prompt is SAM's `no_mask_embed`, and there are no sparse
+    tokens. `forward` is `head(trunk(images))`: `trunk` is the frozen part before the first adapted block and can be
+    cached, `head` is all the rest.
+
+    Args:
+        backbone: a name of the registry.
+        image_size: side of the input in pixels.
+        classes: output channels C; the decoder has one mask token for each.
+    """
+
+    base_fingerprint: str | None = None
+
+    def __init__(self, backbone: str, image_size: int, classes: int):
+        super().__init__()
+        settings = get_backbone(backbone)
+        parts = build_parts(backbone, image_size)
+        self.image_encoder, self.prompt_encoder = parts["image_encoder"], parts["prompt_encoder"]
+        self.mask_decoder: MaskDecoder = select_mask_tokens(parts["mask_decoder"], classes)  # type: ignore[arg-type]
+        self.image_size, self.classes = image_size, classes
+        self.first_adapted = len(self.image_encoder.adaptable_blocks())  # type: ignore[operator]
+        self.register_buffer("pixel_mean", torch.tensor(settings.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(settings.std).view(1, 3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> SegmentAnything:
+        """Training mode for the adapted parts only: running statistics of the encoder must never move."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def trunk(self, images: Tensor) -> Tensor:
+        """`(B, 3, H, W)` to the frozen features before the first adapted block, without gradient."""
+        with torch.no_grad():
+            x = (images - self.pixel_mean) / self.pixel_std
+            for step in self._steps()[: self._split()]:
+                x = step(x)
+        return x
+
+    def head(self, features: Tensor) -> Tensor:
+        """Features of `trunk` to logits `(B, C, H, W)`."""
+        for step in self._steps()[self._split() :]:
+            features = step(features)
+        return self.decode(features)
+
+    def decode(self, embedding: Tensor) -> Tensor:
+        """Image embedding `(B, D, h, w)` to logits `(B, C, H, W)`."""
+        prompt: Any = self.prompt_encoder
+        masks, _ = self.mask_decoder.predict_masks(
+            image_embeddings=embedding,
+            image_pe=prompt.get_dense_pe(),
+            # a batch of one prompt, broadcast inside; a batch of B prompts would be paired with B images each
+            sparse_prompt_embeddings=embedding.new_zeros(1, 0, embedding.shape[1]),
+            dense_prompt_embeddings=prompt.no_mask_embed.weight.view(1, -1, 1, 1),
+        )
+        size = (self.image_size, self.image_size)
+        return masks if masks.shape[-2:] == size else F.interpolate(masks, size, mode="bilinear", align_corners=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of a batch of images."""
+        return self.head(self.trunk(images))
+
+    def expert_layers(self) -> dict[str, LMoE]:
+        """The mixtures by name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, LMoE)}
+
+    def set_experts(self, on: bool) -> None:
+        """Turn all experts on (personal model) or off (global model)."""
+        for layer in self.expert_layers().values():
+            layer.enabled = on
+
+    @contextmanager
+    def experts(self, on: bool) -> Iterator[None]:
+        """The experts on or off inside a `with` block; their state is restored after it."""
+        before = {layer: layer.enabled for layer in self.expert_layers().values()}
+        self.set_experts(on)
+        try:
+            yield
+        finally:
+            for layer, enabled in before.items():
+                layer.enabled = enabled
+
+    def _steps(self) -> list[Any]:
+        return self.image_encoder.steps()  # type: ignore[operator]
+
+    def _split(self) -> int:
+        """Index of the first step that is not frozen."""
+        blocks = self.image_encoder.adaptable_blocks()  # type: ignore[operator]
+        steps = self._steps()
+        return steps.index(blocks[self.first_adapted]) if self.first_adapted < len(blocks) else len(steps)
+
+
+def select_mask_tokens(decoder: MaskDecoder, classes: int) -> MaskDecoder:
+    """Give the decoder one mask token and hypernetwork for each class, starting from SAM's own, repeated if need be."""
+    source = [i % decoder.num_mask_tokens for i in range(classes)]
+    tokens = nn.Embedding(classes, decoder.transformer_dim, device=decoder.mask_tokens.weight.device)
+    tokens.weight.data.copy_(decoder.mask_tokens.weight.data[source])
+    decoder.mask_tokens = tokens
+    decoder.output_hypernetworks_mlps = nn.ModuleList(
+        copy.deepcopy(decoder.output_hypernetworks_mlps[i]) for i in source
+    )
+    decoder.num_mask_tokens = classes
+    return decoder
+
+
+def adapt(
+    network: SegmentAnything,
+    layout: Any,
+    *,
+    adapted_blocks: int | str = 2,
+    lora_rank: int = 4,
+    experts: int = 4,
+    bottleneck: int = 16,
+    expert_scale: float = 1.0,
+    gate: Gate = "image",
+    seed: int = 0,
+) -> None:
+    """Add LoRA to q and v and experts beside the MLP of the last `adapted_blocks` encoder blocks (`all`: of each).
+
+    Raises:
+        PFedSAMError: E16 for an impossible number of blocks.
+    """
+    blocks = network.image_encoder.adaptable_blocks()  # type: ignore[operator]
+    number = len(blocks) if adapted_blocks == "all" else adapted_blocks
+    if not isinstance(number, int) or not 0 <= number <= len(blocks):
+        raise PFedSAMError("E16", f"adapted_blocks is {adapted_blocks!r}.", f"Use 'all' or 0 to {len(blocks)}.")
+    generator = torch.Generator().manual_seed(seed)
+    network.first_adapted = len(blocks) - number
+    for block in blocks[network.first_adapted :]:
+        qkv = block.attn.qkv
+        if lora_rank:
+            block.attn.qkv = QVLoRA(qkv, block.attn.num_heads, layout, lora_rank, generator=generator)
+        if experts:
+            device = qkv.weight.device
+            mixture = LMoE(qkv.in_features, experts, bottleneck, expert_scale, gate, generator, device)
+            if isinstance(block.mlp, MLPBlock):
+                block.mlp = MLPWithExperts(block.mlp, mixture)
+            else:
+                block.mlp.experts = mixture
+
+
+def build_network(
+    backbone: str = "lite_medsam",
+    image_size: int = 128,
+    classes: int = 1,
+    checkpoint: str | None = "default",
+    seed: int = 0,
+    **adaptation: Any,
+) -> SegmentAnything:
+    """Build the network of a bundle: base weights, LoRA, experts, fingerprint.
+
+    Args:
+        backbone: a name of the registry.
+        image_size: side of the input in pixels.
+        classes: output channels.
+        checkpoint: `default` for the weights that belong to the backbone, a path, or None: no weights, which is allowed
+            for `vit_test` (seeded random weights) and on the meta device only.
+        seed: of the initial adapters, and of `vit_test`'s weights.
+        adaptation: settings of `adapt`.
+
+    Raises:
+        PFedSAMError: E10 for a wrong or missing checkpoint, E16 for wrong settings.
+    """
+    registered = get_backbone(backbone)
+    meta = torch.empty(()).device.type == "meta"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = SegmentAnything(backbone, image_size, classes)
+    if not meta and registered.weights is not None:
+        if checkpoint is None:
+            raise PFedSAMError("E10", f"no checkpoint for '{backbone}'.", "Random weights are never used silently.")
+        default = checkpoint == "default"
+        path = registered.weights() if default else Path(checkpoint)
+        load_base(network, read_checkpoint(path, registered.sha256 if default else None), str(path))
+    adapt(network, registered.layout, seed=seed, **adaptation)
+    if not meta:
+        settings = {"backbone": backbone, "image_size": image_size, "classes": classes, **adaptation}
+        network.base_fingerprint = base_fingerprint(network, settings)
+    return network.eval()
+
+
+__all__ = ["BACKBONES", "SegmentAnything", "adapt", "build_network", "load_base", "select_mask_tokens"]

@@ -1,0 +1,218 @@
+"""TinyViT image encoder of LiteMedSAM, written to the state-dict names of its published weights.
+
+The architecture is TinyViT (Wu et al., ECCV 2022, arXiv 2207.10666) as LiteMedSAM changed it: the patch embedding is
+two 1x1 convolutions at full resolution, and the last merging keeps the resolution: 256 px give 64 x 64 tokens.
+Any side that is a multiple of 4 works with the same weights. Between the attention blocks the tokens are
+`(B, H, W, C)`, as in segment-anything's ViT.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
+
+
+class ConvBN(nn.Sequential):
+    """Convolution without bias, then batch norm."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, pad: int = 0, groups: int = 1):
+        super().__init__()
+        self.add_module("c", nn.Conv2d(inputs, outputs, kernel, stride, pad, groups=groups, bias=False))
+        self.add_module("bn", nn.BatchNorm2d(outputs))
+
+
+class PatchEmbed(nn.Module):
+    """`(B, 3, H, W)` to `(B, dim, H, W)` by two 1x1 convolutions."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.seq = nn.Sequential(ConvBN(3, dim // 2), nn.GELU(), ConvBN(dim // 2, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed every pixel."""
+        return self.seq(x)
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck with a residual: expand, depthwise 3x3, project."""
+
+    def __init__(self, dim: int, expand: int = 4):
+        super().__init__()
+        hidden = dim * expand
+        self.conv1, self.act1 = ConvBN(dim, hidden), nn.GELU()
+        self.conv2, self.act2 = ConvBN(hidden, hidden, 3, 1, 1, groups=hidden), nn.GELU()
+        self.conv3, self.act3 = ConvBN(hidden, dim), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, dim, H, W)` to the same shape."""
+        return self.act3(x + self.conv3(self.act2(self.conv2(self.act1(self.conv1(x))))))
+
+
+class PatchMerging(nn.Module):
+    """`(B, H, W, dim)` to `(B, H / stride, W / stride, out_dim)`."""
+
+    def __init__(self, dim: int, out_dim: int, stride: int):
+        super().__init__()
+        self.act = nn.GELU()
+        self.conv1 = ConvBN(dim, out_dim)
+        self.conv2 = ConvBN(out_dim, out_dim, 3, stride, 1, groups=out_dim)
+        self.conv3 = ConvBN(out_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Merge neighbouring tokens."""
+        x = self.act(self.conv1(x.permute(0, 3, 1, 2)))
+        return self.conv3(self.act(self.conv2(x))).permute(0, 2, 3, 1)
+
+
+class ConvStage(nn.Module):
+    """First stage, convolutions only: `(B, dim, H, W)` to `(B, H / 2, W / 2, out_dim)`."""
+
+    def __init__(self, dim: int, out_dim: int, depth: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(MBConv(dim) for _ in range(depth))
+        self.downsample = PatchMerging(dim, out_dim, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks, then merge."""
+        for block in self.blocks:
+            x = block(x)
+        return self.downsample(x.permute(0, 2, 3, 1))
+
+
+class Attention(nn.Module):
+    """Attention inside a window with learned biases by absolute offset.
+
+    `qkv` is fused and *interleaved per head*: of the `3 * dim` outputs, each head owns `3 * head_dim` in a row.
+    """
+
+    def __init__(self, dim: int, heads: int, window: int):
+        super().__init__()
+        self.num_heads, self.head_dim = heads, dim // heads
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        points = list(itertools.product(range(window), range(window)))
+        offsets: dict[tuple[int, int], int] = {}
+        index = [offsets.setdefault((abs(p[0] - q[0]), abs(p[1] - q[1])), len(offsets)) for p in points for q in points]
+        self.attention_biases = nn.Parameter(torch.zeros(heads, len(offsets)))
+        # on the CPU also under a meta device: an index, not a weight
+        self.register_buffer("bias_index", torch.tensor(index).view(len(points), len(points)), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, N, dim)` to the same shape, `N = window ** 2`.
+
+        The biases are gathered in every call, so weights loaded after `eval()` count.
+        """
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch, tokens, self.num_heads, 3, self.head_dim)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)
+        attention = (q @ k.transpose(-2, -1)) * self.head_dim**-0.5 + self.attention_biases[:, self.bias_index]
+        return self.proj((attention.softmax(dim=-1) @ v).transpose(1, 2).reshape(batch, tokens, dim))
+
+
+class Mlp(nn.Module):
+    """Norm and two linear layers, with room for experts in parallel: `y = MLP(n) + experts(n)`, n normed."""
+
+    def __init__(self, dim: int, expand: int = 4):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, dim * expand), nn.GELU(), nn.Linear(dim * expand, dim)
+        self.experts: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, H, W, dim)` to the same shape."""
+        n = self.norm(x)
+        y = self.fc2(self.act(self.fc1(n)))
+        return y if self.experts is None else y + self.experts(n)
+
+
+class Block(nn.Module):
+    """Window attention, depthwise convolution, MLP."""
+
+    def __init__(self, dim: int, heads: int, window: int):
+        super().__init__()
+        self.window = window
+        self.attn = Attention(dim, heads, window)
+        self.mlp = Mlp(dim)
+        self.local_conv = ConvBN(dim, dim, 3, 1, 1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, H, W, dim)` to the same shape; sides that the window does not divide are padded with zeros."""
+        x = x + self._attend(x)
+        x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.mlp(x)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        w = self.window
+        x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w))
+        rows, columns = x.shape[1] // w, x.shape[2] // w
+        windows = x.view(batch, rows, w, columns, w, dim).transpose(2, 3).reshape(-1, w * w, dim)
+        x = self.attn(windows).view(batch, rows, columns, w, w, dim).transpose(2, 3)
+        return x.reshape(batch, rows * w, columns * w, dim)[:, :height, :width]
+
+
+class Stage(nn.Module):
+    """Attention blocks, then a merging (none in the last stage)."""
+
+    def __init__(self, dim: int, out_dim: int | None, depth: int, heads: int, window: int, stride: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, heads, window) for _ in range(depth))
+        self.downsample = None if out_dim is None else PatchMerging(dim, out_dim, stride)
+
+
+class TinyViT(nn.Module):
+    """LiteMedSAM's image encoder: `(B, 3, H, W)` in [0, 1] to `(B, 256, H / 4, W / 4)`."""
+
+    #: The input side must be a multiple of this.
+    multiple = 4
+    #: Input pixels per output position along one side.
+    stride = 4
+
+    def __init__(
+        self,
+        dims: tuple[int, ...] = (64, 128, 160, 320),
+        depths: tuple[int, ...] = (2, 2, 6, 2),
+        heads: tuple[int, ...] = (2, 4, 5, 10),
+        windows: tuple[int, ...] = (7, 7, 14, 7),
+        out_channels: int = 256,
+    ):
+        super().__init__()
+        self.patch_embed = PatchEmbed(dims[0])
+        self.layers = nn.ModuleList([ConvStage(dims[0], dims[1], depths[0])])
+        for i in (1, 2, 3):
+            out_dim = dims[i + 1] if i < 3 else None
+            self.layers.append(Stage(dims[i], out_dim, depths[i], heads[i], windows[i], stride=2 if i == 1 else 1))
+        self.neck = nn.Sequential(
+            nn.Conv2d(dims[3], out_channels, 1, bias=False),
+            LayerNorm2d(out_channels),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            LayerNorm2d(out_channels),
+        )
+
+    def steps(self) -> list[Callable[[Tensor], Tensor]]:
+        """The encoder as a list of functions; `forward` is their composition. A frozen prefix of it can be cached."""
+        steps: list[Callable[[Tensor], Tensor]] = [self.patch_embed, self.layers[0]]
+        for layer in list(self.layers)[1:]:
+            steps.extend(layer.blocks)
+            if layer.downsample is not None:
+                steps.append(layer.downsample)
+        return [*steps, self._neck]
+
+    def adaptable_blocks(self) -> list[nn.Module]:
+        """The attention blocks in order: those that LoRA and experts may adapt."""
+        return [step for step in self.steps() if isinstance(step, Block)]
+
+    def _neck(self, x: Tensor) -> Tensor:
+        return self.neck(x.permute(0, 3, 1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode a batch of images."""
+        for step in self.steps():
+            x = step(x)
+        return x

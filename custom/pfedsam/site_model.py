@@ -1,0 +1,123 @@
+"""A site's model as one file: the shared tensors, the personal tensors trained beside them, and what belongs to them.
+
+The file is safetensors (no code can hide in it) with a JSON text as metadata. A personal part is only valid with the
+shared part it was trained beside, so both always travel in one file. The file never leaves the site.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from pfedsam.errors import PFedSAMError
+from pfedsam.files import read_safetensors, write_atomically
+from pfedsam.networks.sam import SegmentAnything
+from pfedsam.parameters import Roles, load_personal_state, load_shared_state, personal_state, shared_state
+
+SCHEMA = 1
+_PARTS = ("shared", "personal", "moments")
+
+
+@dataclass
+class SiteModel:
+    """What a site keeps.
+
+    Attributes:
+        shared: the shared tensors that `personal` was trained beside.
+        personal: the personal tensors.
+        moments: of the personal optimiser (empty in an exported model).
+        info: `fingerprint`, `roles`, `round` and what else is told about the model; plain JSON values.
+    """
+
+    shared: dict[str, Tensor]
+    personal: dict[str, Tensor]
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, network: SegmentAnything, roles: Roles, **info: Any) -> SiteModel:
+        """The model that a network holds now."""
+        told = {
+            "fingerprint": network.base_fingerprint,
+            "roles": {"shared": list(roles.shared), "personal": list(roles.personal)},
+        }
+        return cls(shared_state(network, roles), personal_state(network, roles), info={**told, **info})
+
+    @property
+    def roles(self) -> Roles:
+        """Roles of the groups when the model was trained."""
+        roles = self.info["roles"]
+        return Roles(tuple(roles["shared"]), tuple(roles["personal"]))
+
+    def load_into(self, network: SegmentAnything) -> None:
+        """Put both parts into a network.
+
+        Raises:
+            PFedSAMError: E11 if the network has other base weights or settings, E12 or E13 if tensors do not fit.
+        """
+        if self.info.get("fingerprint") != network.base_fingerprint:
+            raise PFedSAMError(
+                "E11",
+                f"the model was trained on base weights {str(self.info.get('fingerprint'))[:12]}, "
+                f"this network has {str(network.base_fingerprint)[:12]}.",
+                "Use the same backbone, image size and checkpoint as in training.",
+            )
+        load_shared_state(network, self.roles, self.shared)
+        load_personal_state(network, self.roles, self.personal)
+
+
+def write(path: str | Path, model: SiteModel) -> None:
+    """Write a model, atomically.
+
+    Raises:
+        OSError: if the disk is full or not writable; a file that was there before is intact.
+    """
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "shared": model.shared,
+        "personal": model.personal,
+        "moments": model.moments,
+    }
+    tensors = {f"{part}/{name}": t.contiguous() for part, state in parts.items() for name, t in state.items()}
+    data = save(tensors, metadata={"schema": str(SCHEMA), "info": json.dumps(model.info)})
+    write_atomically(path, data)
+
+
+def read(path: str | Path) -> SiteModel:
+    """Read a model. Nothing in the file is executed.
+
+    Raises:
+        PFedSAMError: E13 if the file is missing, corrupt, of another schema or no site model.
+    """
+    path = Path(path)
+    remedy = "Give the state.safetensors of a site (see `pfedsam state list`) or a model.safetensors of a training run."
+    if not path.is_file():
+        raise PFedSAMError("E13", f"there is no model file {path}.", remedy)
+    try:
+        tensors, metadata = read_safetensors(path)
+        schema, info = metadata.get("schema"), json.loads(metadata.get("info", "null"))
+    except ValueError as error:
+        raise PFedSAMError("E13", f"{path} is not readable: {error}.", remedy) from None
+    if schema != str(SCHEMA) or not isinstance(info, dict) or not isinstance(info.get("roles"), dict):
+        raise PFedSAMError("E13", f"{path} has schema {schema}, expected {SCHEMA}.", remedy)
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        if part not in parts or not rest:
+            raise PFedSAMError("E13", f"{path} holds an unknown tensor '{name}'.", remedy)
+        parts[part][rest] = tensor
+    return SiteModel(**parts, info=info)
+
+
+def save_alone(path: str, network: SegmentAnything, trainer: Any) -> None:
+    """What a bundle does at the end of a training without a federation."""
+    write(path, SiteModel.of(network, trainer.roles, epochs=trainer.state.epoch, round=None))
+    print(f"model written to {path}")
+
+
+__all__ = ["SiteModel", "read", "save_alone", "write"]

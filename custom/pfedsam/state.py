@@ -1,0 +1,168 @@
+"""The state of a site on its own disk: `<root>/<federation>/<site>/<bundle>-<fingerprint>/`.
+
+It lies outside every NVFlare workspace, because the simulator empties its workspace at the start, and is keyed by the
+federation, not by the job, so that a job submitted again finds it. Folders have mode 0700 and files 0600.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pfedsam.errors import PFedSAMError
+from pfedsam.site_model import SiteModel, read, write
+
+logger = logging.getLogger(__name__)
+
+ROOT_VARIABLE = "PFEDSAM_STATE_ROOT"
+CURRENT, PREVIOUS, LOCK = "state.safetensors", "previous.safetensors", "lock"
+
+
+def state_root(site_setting: str | None = None) -> Path:
+    """The root of all state: the site's settings file, else the environment variable, else `~/.pfedsam`."""
+    return Path(site_setting or os.environ.get(ROOT_VARIABLE) or Path.home() / ".pfedsam").expanduser()
+
+
+class SiteState:
+    """The state folder of one site in one federation, for one bundle on one set of base weights.
+
+    Args:
+        root: see `state_root`.
+        federation: name of the federation.
+        site: name of the site.
+        bundle: name of the bundle.
+        fingerprint: of the base weights and the network's settings.
+    """
+
+    def __init__(self, root: Path, federation: str, site: str, bundle: str, fingerprint: str) -> None:
+        self.folder = root / federation / site / f"{bundle}-{fingerprint[:12]}"
+        self.fingerprint = fingerprint
+        self._lock = FileLock(self.folder / LOCK, timeout=0)
+
+    def open(self) -> None:
+        """Create the folder and take its lock.
+
+        Raises:
+            PFedSAMError: E14 if another job holds the lock, E13 if the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for folder in (self.folder, self.folder.parent, self.folder.parent.parent):
+                folder.chmod(0o700)
+            self._lock.acquire()
+        except Timeout:
+            raise PFedSAMError(
+                "E14",
+                f"another job works on {self.folder}.",
+                "Wait for it or abort it; the lock goes with its process. A second federation needs another name.",
+            ) from None
+        except OSError as error:
+            raise PFedSAMError(
+                "E13", f"the state folder {self.folder} cannot be written: {error}.", f"Set {ROOT_VARIABLE}."
+            ) from None
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
+
+    def save(self, model: SiteModel) -> None:
+        """Write the state atomically; the last one is kept as `previous.safetensors`.
+
+        Raises:
+            PFedSAMError: E13 if it cannot be written; the last state is intact then.
+        """
+        current, previous = self.folder / CURRENT, self.folder / PREVIOUS
+        backup = self.folder / f".{PREVIOUS}"
+        try:
+            if current.exists():
+                # a link, not a move: there is a valid `current` at every moment
+                backup.unlink(missing_ok=True)
+                os.link(current, backup)
+            write(current, model)
+            if backup.exists():
+                os.replace(backup, previous)
+        except OSError as error:
+            raise PFedSAMError(
+                "E13", f"{current} could not be written: {error}; the last state is intact.", "Free some disk space."
+            ) from None
+
+    def load(self) -> SiteModel | None:
+        """The last state, the one before if the last is corrupt, or None if there is none.
+
+        Raises:
+            PFedSAMError: E13 if there are files but none is readable, E11 if the state is of other base weights.
+        """
+        problem: PFedSAMError | None = None
+        for name in (CURRENT, PREVIOUS):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            try:
+                model = read(path)
+            except PFedSAMError as error:
+                logger.error("%s Trying the state before it.", error)
+                problem = problem or error
+                continue
+            if model.info.get("fingerprint") != self.fingerprint:
+                raise PFedSAMError("E11", f"{path} belongs to other base weights.", "Move it away, or use them.")
+            return model
+        if problem is not None:
+            raise problem
+        return None
+
+
+@dataclass(frozen=True)
+class StateEntry:
+    """One state on disk, as `pfedsam state list` shows it."""
+
+    federation: str
+    site: str
+    bundle: str
+    fingerprint: str
+    folder: Path
+    info: dict[str, Any]
+    problem: str = ""
+
+    @property
+    def file(self) -> Path:
+        """The current state."""
+        return self.folder / CURRENT
+
+
+def list_states(root: Path) -> list[StateEntry]:
+    """All states under a root, sorted by federation, site and bundle."""
+    entries = []
+    for folder in sorted(path.parent for path in root.glob(f"*/*/*/{CURRENT}")):
+        bundle, _, fingerprint = folder.name.rpartition("-")
+        info, problem = {}, ""
+        try:
+            info = read(folder / CURRENT).info
+        except PFedSAMError as error:
+            problem = error.message
+        entries.append(
+            StateEntry(folder.parents[1].name, folder.parent.name, bundle, fingerprint, folder, info, problem)
+        )
+    return entries
+
+
+def delete_state(entry: StateEntry) -> None:
+    """Delete a state for good, with the one before it.
+
+    Raises:
+        PFedSAMError: E14 if a job works on it.
+    """
+    lock = FileLock(entry.folder / LOCK, timeout=0)
+    try:
+        with lock:
+            shutil.rmtree(entry.folder)
+    except Timeout:
+        raise PFedSAMError("E14", f"a job works on {entry.folder}.", "Abort the job first.") from None
+    for folder in (entry.folder.parent, entry.folder.parent.parent):
+        if not any(folder.iterdir()):
+            folder.rmdir()

@@ -1,0 +1,1 @@
+"""Local training: phases, distillation, cache of the frozen trunk. Knows nothing of NVFlare."""

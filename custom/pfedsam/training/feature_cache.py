@@ -1,0 +1,116 @@
+"""Cache of the frozen trunk: features before the first adapted block are computed once for each slice and variant."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+GIB = 1024**3
+
+
+class FeatureCache:
+    """Features by key, in memory or in one memory-mapped file, up to a limit. What does not fit is computed anew.
+
+    Args:
+        limit_gb: at most so many GiB; 0 turns the cache off.
+        folder: where the file is written; None for memory. The file is temporary: it holds features of patients'
+            images, so it is deleted with the cache and never leaves the site.
+        dtype: of the stored features; `float32` is exact, `float16` and `bfloat16` halve the bytes.
+    """
+
+    def __init__(self, limit_gb: float = 2.0, folder: str | None = None, dtype: str = "float32") -> None:
+        self.limit = int(limit_gb * GIB)
+        self.folder = Path(folder) if folder else None
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.rows: dict[Hashable, int] = {}
+        self.hits = self.misses = 0
+        self._memory: list[Tensor] = []
+        self._file: Tensor | None = None
+        self._handle: tempfile._TemporaryFileWrapper | None = None
+        self._shape: torch.Size | None = None
+        self._full = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the stored features."""
+        return len(self.rows) * self._row_bytes()
+
+    def features(self, trunk: Callable[[Tensor], Tensor], images: Tensor, keys: Sequence[Hashable]) -> Tensor:
+        """Features of a batch: stored ones where there are, the others from `trunk`.
+
+        Args:
+            trunk: images `(B, 3, H, W)` to features, a function of one image each and without gradient.
+            images: `(B, 3, H, W)`.
+            keys: what identifies each image (and its augmentation).
+
+        Returns:
+            features on the device and, when nothing is reduced, in the dtype of `trunk`'s output.
+        """
+        missing = [i for i, key in enumerate(keys) if key not in self.rows]
+        self.hits += len(keys) - len(missing)
+        self.misses += len(missing)
+        fresh = trunk(images[missing]) if missing else None
+        if fresh is not None:
+            for i, row in zip(missing, fresh, strict=True):
+                self._store(keys[i], row)
+            if len(missing) == len(keys):
+                return fresh
+        new = dict(zip(missing, fresh if fresh is not None else (), strict=True))
+        like = images if fresh is None else fresh
+        rows = [new[i] if i in new else self._read(key).to(like, non_blocking=True) for i, key in enumerate(keys)]
+        return torch.stack(rows)
+
+    def summary(self) -> str:
+        """One line for the log: what is cached and, if not all, why."""
+        if not self.limit:
+            return "feature cache: off (limit 0)"
+        where = f"in {self.folder}" if self.folder else "in memory"
+        reason = "; full: the other slices are computed anew (raise cache_limit_gb)" if self._full else ""
+        return (
+            f"feature cache: {len(self)} slices, {self.bytes / GIB:.2f} of {self.limit / GIB:.2f} GiB {where}, "
+            f"{self.hits} hits, {self.misses} computed{reason}"
+        )
+
+    def _row_bytes(self) -> int:
+        return 0 if self._shape is None else self._shape.numel() * torch.empty((), dtype=self.dtype).element_size()
+
+    def _store(self, key: Hashable, row: Tensor) -> None:
+        if self._shape is None:
+            self._shape = row.shape
+        if key in self.rows or row.shape != self._shape:
+            return
+        if (len(self.rows) + 1) * self._row_bytes() > self.limit:
+            self._full = self.limit > 0
+            return
+        stored = row.detach().to("cpu", self.dtype)
+        if self.folder is None:
+            self._memory.append(stored.clone())
+        else:
+            self._rows_on_disk()[len(self.rows)] = stored
+        self.rows[key] = len(self.rows)
+
+    def _read(self, key: Hashable) -> Tensor:
+        row = self.rows[key]
+        return self._memory[row] if self.folder is None else self._rows_on_disk()[row]
+
+    def _rows_on_disk(self) -> Tensor:
+        """`(capacity, *shape)`, backed by a sparse temporary file."""
+        if self._file is None:
+            assert self.folder is not None and self._shape is not None
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._handle = tempfile.NamedTemporaryFile(dir=self.folder, prefix="features-", suffix=".bin")  # noqa: SIM115
+            capacity = self.limit // self._row_bytes()
+            size = capacity * self._shape.numel()
+            flat = torch.from_file(self._handle.name, shared=True, size=size, dtype=self.dtype)
+            self._file = flat.view(capacity, *self._shape)
+        return self._file

@@ -1,0 +1,225 @@
+"""The one train step that serves every strategy: MONAI's trainer, run phase by phase."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from monai.engines import SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from monai.utils.enums import CommonKeys as Keys
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pfedsam.errors import PFedSAMError
+from pfedsam.networks.sam import SegmentAnything
+from pfedsam.parameters import Roles, set_trainable
+from pfedsam.training.distillation import QualityGate, TeacherLogits, distillation_loss
+from pfedsam.training.feature_cache import FeatureCache
+from pfedsam.training.phases import Phase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PhaseReport:
+    """What happened in a phase; every value is a number that may be listed as a scalar.
+
+    Attributes:
+        steps: optimiser steps.
+        losses: loss of each step.
+        teacher_passes: images that the teacher was run on.
+        distilled_steps: steps with the extra loss.
+    """
+
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    teacher_passes: int = 0
+    distilled_steps: int = 0
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss over the steps (NaN without a step)."""
+        return sum(self.losses) / len(self.losses) if self.losses else math.nan
+
+
+class PhaseTrainer(SupervisedTrainer):
+    """Trains the current phase of a strategy. The bundle owns data, loss and kind of optimiser.
+
+    Args:
+        phase: settings of the phase that `run` trains until `set_phase` sets another: how a bundle trains alone.
+        shared: groups of the shared tensors.
+        personal: groups of the personal tensors.
+        feature_cache: cache of the frozen trunk, or None.
+        amp: bfloat16 autocast on the network's device, CPU or CUDA.
+        kwargs: of `monai.engines.SupervisedTrainer`; `network` must be a `SegmentAnything`, and batches must hold
+            `image`, `label` and `index`.
+    """
+
+    def __init__(
+        self,
+        *,
+        phase: dict[str, Any],
+        shared: list[str],
+        personal: list[str],
+        feature_cache: FeatureCache | None = None,
+        amp: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.network: SegmentAnything
+        self.autocast = amp
+        self.feature_cache = feature_cache
+        self.should_stop: Callable[[], bool] = lambda: False
+        self._template: Optimizer = self.optimizer
+        self._moments: dict[str, dict[str, Tensor]] = {}
+        self.roles = Roles(tuple(shared), tuple(personal))
+        self.add_event_handler(Events.EPOCH_STARTED, PhaseTrainer._draw)
+        self.add_event_handler(Events.ITERATION_STARTED, PhaseTrainer._poll)
+        self.set_phase(Phase(**{"epochs": self.state.max_epochs, **phase}), self.roles)
+
+    def set_phase(self, phase: Phase, roles: Roles, round_number: int = 0, number: int = 0) -> None:
+        """Prepare `run` to train one phase.
+
+        Args:
+            phase: what trains, and how.
+            roles: the strategy's roles of the groups.
+            round_number: of the federation; it seeds the draws.
+            number: of the phase in its round; phases of a round draw the same slices when they have the same number of
+                epochs, so that their features are computed once.
+        """
+        self.phase, self.roles, self.round, self.number = phase, roles, round_number, number
+        self.report = PhaseReport()
+        self.network.set_experts(phase.experts)
+        parameters = set_trainable(self.network, roles, phase.trains)
+        accepted = inspect.signature(type(self._template)).parameters
+        defaults = {key: value for key, value in self._template.defaults.items() if key in accepted}
+        self.optimizer = type(self._template)(parameters, **{**defaults, "lr": phase.learning_rate})  # type: ignore[call-arg]
+        if phase.keep_moments:
+            self._restore_moments()
+        self._teacher = TeacherLogits(self._teach) if self._distils() else None
+        self._gate = QualityGate()
+        self.state.epoch = self.state.iteration = 0
+        self.state.max_epochs = phase.epochs
+
+    def run(self) -> None:
+        """Train the current phase.
+
+        Raises:
+            PFedSAMError: E17 if the loss is not finite; E16 if the optimiser has nothing to train.
+        """
+        if self.phase.epochs == 0:
+            return
+        super().run()
+        self.report.teacher_passes = self._teacher.passes if self._teacher else 0
+        if self.phase.keep_moments:
+            self._keep_moments()
+        if self.feature_cache is not None:
+            logger.info(self.feature_cache.summary())
+
+    def moments(self) -> dict[str, Tensor]:
+        """The kept moments of the optimiser as `<tensor>#<moment>`. They never leave the site."""
+        return {f"{name}#{key}": value for name, state in self._moments.items() for key, value in state.items()}
+
+    def load_moments(self, moments: dict[str, Tensor]) -> None:
+        """Take back what `moments` gave."""
+        self._moments = {}
+        for name, value in moments.items():
+            tensor, key = name.split("#")
+            self._moments.setdefault(tensor, {})[key] = value
+
+    def features(self, images: Tensor, items: list[int]) -> Tensor:
+        """Frozen features of a batch, from the cache where it has them."""
+        if self.feature_cache is None:
+            return self.network.trunk(images)
+        return self.feature_cache.features(self.network.trunk, images, [("train", item) for item in items])
+
+    def _iteration(self, engine: Any, batchdata: dict[str, Tensor]) -> dict[str, Any]:
+        """One step: features, logits, loss with the phase's extra loss, backward, update."""
+        images, label = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
+        items = [int(item) for item in batchdata["index"]]
+        self.network.train()
+        self._warm_up()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.state.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            features = self.features(images, items)
+            prediction = self.network.head(features)
+            self.fire_event(IterationEvents.FORWARD_COMPLETED)
+        prediction = prediction.float()
+        loss = self.loss_function(prediction, label).mean()
+        if self._teacher is not None:
+            loss = loss + self._distil(features, prediction, label, items)
+        if not bool(torch.isfinite(loss)):
+            raise PFedSAMError(
+                "E17",
+                f"phase '{self.phase.name}', round {self.round}, step {self.state.iteration}: loss is {float(loss)}.",
+                "Lower the learning rate, or look at the intensities with `pfedsam validate`.",
+            )
+        self.fire_event(IterationEvents.LOSS_COMPLETED)
+        loss.backward()
+        self.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        self.optimizer.step()
+        self.report.steps += 1
+        self.report.losses.append(float(loss.detach()))
+        self.state.output = {Keys.IMAGE: images, Keys.LABEL: label, Keys.PRED: prediction.detach(), Keys.LOSS: loss}
+        self.fire_event(IterationEvents.MODEL_COMPLETED)
+        return self.state.output
+
+    def _distil(self, features: Tensor, prediction: Tensor, label: Tensor, items: list[int]) -> Tensor | float:
+        settings = self.phase.distillation
+        assert settings is not None and self._teacher is not None
+        teacher = self._teacher(features, items).float()
+        if not self._gate.open(teacher, prediction.detach(), label) and settings.quality_gate:
+            return 0.0
+        self.report.distilled_steps += 1
+        return distillation_loss(teacher, prediction, label, settings)
+
+    def _distils(self) -> bool:
+        settings = self.phase.distillation
+        return settings is not None and settings.weight > 0 and self.round >= settings.warmup_rounds
+
+    def _teach(self, features: Tensor) -> Tensor:
+        """The global model as received: experts off. It shares all tensors with the student."""
+        with self.network.experts(False):
+            return self.network.head(features)
+
+    def _warm_up(self) -> None:
+        """Linear rise of the learning rate from a tenth, over the steps of a phase in the first rounds."""
+        if self.round >= self.phase.warmup_rounds:
+            return
+        total = self.phase.warmup_rounds * self.phase.epochs * self.state.epoch_length
+        done = self.round * self.phase.epochs * self.state.epoch_length + self.state.iteration
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.phase.learning_rate * (0.1 + 0.9 * min(1.0, done / total))
+
+    def _draw(self) -> None:
+        sampler = getattr(self.data_loader, "sampler", None)
+        if hasattr(sampler, "set_draw"):
+            sampler.set_draw(self.round, self.state.epoch)
+
+    def _poll(self) -> None:
+        if self.should_stop():
+            self.terminate()
+
+    def _names(self) -> list[str]:
+        return [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
+
+    def _keep_moments(self) -> None:
+        state = self.optimizer.state_dict()["state"]
+        self._moments = {
+            name: {key: torch.as_tensor(value).detach().cpu().clone() for key, value in state[i].items()}
+            for i, name in enumerate(self._names())
+            if i in state
+        }
+
+    def _restore_moments(self) -> None:
+        names = self._names()
+        if self._moments and all(name in self._moments for name in names):
+            state = {i: dict(self._moments[name]) for i, name in enumerate(names)}
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from pfedsam.data.checks import SiteReport, check_site, print_report, require_valid
+from pfedsam.errors import PFedSAMError
+
+AFFINE = np.diag([2.0, 2.0, 5.0, 1.0])
+
+
+def save(path: Path, values: np.ndarray, affine: np.ndarray = AFFINE) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(values, affine), path)
+
+
+def values_of(path: Path) -> np.ndarray:
+    nifti = nibabel.load(path)
+    assert isinstance(nifti, nibabel.Nifti1Image)
+    return np.asarray(nifti.dataobj)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A good site: four volumes of shape (8, 8, 4), half of whose slices are empty."""
+    rng = np.random.default_rng(0)
+    for case in range(4):
+        label = np.zeros((8, 8, 4), dtype=np.uint8)
+        label[2:4, 2:5, 1:3] = 1
+        save(tmp_path / "images" / f"case-{case}.nii.gz", rng.integers(0, 900, (8, 8, 4)).astype(np.int16))
+        save(tmp_path / "labels" / f"case-{case}.nii.gz", label)
+    return tmp_path
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A good site: three RGB photographs of 8 x 6 pixels with masks of 0 and 255."""
+    rng = np.random.default_rng(0)
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+    for case in range(3):
+        Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).save(tmp_path / f"images/eye-{case}.png")
+        mask = np.zeros((6, 8), dtype=np.uint8)
+        mask[1:3, 1:3] = 255
+        Image.fromarray(mask).save(tmp_path / f"labels/eye-{case}.png")
+    return tmp_path
+
+
+def expect(report: SiteReport, code: str, severity: str, *words: str) -> None:
+    """The report has a finding of this kind, of one line, that holds these words."""
+    found = [finding for finding in report.findings if (finding.code, finding.severity) == (code, severity)]
+    lines = [f"{finding.message} {finding.remedy}" for finding in found]
+    assert any(all(word in line for word in words) for line in lines), report.findings
+    assert not any("\n" in line for line in lines)
+    if severity == "error":
+        assert all(finding.remedy for finding in found) and not report.ok
+
+
+def test_a_good_site_has_no_findings_and_its_rows_say_what_it_holds(site):
+    report = check_site(site)
+    assert report.ok and not report.findings
+    require_valid(report)
+    row = report.cases[0]
+    assert (row.name, row.shape, row.spacing, row.orientation) == ("case-0", (8, 8, 4), (2, 2, 5), "RAS")
+    assert (row.dtype, row.label_values, row.foreground, row.empty_slices) == ("int16", (0, 1), 12, 0.5)
+    assert {row.section for row in report.cases} == {"training", "validation", "test"}
+    assert json.loads(json.dumps(report.to_dict()))["ok"] is True
+
+
+def test_a_missing_folder_and_a_folder_without_images_are_one_error_each(tmp_path):
+    expect(check_site(tmp_path / "nowhere"), "E02", "error", "nowhere", "<site>/images")
+    (tmp_path / "images").mkdir()
+    expect(check_site(tmp_path), "E02", "error", "no image")
+
+
+def test_images_without_label_and_labels_without_image_are_found(site):
+    (site / "labels" / "case-1.nii.gz").rename(site / "labels" / "case-7.nii.gz")
+    (site / "images" / "notes.txt").touch()
+    report = check_site(site)
+    expect(report, "E03", "error", "case-1", "case-1.nii.gz")
+    expect(report, "E09", "warning", "case-7.nii.gz", "no image")
+    expect(report, "E09", "warning", "notes.txt")
+
+
+def test_a_missing_labels_folder_names_the_layout(site):
+    (site / "labels").rename(site / "masks")
+    expect(check_site(site), "E03", "error", "labels", "<site>/labels")
+
+
+def test_a_label_of_another_shape_is_found(site):
+    save(site / "labels" / "case-2.nii.gz", np.ones((8, 8, 3), dtype=np.uint8))
+    expect(check_site(site), "E04", "error", "case-2", "[8, 8, 4]", "[8, 8, 3]")
+
+
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_a_corrupt_file_is_found_and_the_others_are_still_checked(site, kind):
+    path = site / kind / "case-1.nii.gz"
+    path.write_bytes(path.read_bytes()[:60])
+    report = check_site(site)
+    expect(report, "E05", "error", str(path))
+    assert len(report.cases) == 4 and len(report.errors) == 1
+
+
+@pytest.mark.parametrize("value", [2, 0.5])
+def test_a_label_value_out_of_range_is_found(site, value):
+    label = np.zeros((8, 8, 4), dtype=np.float32)
+    label[0, 0, 0] = value
+    save(site / "labels" / "case-3.nii.gz", label)
+    expect(check_site(site), "E07", "error", "case-3", f"{value:g}", "[0, 1]")
+    if value == 2:
+        assert check_site(site, labels=(0, 1, 2)).ok
+
+
+def test_photographs_masks_of_0_and_255_are_mapped_and_noted(photographs):
+    report = check_site(photographs)
+    assert report.ok
+    expect(report, "E07", "note", "eye-0.png", "255")
+    expect(report, "E09", "note", "pixels")
+    row = report.cases[0]
+    assert (row.shape, row.label_values, row.foreground, row.empty_slices) == ((8, 6), (0, 1), 4, None)
+
+
+def test_a_coloured_mask_and_grey_values_are_out_of_range(photographs):
+    colours = np.zeros((6, 8, 3), dtype=np.uint8)
+    colours[0, 0] = (255, 0, 0)
+    Image.fromarray(colours).save(photographs / "labels/eye-0.png")
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8)).save(photographs / "labels/eye-1.png")
+    report = check_site(photographs)
+    expect(report, "E07", "error", "eye-0.png", "channels")
+    expect(report, "E07", "error", "eye-1.png", "and 41 more")
+
+
+@pytest.mark.parametrize(
+    ("affine", "severity", "word"),
+    [
+        (np.diag([-2.0, 2, 5, 1]), "error", "orientation"),
+        (np.diag([2.0, 2, 4, 1]), "error", "spacing"),
+        (AFFINE + np.array([[0, 0, 0, 9.0]] + [[0] * 4] * 3), "warning", "affine"),
+    ],
+)
+def test_a_label_that_lies_elsewhere_is_found(site, affine, severity, word):
+    save(site / "labels" / "case-1.nii.gz", np.ones((8, 8, 4), dtype=np.uint8), affine)
+    expect(check_site(site), "E09", severity, "case-1", word)
+
+
+def test_mixed_orientation_is_a_warning(site):
+    rng = np.random.default_rng(9)
+    for kind, values in (("images", rng.integers(0, 9, (8, 8, 4))), ("labels", np.ones((8, 8, 4)))):
+        save(site / kind / "case-0.nii.gz", values.astype(np.int16), np.diag([-2.0, -2, 5, 1]))
+    report = check_site(site)
+    assert report.ok
+    expect(report, "E09", "warning", "RAS in 3", "LPS in 1")
+
+
+def test_a_spacing_of_one_millimetre_everywhere_is_noted(site):
+    for path in [*site.glob("images/*"), *site.glob("labels/*")]:
+        save(path, values_of(path), np.eye(4))
+    report = check_site(site)
+    assert report.ok
+    expect(report, "E09", "note", "1 mm", "voxels")
+
+
+def test_an_empty_mask_is_a_warning(site):
+    save(site / "labels" / "case-1.nii.gz", np.zeros((8, 8, 4), dtype=np.uint8))
+    report = check_site(site)
+    assert report.ok and report.cases[1].empty_slices == 1
+    expect(report, "E09", "warning", "case-1", "empty")
+
+
+def test_constant_and_not_finite_images_are_errors(site):
+    values = np.random.default_rng(1).random((8, 8, 4)).astype(np.float32)
+    values[0, 0, :2] = np.nan, np.inf
+    save(site / "images" / "case-0.nii.gz", values)
+    save(site / "images" / "case-1.nii.gz", np.full((8, 8, 4), 7, dtype=np.int16))
+    report = check_site(site)
+    expect(report, "E09", "error", "case-0", "2 value(s)")
+    expect(report, "E09", "error", "case-1", "constant")
+
+
+def test_the_same_image_in_two_sections_is_leakage_and_in_one_a_warning(site):
+    values = values_of(site / "images" / "case-0.nii.gz")
+    save(site / "images" / "case-1.nii", values)
+    (site / "images" / "case-1.nii.gz").unlink()
+    sections = {"training": ["case-0", "case-1"], "validation": ["case-2"], "test": ["case-3"]}
+    (site / "datalist.json").write_text(json.dumps(sections))
+    report = check_site(site)
+    assert report.ok
+    expect(report, "E09", "warning", "case-0", "case-1", "same image")
+    sections = {"training": ["case-0", "case-3"], "validation": ["case-2"], "test": ["case-1"]}
+    (site / "datalist.json").write_text(json.dumps(sections))
+    expect(check_site(site), "E08", "error", "leakage", "case-0", "case-1", "test", "training")
+
+
+def test_every_fault_of_a_datalist_is_found(site):
+    content = {
+        "training": ["case-0", "case-9"],
+        "validation": ["case-1", "case-8"],
+        "patients": {"case-0": "P", "case-1": "P"},
+    }
+    (site / "datalist.json").write_text(json.dumps(content))
+    report = check_site(site)
+    for words in (["case-9"], ["case-8"], ["patient 'P'", "training", "validation"]):
+        expect(report, "E08", "error", "datalist.json", *words)
+    expect(report, "E08", "warning", "leaves out 2", "case-2")
+
+
+def test_too_few_cases_are_found(site):
+    expect(check_site(site, minimum_cases=5), "E06", "error", str(site), "4 case(s)", "5")
+    for case in (0, 1):
+        for kind in ("images", "labels"):
+            (site / kind / f"case-{case}.nii.gz").unlink()
+    report = check_site(site)
+    expect(report, "E06", "error", "2 patient(s)")
+    assert len(report.errors) == 1
+
+
+def test_all_findings_are_collected_and_the_first_error_is_raised_with_a_count(site):
+    (site / "labels" / "case-0.nii.gz").unlink()
+    (site / "images" / "case-1.nii.gz").write_bytes(b"nothing")
+    save(site / "labels" / "case-2.nii.gz", np.full((8, 8, 4), 3, dtype=np.uint8))
+    report = check_site(site)
+    assert [finding.code for finding in report.errors] == ["E03", "E05", "E07"]
+    with pytest.raises(PFedSAMError, match=r"E03: .*case-0.* \(and 2 more\) Add the label") as info:
+        require_valid(report)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.filterwarnings("ignore:slice.*InstanceNumber")
+def test_a_series_of_dicom_slices_is_read_as_a_volume(site):
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    (site / "images" / "case-1.nii.gz").unlink()
+    folder = site / "images" / "case-1"
+    folder.mkdir()
+    for number in range(4):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, CTImageStorage
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        ds = FileDataset(str(folder), {}, file_meta=meta, preamble=b"\0" * 128)
+        ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+        ds.Rows, ds.Columns, ds.InstanceNumber = 8, 8, number + 1
+        ds.PixelSpacing, ds.ImagePositionPatient = [2, 2], [0, 0, 5 * number]
+        ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+        ds.BitsAllocated = ds.BitsStored = 16
+        ds.HighBit, ds.PixelRepresentation = 15, 0
+        ds.PixelData = (np.arange(64, dtype=np.uint16) + number).tobytes()
+        ds.save_as(folder / f"slice-{number}.dcm", enforce_file_format=True)
+    label = np.ones((8, 8, 4), dtype=np.uint8)
+    save(site / "labels" / "case-1.nii.gz", label, np.diag([-2.0, -2, 5, 1]))
+    report = check_site(site)
+    assert report.ok, report.findings
+    row = report.cases[1]
+    assert (row.shape, row.spacing, row.orientation) == ((8, 8, 4), (2, 2, 5), "LPS")
+    (folder / "slice-2.dcm").write_bytes((folder / "slice-2.dcm").read_bytes()[:300])
+    expect(check_site(site), "E05", "error", str(folder), "3 of its 4")
+
+
+def test_the_printed_report_says_errors_in_words_and_shows_every_case(site):
+    (site / "labels" / "case-0.nii.gz").unlink()
+    stream = io.StringIO()
+    print_report(check_site(site), Console(file=stream, width=200, no_color=True))
+    text = stream.getvalue()
+    assert "ERROR E03" in text and "NOT OK" in text and "1 error(s)" in text
+    assert all(f"case-{case}" in text for case in range(4))

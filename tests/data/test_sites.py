@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pfedsam.data.sites import SECTIONS, Case, datalist, listed_split, read_site, read_split, split_site, write_split
+from pfedsam.errors import PFedSAMError
+
+
+def make_site(folder: Path, cases: int = 6, label: str = ".nii.gz") -> Path:
+    """A site of empty files: reading a site opens none of them."""
+    for kind, suffix in (("images", ".nii.gz"), ("labels", label)):
+        (folder / kind).mkdir(parents=True)
+        for case in range(cases):
+            (folder / kind / f"case-{case}{suffix}").touch()
+    return folder
+
+
+def some_cases(patients: int, images: int = 1) -> list[Case]:
+    return [
+        Case(f"p{patient}-{image}", Path(f"images/p{patient}-{image}.png"), None, f"p{patient}")
+        for patient in range(patients)
+        for image in range(images)
+    ]
+
+
+def write_datalist(folder: Path, content: object) -> None:
+    (folder / "datalist.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def refused(code: str, *words: str):
+    """The error has this code, is one line and holds these words."""
+
+    class _Refused:
+        def __enter__(self):
+            self.raises = pytest.raises(PFedSAMError)
+            self.info = self.raises.__enter__()
+
+        def __exit__(self, *exit_):
+            caught = self.raises.__exit__(*exit_)
+            error = self.info.value
+            assert error.code == code and error.remedy and "\n" not in str(error)
+            assert all(word in str(error) for word in words), str(error)
+            return caught
+
+    return _Refused()
+
+
+def test_cases_are_sorted_and_named_without_suffix(tmp_path):
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+    for name in ("b.nii.gz", "a.PNG", "c.dcm", ".hidden.png", "notes.txt"):
+        (tmp_path / "images" / name).touch()
+    (tmp_path / "images" / "d").mkdir()
+    (tmp_path / "images" / "d" / "slice-1").touch()
+    (tmp_path / "images" / "empty").mkdir()
+    for name in ("a.tif", "b.nii", "c.png", "d.nii.gz"):
+        (tmp_path / "labels" / name).touch()
+    cases = read_site(tmp_path)
+    assert [case.name for case in cases] == ["a", "b", "c", "d"]
+    assert [case.label.name for case in cases if case.label] == ["a.tif", "b.nii", "c.png", "d.nii.gz"]
+    assert [case.patient for case in cases] == ["a", "b", "c", "d"]
+
+
+def test_a_missing_or_empty_folder_is_refused_with_the_expected_layout(tmp_path):
+    with refused("E02", "nowhere", "<site>/images/<case>"):
+        read_site(tmp_path / "nowhere")
+    (tmp_path / "images").mkdir()
+    with refused("E02", "no image", "<site>/labels/<case>"):
+        read_site(tmp_path)
+
+
+def test_a_missing_label_is_refused_with_the_files_looked_for(tmp_path):
+    site = make_site(tmp_path / "site")
+    (site / "labels" / "case-2.nii.gz").unlink()
+    with refused("E03", "case-2", "case-2.nii.gz", "case-2.png", "labels"):
+        read_site(site)
+    assert [case.name for case in read_site(site, require_labels=False) if case.label is None] == ["case-2"]
+
+
+def test_two_images_of_one_case_are_refused(tmp_path):
+    site = make_site(tmp_path / "site")
+    (site / "images" / "case-1.png").touch()
+    with refused("E09", "case-1"):
+        read_site(site)
+
+
+@pytest.mark.parametrize(("patients", "images", "folds"), [(3, 1, 3), (10, 1, 3), (7, 3, 3), (11, 2, 5)])
+def test_every_patient_is_tested_exactly_once_over_the_seeds_of_all_folds(patients, images, folds):
+    cases = some_cases(patients, images)
+    tested: Counter[str] = Counter()
+    for seed in range(folds):
+        tested.update(case.name for case in split_site(cases, seed, folds)["test"])
+    assert tested == Counter(case.name for case in cases)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_patient_is_in_two_sections_and_every_case_in_one(seed):
+    cases = some_cases(9, 2)
+    split = split_site(cases, seed)
+    sections = [{case.patient for case in split[section]} for section in SECTIONS]
+    assert all(sections) and sum(map(len, sections)) == 9
+    assert sorted(case.name for section in SECTIONS for case in split[section]) == sorted(case.name for case in cases)
+    assert len(sections[1]) == 1
+
+
+def test_the_split_depends_on_patients_and_seed_only():
+    cases = some_cases(9)
+    moved = [Case(case.name, Path("elsewhere") / case.image, None, case.patient) for case in reversed(cases)]
+    names = [[[c.name for c in split_site(group, 1)[s]] for s in SECTIONS] for group in (cases, moved)]
+    assert names[0] == names[1]
+    first, second = split_site(cases, 0), split_site(cases, 3)
+    assert first["test"] == second["test"]
+    assert len({tuple(case.name for case in split_site(cases, 3 * k)["validation"]) for k in range(8)}) > 1
+
+
+def test_too_few_patients_are_refused():
+    with refused("E06", "2 patient(s)", "images"):
+        split_site(some_cases(2, 4), 0)
+    with refused("E06", "4 patient(s)"):
+        split_site(some_cases(4), 0, folds=5)
+    with refused("E06"):
+        split_site([], 0)
+    with refused("E16"):
+        split_site(some_cases(4), 0, folds=1)
+
+
+def test_datalist_of_a_site_without_file_is_the_split_by_seed(tmp_path):
+    site = make_site(tmp_path / "site")
+    split = split_site(read_site(site), 1)
+    for section in SECTIONS:
+        entries = datalist(site, section, seed=1)
+        assert [entry["case"] for entry in entries] == [case.name for case in split[section]]
+        assert all(Path(entry["image"]).is_file() and Path(entry["label"]).is_file() for entry in entries)
+    with refused("E16", "testing"):
+        datalist(site, "testing")
+
+
+def test_datalist_file_decides_and_its_test_section_may_be_missing(tmp_path):
+    site = make_site(tmp_path / "site")
+    entry = {"image": "images/case-3.nii.gz", "label": "labels/case-3.nii.gz", "patient": "P3"}
+    write_datalist(site, {"training": ["case-5", "case-0"], "validation": [entry]})
+    for seed in (0, 1):
+        assert [entry["case"] for entry in datalist(site, "training", seed)] == ["case-5", "case-0"]
+        assert [(e["case"], e["patient"]) for e in datalist(site, "validation", seed)] == [("case-3", "P3")]
+        assert datalist(site, "test", seed) == []
+
+
+def test_a_map_of_patients_alone_leaves_the_split_to_the_seed(tmp_path):
+    site = make_site(tmp_path / "site", cases=8)
+    write_datalist(site, {"patients": {f"case-{case}": f"P{case // 2}" for case in range(8)}})
+    assert listed_split(site) is None
+    for seed in range(3):
+        split = read_split(site, seed)
+        seen = [{case.patient for case in split[section]} for section in SECTIONS]
+        assert sum(map(len, seen)) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"training": ["case-0", "case-9"], "validation": ["case-1"]}, ["case-9", "training"]),
+        ({"training": ["case-0", "case-1"], "validation": ["case-1"]}, ["case-1", "twice"]),
+        ({"training": ["case-0"]}, ["validation"]),
+        ({"training": [], "validation": ["case-1"]}, ["training"]),
+        ({"training": [7], "validation": ["case-1"]}, ["7"]),
+        ({"training": [{"image": "images/none.png"}], "validation": ["case-1"]}, ["images/none.png"]),
+        ({"training": [{"image": "../site/images/case-0.nii.gz"}], "validation": ["case-1"]}, ["../site"]),
+        ({"training": ["case-0"], "validation": ["case-1"], "patients": {"case-0": "P", "case-1": "P"}}, ["P"]),
+        (
+            {
+                "training": [{"image": "images/case-0.nii.gz", "patient": "Q"}],
+                "validation": [{"image": "images/case-1.nii.gz", "patient": "Q"}],
+            },
+            ["'Q'", "training", "validation"],
+        ),
+        ({"train": ["case-0"]}, ["training"]),
+        ([1, 2], ["training"]),
+    ],
+)
+def test_a_wrong_datalist_is_refused_and_names_the_culprit(tmp_path, content, words):
+    site = make_site(tmp_path / "site")
+    write_datalist(site, content)
+    with refused("E08", "datalist.json", *words):
+        datalist(site, "training")
+
+
+def test_an_unreadable_datalist_is_refused(tmp_path):
+    site = make_site(tmp_path / "site")
+    (site / "datalist.json").write_text("{", encoding="utf-8")
+    with refused("E08", "datalist.json", "JSON"):
+        datalist(site, "training")
+
+
+def test_a_listed_case_without_label_is_refused(tmp_path):
+    site = make_site(tmp_path / "site")
+    (site / "labels" / "case-0.nii.gz").unlink()
+    write_datalist(site, {"training": ["case-1"], "validation": ["case-2"]})
+    assert datalist(site, "training")
+    write_datalist(site, {"training": ["case-0"], "validation": ["case-2"]})
+    with refused("E03", "case-0"):
+        datalist(site, "validation")
+
+
+def test_the_written_split_is_the_split_used_and_can_serve_as_datalist(tmp_path):
+    site = make_site(tmp_path / "site", cases=7)
+    before = sorted(path for path in site.rglob("*"))
+    path = tmp_path / "state" / "split.json"
+    content = write_split(site, path, seed=2, folds=3)
+    assert sorted(path for path in site.rglob("*")) == before
+    assert json.loads(path.read_text()) == content and content["seed"] == 2 and content["folds"] == 3
+    assert [item.name for item in path.parent.iterdir()] == ["split.json"]
+    expected = {section: datalist(site, section, 2) for section in SECTIONS}
+    (site / "datalist.json").write_text(path.read_text())
+    assert {section: datalist(site, section, 0) for section in SECTIONS} == expected
+    assert write_split(site, path)["source"] == "datalist.json"
