@@ -7,7 +7,7 @@ Both apply the rules of `boundary` to every result and record what passed. Neith
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,14 +27,12 @@ from nvflare.app_common.app_constant import AppConstants
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY, Passed, check_headers, check_result
 from pfedsam.federated.plan import plan_of
-from pfedsam.parameters import GROUPS, Manifest, group_of
+from pfedsam.federated.settings import SITE_SETTINGS, site_settings
+from pfedsam.parameters import Manifest, group_of
 
 #: Records in the job's run folder, one JSON object a line.
 SENT_FILE = "pfedsam_sent.jsonl"
 RECEIVED_FILE = "pfedsam_received.jsonl"
-#: The site's own settings, and the key in it that narrows what the site shares.
-SITE_SETTINGS = "pfedsam.json"
-MAY_SHARE = "may_share"
 #: The number of training cases of a site may change by this factor between rounds.
 LARGEST_CHANGE = 10
 
@@ -70,7 +68,7 @@ class PersonalisedFilter(Filter):
         task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
         plan = plan_of(fl_ctx)
         shared = plan.shared()
-        check_site_ceiling(shared, site_ceiling(fl_ctx))
+        check_site_ceiling(shared, site_settings(fl_ctx).may_share)
         passed = check_result(shareable, task, shared=shared, personal=plan.personal(), code="E19")
         if self._is_last_of_ours(fl_ctx, task):
             self._record(passed, task, fl_ctx)
@@ -220,43 +218,18 @@ def require_outgoing_filter(fl_ctx: FLContext, tasks: Iterable[str]) -> None:
             )
 
 
-def site_ceiling(fl_ctx: FLContext) -> frozenset[str] | None:
-    """The parameter groups that this site is willing to share, from its own file; None if it sets no limit.
-
-    Raises:
-        PFedSAMError: E01 if the file or the key is wrong.
-    """
-    path = Path(fl_ctx.get_engine().get_workspace().get_site_config_dir()) / SITE_SETTINGS
-    if not path.exists():
-        return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PFedSAMError(
-            "E01", f"{path} could not be read ({type(error).__name__}).", "Write a JSON object."
-        ) from None
-    if not isinstance(settings, dict):
-        raise PFedSAMError("E01", f"{path} holds no JSON object.", 'Write { "may_share": ["lora_a"] }, for example.')
-    groups = settings.get(MAY_SHARE)
-    if groups is None:
-        return None
-    if not isinstance(groups, list) or any(group not in GROUPS for group in groups):
-        raise PFedSAMError("E01", f"{path}: '{MAY_SHARE}' = {groups!r}.", f"Give a list of some of {list(GROUPS)}.")
-    return frozenset(groups)
-
-
-def check_site_ceiling(shared: Manifest, ceiling: frozenset[str] | None) -> None:
+def check_site_ceiling(shared: Manifest, ceiling: Collection[str] | None) -> None:
     """Refuse a plan that shares more than the site allows.
 
     Raises:
         PFedSAMError: E19 naming the groups above the site's ceiling.
     """
-    above = [] if ceiling is None else sorted({group_of(name) for name in shared} - ceiling)
+    above = [] if ceiling is None else sorted({group_of(name) for name in shared} - set(ceiling))
     if above:
         raise PFedSAMError(
             "E19",
             f"the job shares group(s) {above}, the site allows {sorted(ceiling or ())}.",
-            f"Ask for another strategy, or change '{MAY_SHARE}' in local/{SITE_SETTINGS}.",
+            f"Ask for another strategy, or change 'may_share' in local/{SITE_SETTINGS}.",
         )
 
 

@@ -54,6 +54,7 @@ class SharedStatePersistor(PTFileModelPersistor):
         self.theta0 = theta0
         self._expected: Manifest = {}
         self._fingerprint = ""
+        self._round = -1
 
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable | None:
         """Load theta_0.
@@ -85,6 +86,7 @@ class SharedStatePersistor(PTFileModelPersistor):
         """Put the fingerprint back after each aggregation, when the model has got the aggregator's metadata."""
         super().handle_event(event, fl_ctx)
         if event == AppEventType.AFTER_SHAREABLE_TO_LEARNABLE and self._fingerprint:
+            self._round = int(fl_ctx.get_prop(AppConstants.CURRENT_ROUND, -1))
             model = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
             if isinstance(model, ModelLearnable):
                 meta = model.get(ModelLearnableKey.META) or {}
@@ -94,7 +96,7 @@ class SharedStatePersistor(PTFileModelPersistor):
         """Write the current model, atomically (E12 if it does not fit the plan any more)."""
         saved = self.persistence_manager.to_persistence_dict()
         state = saved[PTModelPersistenceFormatManager.PERSISTENCE_KEY_MODEL]
-        write_global_model(save_path, state, self._fingerprint, self._expected)
+        write_global_model(save_path, state, self._fingerprint, self._expected, self._round)
 
     def _get_model_from_location(self, location: str, fl_ctx: FLContext) -> ModelLearnable | None:
         try:

@@ -47,6 +47,8 @@ class SegmentAnything(nn.Module):
     """
 
     base_fingerprint: str | None = None
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self, backbone: str, image_size: int, classes: int):
         super().__init__()

@@ -108,7 +108,7 @@ class PhaseTrainer(SupervisedTrainer):
         self.state.epoch = self.state.iteration = 0
         self.state.max_epochs = phase.epochs
 
-    def run(self) -> None:
+    def run(self) -> None:  # type: ignore[override]
         """Train the current phase.
 
         Raises:
@@ -199,7 +199,7 @@ class PhaseTrainer(SupervisedTrainer):
             group["lr"] = self.phase.learning_rate * (0.1 + 0.9 * min(1.0, done / total))
 
     def _draw(self) -> None:
-        sampler = getattr(self.data_loader, "sampler", None)
+        sampler: Any = getattr(self.data_loader, "sampler", None)
         if hasattr(sampler, "set_draw"):
             sampler.set_draw(self.round, self.state.epoch)
 

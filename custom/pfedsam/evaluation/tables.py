@@ -1,0 +1,66 @@
+"""The table at the end of a federation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from pfedsam.evaluation.site import MODELS, SiteEvaluation
+
+
+def results(evaluations: Sequence[SiteEvaluation], sent: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """All that the table shows, for JSON.
+
+    Args:
+        evaluations: one of each site.
+        sent: bytes that left each site, by round.
+    """
+    sites = {
+        one.site: {
+            "cases": len(one.scores) // len(MODELS),
+            **{f"dice_{model}": one.mean(model) for model in MODELS},
+            **{f"failures_{model}": one.failures(model) for model in MODELS},
+            "bytes_per_round": int(np.mean(sent[one.site])) if sent.get(one.site) else 0,
+        }
+        for one in evaluations
+    }
+    summary = {
+        f"{kind}_{model}": float(function([site[f"dice_{model}"] for site in sites.values()]))
+        for model in MODELS
+        for kind, function in (("mean", np.mean), ("worst", np.min))
+    }
+    return {"sites": sites, **summary, "cases": [score.to_dict() for one in evaluations for score in one.scores]}
+
+
+def site_table(found: Mapping[str, Any], title: str) -> Table:
+    """The table of `results`: the worst site of each model is marked in words."""
+    table = Table(title=title, caption="Dice over whole volumes of the test cases; failed: nothing found")
+    for name, justify in (
+        ("site", "left"),
+        ("test cases", "right"),
+        ("global Dice", "right"),
+        ("personal Dice", "right"),
+        ("difference", "right"),
+        ("failed (global/personal)", "right"),
+        ("sent per round", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name, site in found["sites"].items():
+        marks = {m: " worst" if site[f"dice_{m}"] == found[f"worst_{m}"] else "" for m in MODELS}
+        table.add_row(
+            name,
+            str(site["cases"]),
+            *(f"{site[f'dice_{m}']:.3f}{marks[m]}" for m in MODELS),
+            f"{site['dice_personal'] - site['dice_global']:+.3f}",
+            f"{site['failures_global']} / {site['failures_personal']}",
+            f"{site['bytes_per_round'] / 1e6:.2f} MB",
+        )
+    table.add_section()
+    gain = found["mean_personal"] - found["mean_global"]
+    table.add_row(
+        "mean of sites", "", *(f"{found[f'mean_{m}']:.3f}" for m in MODELS), f"{gain:+.3f}", "", "", style="bold"
+    )
+    return table

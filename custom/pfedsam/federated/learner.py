@@ -1,0 +1,198 @@
+"""The NVFlare learner: it moves tensors between tasks, `LocalTraining` and the state on disk, and decides nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nvflare.apis.dxo import MetaKey
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from nvflare.app_common.abstract.model_learner import ModelLearner
+from nvflare.app_common.app_constant import AppConstants
+
+from pfedsam.data.checks import check_site, require_valid
+from pfedsam.errors import PFedSAMError
+from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
+from pfedsam.federated.filters import require_outgoing_filter
+from pfedsam.federated.plan import Plan, plan_of
+from pfedsam.federated.scalars import ListedScalars
+from pfedsam.federated.settings import site_folder, site_settings
+from pfedsam.state import SiteState, state_root
+from pfedsam.training.local import LocalTraining, RoundResult
+
+#: Tasks whose results must go through the outgoing filter.
+FILTERED_TASKS = (
+    AppConstants.TASK_TRAIN,
+    AppConstants.TASK_SUBMIT_MODEL,
+    AppConstants.TASK_VALIDATION,
+    AppConstants.TASK_CONFIGURE,
+)
+
+
+class PFedSAMLearner(ModelLearner):
+    """Trains a site's part of a pFedSAM federation.
+
+    An error is told to the server as `SITE_REFUSED:Exx`; its sentence stays in the site's log.
+
+    Args:
+        data_root: folder with the site folders; the site's `local/pfedsam.json` overrides it.
+        device: `auto` or a torch device; the site's file overrides it.
+        threads: of torch, 0 for a default; the site's file overrides it. The default is one in a simulation, where
+            the sites share the cores, else torch's own.
+        tb_writer_id: component that sends scalars, or an empty string for none.
+    """
+
+    def __init__(
+        self, data_root: str = "", device: str = "auto", threads: int = 0, tb_writer_id: str = "tb_writer"
+    ) -> None:
+        super().__init__()
+        self.data_root = data_root
+        self.device = device
+        self.threads = threads
+        self.tb_writer_id = tb_writer_id
+        self._started = False
+        self._problem: PFedSAMError | None = None
+        self._state: SiteState | None = None
+
+    def initialize(self) -> None:
+        """Start once; a problem is kept and told with every task, because NVFlare does not try again."""
+        if self._started:
+            return
+        self._started = True
+        self._guarded(self._start)
+
+    def validate(self, model: FLModel) -> str | FLModel:
+        """Dice of the global model (experts off) on the site's validation cases."""
+        return self._guarded(self._validate, model)
+
+    def train(self, model: FLModel) -> str | FLModel:
+        """One round; returns the whole trainable state, of which the outgoing filter lets the shared part pass."""
+        return self._guarded(self._train, model)
+
+    def configure(self, model: FLModel) -> None:
+        """The final personal phase beside the final global model. Nothing but a return code leaves.
+
+        Raises:
+            RuntimeError: if it failed; NVFlare then answers with its own code.
+        """
+        if isinstance(self._guarded(self._finish, model), str):
+            raise RuntimeError("the final personal phase failed; the reason is in the lines above")
+
+    def get_model(self, model_name: str) -> str | FLModel:
+        """A site's model is not for the server: the task is refused."""
+        return ReturnCode.TASK_UNSUPPORTED
+
+    def finalize(self) -> None:
+        """Give the lock of the state back."""
+        if self._state is not None:
+            self._state.close()
+
+    def _start(self) -> None:
+        require_outgoing_filter(self.fl_ctx, FILTERED_TASKS)
+        plan = plan_of(self.fl_ctx)
+        strategy, site = plan.checked(), site_settings(self.fl_ctx)
+        self._set_threads(site.threads or self.threads)
+        folder = site_folder(site.data_root or self.data_root, self.site_name)
+        require_valid(check_site(folder, seed=int((plan.overrides or {}).get("seed", 0))))
+        output = Path(self.workspace.get_run_dir(self.job_id)) / "bundle"
+        device = site.device or self.device
+        self._local = LocalTraining(plan.bundle, folder, strategy, plan.overrides, output, device)
+        self._local.open()
+        self._open_state(plan, site.state_root)
+        self._scalars = ListedScalars(self.engine.get_component(self.tb_writer_id) if self.tb_writer_id else None)
+        self._local.trainer.should_stop = self.is_aborted
+        self.logger.info(
+            f"{len(self._local.cases)} training and {len(self._local.validation_cases)} validation cases, "
+            f"device {self._local.trainer.state.device}, {torch.get_num_threads()} thread(s)"
+        )
+
+    def _open_state(self, plan: Plan, root: str | None) -> None:
+        fingerprint = self._local.fingerprint
+        self._state = SiteState(state_root(root), plan.federation, self.site_name, plan.bundle, fingerprint)
+        self._state.open()
+        saved = self._state.load()
+        if saved is not None:
+            self._local.restore(saved)
+            self.logger.info(f"personal state of round {saved.info.get('round')} taken from {self._state.folder}")
+
+    def _validate(self, model: FLModel) -> FLModel:
+        metrics = self._receive_and_validate(model)
+        if self.current_round is not None:
+            self._scalars.send("val_dice_global", metrics["val_dice"], self.current_round)
+            self.logger.info(f"round {self.current_round}: global Dice {metrics['val_dice']:.3f}")
+        return FLModel(metrics={**metrics, "n_validation": len(self._local.validation_cases)})
+
+    def _train(self, model: FLModel) -> str | FLModel:
+        self._local.receive(model.params, model.meta.get(FINGERPRINT_KEY))
+        result = self._local.train(self.current_round)
+        if self.is_aborted():
+            return ReturnCode.TASK_ABORTED
+        self._save(final=False)
+        self._report(result)
+        return FLModel(
+            params_type=ParamsType.DIFF,
+            params={name: np.ascontiguousarray(t.numpy()) for name, t in {**result.delta, **result.personal}.items()},
+            meta={
+                MetaKey.NUM_STEPS_CURRENT_ROUND: len(self._local.cases),
+                ROUND_KEY: int(self.current_round),
+                FINGERPRINT_KEY: self._local.fingerprint,
+            },
+        )
+
+    def _finish(self, model: FLModel) -> None:
+        before = self._receive_and_validate(model)
+        result = self._local.finish(self.current_round)
+        if self.is_aborted():
+            return
+        after = self._local.validate(experts=True)
+        self._save(final=True, val_dice_global=before["val_dice"], val_dice_personal=after["val_dice"])
+        self._report(result)
+        self._scalars.send("val_dice_global", before["val_dice"], self.current_round)
+        self._scalars.send("val_dice_personal", after["val_dice"], self.current_round)
+        self.logger.info(
+            f"final personal phase: global Dice {before['val_dice']:.3f}, personal Dice {after['val_dice']:.3f}"
+        )
+
+    def _receive_and_validate(self, model: FLModel) -> dict[str, float]:
+        self._local.receive(model.params, model.meta.get(FINGERPRINT_KEY))
+        return self._local.validate(experts=False)
+
+    def _save(self, final: bool, **metrics: float) -> None:
+        assert self._state is not None
+        self._state.save(self._local.model(round=int(self.current_round), final=final, **metrics))
+
+    def _report(self, result: RoundResult) -> None:
+        for name, phase in result.phases.items():
+            self._scalars.send(f"loss/{name}", phase.mean_loss, self.current_round)
+            if phase.steps:
+                self._scalars.send(f"distilled_share/{name}", phase.distilled_steps / phase.steps, self.current_round)
+        for number, usage in enumerate(result.gates.values()):
+            for key, value in usage.items():
+                tag = "gate_entropy" if key == "entropy" else f"expert_{key}"
+                self._scalars.send(f"{tag}/layer_{number}", value, self.current_round)
+
+    def _guarded(self, work: Any, *args: Any) -> Any:
+        """Do a part of a task; a problem becomes its code. A problem at the start is told again with every task."""
+        try:
+            if self._problem is not None:
+                raise self._problem
+            return work(*args)
+        except PFedSAMError as error:
+            problem = error
+        except Exception as error:
+            self.logger.exception("unexpected error")
+            problem = PFedSAMError("E99", f"{type(error).__name__}: {error}")
+        if work == self._start:
+            self._problem = problem
+        # not NVFlare's log_error: that also fires an event, which a job may forward
+        self.logger.error(str(problem))
+        return problem.as_reply()
+
+    def _set_threads(self, threads: int) -> None:
+        if not threads and self.fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False):
+            threads = 1
+        if threads:
+            torch.set_num_threads(threads)

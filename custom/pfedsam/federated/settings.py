@@ -1,0 +1,84 @@
+"""What a site decides for itself: `local/pfedsam.json` in its NVFlare workspace. No job can change it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from nvflare.apis.fl_context import FLContext
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pfedsam.errors import PFedSAMError
+from pfedsam.parameters import GROUPS
+
+SITE_SETTINGS = "pfedsam.json"
+_UNSET = re.compile(r"\{\$(\w+)\}")
+
+
+class SiteSettings(BaseModel):
+    """The site's own settings.
+
+    Attributes:
+        data_root: folder that holds the site folder `<data_root>/<site name>`, or is the site folder itself.
+        state_root: where the personal state is kept; see `pfedsam.state.state_root`.
+        device: `auto` or a torch device.
+        threads: of torch; by default the cores divided by the sites that are simulated on this machine.
+        may_share: parameter groups that this site is willing to share; None sets no limit but the code's.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data_root: str | None = None
+    state_root: str | None = None
+    device: str | None = None
+    threads: int | None = Field(None, ge=1)
+    may_share: tuple[str, ...] | None = None
+
+
+def site_settings(fl_ctx: FLContext) -> SiteSettings:
+    """The settings of the site that runs the job; all defaults if it has no file.
+
+    Raises:
+        PFedSAMError: E01 naming the file and the wrong key.
+    """
+    path = Path(fl_ctx.get_engine().get_workspace().get_site_config_dir()) / SITE_SETTINGS
+    if not path.exists():
+        return SiteSettings()
+    try:
+        settings = SiteSettings.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PFedSAMError("E01", f"{path} could not be read ({type(error).__name__}).", "Check its mode.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        known = sorted(SiteSettings.model_fields)
+        raise PFedSAMError("E01", f"{path}: {key}: {first['msg']}.", f"Keys: {known}.") from None
+    unknown = [group for group in settings.may_share or () if group not in GROUPS]
+    if unknown:
+        raise PFedSAMError("E01", f"{path}: 'may_share' names {unknown}.", f"Give some of {list(GROUPS)}.")
+    return settings
+
+
+def site_folder(data_root: str | None, site: str) -> Path:
+    """The site folder under a data root.
+
+    Raises:
+        PFedSAMError: E01 if the root is not given, names an environment variable that is not set, or does not exist.
+    """
+    unset = _UNSET.search(data_root or "")
+    if unset:
+        raise PFedSAMError(
+            "E01",
+            f"the environment variable {unset.group(1)} is not set; it names the folder with the site folders.",
+            f"Set it, for example: export {unset.group(1)}=$PWD/runs/phantom (made by `pfedsam phantom`).",
+        )
+    if not data_root:
+        raise PFedSAMError("E01", "no data root is given.", f"Set data_root in the site's local/{SITE_SETTINGS}.")
+    root = Path(os.path.expanduser(data_root))
+    for folder in (root / site, root):
+        if (folder / "images").is_dir():
+            return folder
+    raise PFedSAMError(
+        "E02", f"neither {root / site} nor {root} is a site folder.", "A site folder holds images/ and labels/."
+    )

@@ -1,0 +1,164 @@
+"""One site's side of a federation: its bundle, its data, its rounds. Knows nothing of NVFlare.
+
+The bundle owns loaders, transforms, loss and kind of optimiser; this class sets weights and phases on the bundle's
+trainer and evaluator.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.bundle import ConfigWorkflow
+from torch import Tensor
+
+from pfedsam.bundles import checked_overrides, find_bundle
+from pfedsam.errors import PFedSAMError, first_of_ours
+from pfedsam.networks.sam import SegmentAnything
+from pfedsam.parameters import load_personal_state, load_shared_state, personal_state, shared_state
+from pfedsam.site_model import SiteModel
+from pfedsam.training.phases import Phase, Strategy
+from pfedsam.training.trainer import PhaseReport, PhaseTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RoundResult:
+    """What a round gave: `delta` of the shared tensors, the trained `personal` ones, and a report of each phase."""
+
+    delta: dict[str, Tensor]
+    personal: dict[str, Tensor]
+    phases: dict[str, PhaseReport] = field(default_factory=dict)
+    gates: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class LocalTraining:
+    """Trains and validates at one site.
+
+    Args:
+        bundle: name of an installed bundle.
+        folder: the site folder.
+        strategy: roles and phases.
+        overrides: listed ids of the bundle's configuration with literal values.
+        output_dir: where the bundle may write; stays at the site.
+        device: `auto`, or a torch device.
+
+    Raises:
+        PFedSAMError: from `open`, with the code of whatever is wrong in data, weights or configuration.
+    """
+
+    def __init__(
+        self,
+        bundle: str,
+        folder: str | Path,
+        strategy: Strategy,
+        overrides: Mapping[str, Any] | None = None,
+        output_dir: str | Path = "runs",
+        device: str = "auto",
+    ) -> None:
+        self.bundle, self.folder, self.strategy = bundle, Path(folder), strategy
+        self.overrides, self.output_dir, self.device = overrides, Path(output_dir), device
+        self.network: SegmentAnything
+        self.trainer: PhaseTrainer
+
+    def open(self) -> None:
+        """Build the bundle's training workflow on this site's data."""
+        root = find_bundle(self.bundle)
+        try:
+            settings = {"bundle_root": str(root), "dataset_dir": str(self.folder), "output_dir": str(self.output_dir)}
+            settings |= {"train#handlers": "$[]", "validate#handlers": "$[]"}  # the round validates, not the epochs
+            if self.device != "auto":
+                settings["device"] = f"$torch.device({self.device!r})"
+            workflow = ConfigWorkflow(
+                config_file=str(root / "configs" / "train.json"),
+                meta_file=str(root / "configs" / "metadata.json"),
+                logging_file=False,
+                workflow_type="train",
+                **settings,
+                **checked_overrides(self.overrides),
+            )
+            workflow.initialize()
+            parsed = workflow.parser.get_parsed_content
+            self.trainer, self.evaluator = parsed("train#trainer"), parsed("validate#evaluator")
+            self.cases, self.validation_cases = parsed("train#data_list"), parsed("validate#data_list")
+            self.network = self.trainer.network
+        except Exception as error:
+            raise first_of_ours(error) or PFedSAMError(
+                "E16", f"bundle '{self.bundle}' could not be started: {error}", "Try it alone: monai.bundle run."
+            ) from error
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the base weights and the network's settings."""
+        return str(self.network.base_fingerprint)
+
+    def receive(self, theta: Mapping[str, np.ndarray | Tensor], fingerprint: str | None) -> None:
+        """Load the global model.
+
+        Raises:
+            PFedSAMError: E11 if it belongs to other base weights, E12 if its tensors do not fit.
+        """
+        if fingerprint != self.fingerprint:
+            raise PFedSAMError(
+                "E11",
+                f"the federation has base weights {str(fingerprint)[:12]}, this site {self.fingerprint[:12]}.",
+                "Use the checkpoint, backbone and image size that the federation agreed on.",
+            )
+        load_shared_state(self.network, self.strategy.roles, theta)
+        self._received = shared_state(self.network, self.strategy.roles)
+
+    def restore(self, model: SiteModel) -> None:
+        """Take back the personal part and its optimiser's moments."""
+        load_personal_state(self.network, self.strategy.roles, model.personal)
+        self.trainer.load_moments(model.moments)
+
+    def validate(self, experts: bool) -> dict[str, float]:
+        """Mean Dice over the validation cases, as volumes, of the global (experts off) or the personal model."""
+        with self.network.experts(experts):
+            self.evaluator.run()
+        return {"val_dice": float(self.evaluator.state.metrics["val_dice"])}
+
+    def train(self, round_number: int) -> RoundResult:
+        """One round beside the global model received last."""
+        result = self._run(self.strategy.phases, round_number)
+        result.delta = {
+            name: tensor - self._received[name]
+            for name, tensor in shared_state(self.network, self.strategy.roles).items()
+        }
+        return result
+
+    def finish(self, round_number: int) -> RoundResult:
+        """The final personal phase beside the global model received last: nothing is to be sent."""
+        return self._run(self.strategy.final, round_number)
+
+    def model(self, **info: Any) -> SiteModel:
+        """The personal part with the shared part *as received*: the pair that was trained together."""
+        model = SiteModel.of(self.network, self.strategy.roles, bundle=self.bundle, strategy=self.strategy.name, **info)
+        model.shared, model.moments = dict(self._received), self.trainer.moments()
+        return model
+
+    def _run(self, phases: tuple[Phase, ...], round_number: int) -> RoundResult:
+        result = RoundResult({}, {})
+        for number, phase in enumerate(phases):
+            for layer in self.network.expert_layers().values():
+                layer.forget_usage()
+            self.trainer.set_phase(phase, self.strategy.roles, round_number, number)
+            self.trainer.run()
+            report = result.phases[phase.name] = self.trainer.report
+            if phase.experts:
+                result.gates = {name: layer.usage() for name, layer in self.network.expert_layers().items()}
+            logger.info(
+                "round %s, phase '%s': %d steps, mean loss %.3f, %d steps distilled",
+                round_number,
+                phase.name,
+                report.steps,
+                report.mean_loss,
+                report.distilled_steps,
+            )
+        result.personal = personal_state(self.network, self.strategy.roles)
+        return result

@@ -1,0 +1,190 @@
+"""Runs of the simulator that several tests look at. Each starts when the first test asks for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from filelock import FileLock
+from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+from simulated import FEDERATION, Job, Run, component, simulate
+
+from pfedsam.data.phantom import write_phantom
+from pfedsam.site_model import read, write
+
+#: Personal values that nothing but a leak can bring to the server.
+CANARY = np.float32(1.5) + np.arange(256, dtype=np.float32) * np.float32(1.2345e-3)
+
+
+@pytest.fixture(scope="session")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two phantom sites."""
+    folder = tmp_path_factory.mktemp("federation") / "phantom"
+    write_phantom(folder, sites=2, cases=6, shape=(48, 48, 8))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clean_run(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One round of two sites, with everything on: aggregation, final phase, evaluation, TensorBoard."""
+    return simulate(tmp_path_factory.mktemp("clean"), Job(), federation)
+
+
+@pytest.fixture(scope="session")
+def resumed_run(clean_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Round 1 of the same federation, from the global model of the first run, with a canary in each site's state."""
+    folder = tmp_path_factory.mktemp("resumed")
+    shutil.copytree(clean_run.state_root, folder / "kept")
+    for number, site in enumerate(("site-1", "site-2")):
+        plant_canary(clean_run.state_folder(site), folder / "kept", number)
+    job = Job()
+    job.server["start_round"] = 1
+    job.custom["start.safetensors"] = clean_run.global_model.read_bytes()
+    component(job.server, "persistor")["args"]["source_ckpt_file_full_name"] = "start.safetensors"
+    return simulate(folder, job, clean_run.data)
+
+
+def canary_of(number: int) -> np.ndarray:
+    """The canary of one site."""
+    return CANARY * np.float32(1 - 2 * number)
+
+
+def plant_canary(source: Path, state_root: Path, number: int) -> None:
+    """Put the canary into the first `up_bias` of a copied state."""
+    target = state_root / FEDERATION / source.parent.name / source.name
+    (target / "previous.safetensors").unlink()
+    model = read(source / "state.safetensors")
+    name = min(name for name in model.personal if name.endswith("up_bias"))
+    bias = model.personal[name].numpy()
+    bias[...] = canary_of(number).reshape(bias.shape)
+    write(target / "state.safetensors", model)
+
+
+#: What is wrong at each site of `troubled_run`, and the code that reaches the server.
+TROUBLES = {
+    "site-1": ("label out of range", "E07"),
+    "site-2": ("corrupt image", "E05"),
+    "site-3": ("state in use by another job", "E14"),
+    "site-4": ("PFEDSAM_DATA is not set", "E01"),
+    "site-5": ("unknown strategy key", "E16"),
+    "site-6": ("other base weights", "E11"),
+    "site-7": ("loss is not finite", "E17"),
+}
+
+
+@pytest.fixture(scope="session")
+def troubled_run(clean_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Sites with a trouble each (see `TROUBLES`); two of them with a state of an earlier run."""
+    folder = tmp_path_factory.mktemp("troubled")
+    names = list(TROUBLES)
+    data = folder / "data"
+    for name in names:
+        shutil.copytree(clean_run.data / "site-1", data / name)
+        if name in ("site-3", "site-7"):
+            source = clean_run.state_folder("site-1")
+            shutil.copytree(source, folder / "kept" / FEDERATION / name / source.name)
+    job = Job(sites=len(names))
+    job.server["min_clients"] = 1
+    job.server["workflows"][0]["args"]["wait_time_after_min_received"] = 120
+    # only site-4 takes the data root from the variable that is not set
+    for name in names:
+        if name != "site-4":
+            component(job.site(name), "learner")["args"]["data_root"] = "{$TEST_DATA}"
+    _out_of_range(sorted((data / "site-1" / "labels").iterdir())[0])
+    sorted((data / "site-2" / "images").iterdir())[0].write_bytes(b"this is no image")
+    job.site("site-4")
+    job.site_plan("site-5")["strategy"]["phases"][0]["learnin_rate"] = 0.1
+    job.site_plan("site-6")["overrides"]["lora_rank"] = 2
+    job.site_plan("site-7")["strategy"]["phases"][0]["learning_rate"] = 1e30
+    (state,) = (folder / "kept" / FEDERATION / "site-3").iterdir()
+    with FileLock(state / "lock"):
+        return simulate(folder, job, data, environment={"PFEDSAM_DATA": None, "TEST_DATA": str(data)})
+
+
+def _out_of_range(label: Path) -> None:
+    image = nib.load(label)
+    values = np.asarray(image.dataobj).astype(np.uint8)
+    values[0, 0, 0] = 9
+    nib.save(nib.Nifti1Image(values, image.affine), label)
+
+
+#: How each leaky site leaks, round by round. site-1 has no filter, site-2 one for a task that does not exist, and site-3
+#: the filter of the checked-in job.
+LEAKS = {
+    "site-1": ["metadata", "headers", "raw", "listed"],
+    "site-2": ["plain", "name", "code", "initial_metrics"],
+    "site-3": ["metadata", "headers", "raw", "name"],
+}
+
+
+@pytest.fixture(scope="session")
+def leaking_run(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Four rounds of three leaky sites (see `LEAKS`), an honest one, and site-5: the real learner without the filter."""
+    folder = tmp_path_factory.mktemp("leaking")
+    data = folder / "data"
+    # every site trains on data of its own, so that its experts are like no other's
+    sources = {"site-1": (1, 1), "site-2": (2, 2), "site-3": (1, 2), "site-4": (2, 1), "site-5": (1, 1)}
+    for name, (first, second) in sources.items():
+        _mixed(federation / f"site-{first}", federation / f"site-{second}", data / name)
+    job = Job(sites=len(sources))
+    job.server["num_rounds"], job.server["min_clients"] = 4, 1
+    job.server["workflows"] = job.server["workflows"][:1]
+    job.server["workflows"][0]["args"]["wait_time_after_min_received"] = 120
+    for name, leaks in LEAKS.items():
+        client = job.site(name)
+        component(client, "learner")["path"] = "leaky.LeakyLearner"
+        executor = client["executors"][0]["executor"]
+        executor["path"], executor["args"] = "leaky.LeakyExecutor", {"learner_id": "learner", "leaks": leaks}
+    job.site("site-1")["task_result_filters"] = job.site("site-5")["task_result_filters"] = []
+    job.site("site-2")["task_result_filters"][0]["tasks"] = ["training"]
+    return simulate(folder, job, data)
+
+
+def _mixed(first: Path, second: Path, out: Path) -> None:
+    """A site folder with the first half of one site's cases and the second half of another's."""
+    for kind in ("images", "labels"):
+        (out / kind).mkdir(parents=True)
+        for number, (one, other) in enumerate(
+            zip(*(sorted((p / kind).iterdir()) for p in (first, second)), strict=True)
+        ):
+            source = one if number < 3 else other
+            shutil.copyfile(source, out / kind / source.name)
+
+
+#: What a site or a server must list beside NVFlare's defaults to run the job without `app/custom`.
+LOCKED_CLASSES = (
+    "nvflare.app_common.workflows.broadcast_and_process.BroadcastAndProcess",
+    "pfedsam.federated.filters.IncomingGuard",
+    "pfedsam.federated.filters.PersonalisedFilter",
+    "pfedsam.federated.final_phase.FinalPersonalPhase",
+    "pfedsam.federated.learner.PFedSAMLearner",
+    "pfedsam.federated.persistor.SharedStatePersistor",
+    "pfedsam.federated.plan.Plan",
+)
+
+
+def allow_our_classes(workspace: Path) -> None:
+    """What the administrator of a site does by hand, once."""
+    (workspace / "local").mkdir()
+    classes = [*DEFAULT_CLASS_ALLOW_LIST, *LOCKED_CLASSES]
+    settings = {"format_version": 2, "class_allow_list": classes}
+    (workspace / "local" / "resources.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture(scope="session")
+def locked_run(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The locked form, one thread for two sites: NVFlare starts a process for every single task."""
+    job = Job(recorded=False)
+    job.server["workflows"] = job.server["workflows"][:2]
+    folder = tmp_path_factory.mktemp("locked")
+    return simulate(folder, job, federation, threads=1, locked=True, prepare=allow_our_classes)
+
+
+@pytest.fixture(scope="session")
+def refused_run(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The locked form where nobody lists our classes."""
+    return simulate(tmp_path_factory.mktemp("refused"), Job(recorded=False), federation, locked=True)

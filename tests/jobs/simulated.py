@@ -1,0 +1,234 @@
+"""Runs of the checked-in job in NVFlare's simulator, each with its own home, workspace and state root."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import recorder
+from recorder import Item
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+SOURCE = ROOT / "jobs" / "pfedsam"
+#: A network and batches small enough for a test.
+TINY = {"backbone": "vit_test", "image_size": 64, "batch_size": 4}
+FEDERATION = "phantom-demo"
+BUNDLE = "brain_lesion_mri"
+JOB_ID = "simulate_job"
+#: Seconds after which a run is stopped.
+LIMIT = 300
+
+
+def component(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A component of a configuration, by its id."""
+    return next(one for one in config["components"] if one["id"] == name)
+
+
+@dataclass
+class Job:
+    """The checked-in job with other settings.
+
+    Attributes:
+        sites: number of sites.
+        recorded: whether the server records and the sites copy their states.
+        special: configurations of single sites; a site without one has `client`.
+    """
+
+    sites: int = 2
+    recorded: bool = True
+    special: dict[str, dict[str, Any]] = field(default_factory=dict)
+    custom: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.server = json.loads((SOURCE / "app/config/config_fed_server.json").read_text())
+        self.client = json.loads((SOURCE / "app/config/config_fed_client.json").read_text())
+        self.server["min_clients"], self.server["num_rounds"] = self.sites, 1
+        self.plan["overrides"] = dict(TINY)
+        if self.recorded:
+            self.server["components"].append({"id": "recorder", "path": "recorder.Recorder"})
+            self.client["components"].append({"id": "watcher", "path": "recorder.StateWatcher"})
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The plan's arguments, one dict for both sides."""
+        args = component(self.server, "plan")["args"]
+        component(self.client, "plan")["args"] = args
+        return args
+
+    def site(self, name: str) -> dict[str, Any]:
+        """The configuration of one site alone, to be changed."""
+        return self.special.setdefault(name, deepcopy(self.client))
+
+    def site_plan(self, name: str) -> dict[str, Any]:
+        """The plan's arguments of one site alone, to be changed."""
+        return component(self.site(name), "plan")["args"]
+
+    def write(self, folder: Path, locked: bool = False) -> Path:
+        """Write the job folder: one app for all, or one for the server and one for each site."""
+        names = [f"site-{number + 1}" for number in range(self.sites)]
+        apps = {"app": ["@ALL"]}
+        if self.special:
+            apps = {"app": ["server"], **{f"app_{name}": [name] for name in names}}
+        for app, (target, *_) in apps.items():
+            shutil.copytree(SOURCE / "app", folder / app)
+            client = self.special.get(target, self.client)
+            (folder / app / "config/config_fed_server.json").write_text(json.dumps(self.server))
+            (folder / app / "config/config_fed_client.json").write_text(json.dumps(client))
+            if locked:
+                shutil.rmtree(folder / app / "custom")
+                continue
+            for name in ("recorder.py", "leaky.py"):
+                shutil.copyfile(HERE / name, folder / app / "custom" / name)
+            for name, data in self.custom.items():
+                (folder / app / "custom" / name).write_bytes(data)
+        meta = json.loads((SOURCE / "meta.json").read_text())
+        (folder / "meta.json").write_text(json.dumps(meta | {"min_clients": 1, "deploy_map": apps}))
+        return folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended, and where everything is."""
+
+    folder: Path
+    data: Path
+    exit_code: int
+    output: str
+    seconds: float
+
+    @property
+    def workspace(self) -> Path:
+        return self.folder / "ws"
+
+    @property
+    def state_root(self) -> Path:
+        return self.folder / "kept"
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "home"
+
+    @property
+    def global_model(self) -> Path:
+        return self.workspace / "server" / JOB_ID / "app_server" / "global_model.safetensors"
+
+    def state_folder(self, site: str) -> Path:
+        """The only state folder of a site."""
+        (folder,) = (self.state_root / FEDERATION / site).iterdir()
+        return folder
+
+    def site_log(self, site: str) -> str:
+        return (self.workspace / site / "log.txt").read_text()
+
+    def server_log(self) -> str:
+        return (self.workspace / "server" / "log.txt").read_text()
+
+    def sent(self, site: str) -> list[dict[str, Any]]:
+        """What the site's filter wrote down."""
+        return _lines(self.workspace / site / JOB_ID / "pfedsam_sent.jsonl")
+
+    def received(self) -> list[dict[str, Any]]:
+        """What the server's guard wrote down."""
+        return _lines(self.workspace / "server" / JOB_ID / "pfedsam_received.jsonl")
+
+    @cached_property
+    def items(self) -> list[Item]:
+        return recorder.read_items(self.folder / "record")
+
+    @cached_property
+    def frames(self) -> bytes:
+        return b"".join(recorder.read_frames(self.folder / "record"))
+
+    @cached_property
+    def server_files(self) -> dict[str, bytes]:
+        return recorder.server_files(self.workspace)
+
+    def results(self, site: str, task: str = "train") -> list[Item]:
+        """Results of a site as the server received them, before the guard."""
+        return [one for one in self.items if (one.kind, one.site, one.task) == ("result", site, task)]
+
+    @cached_property
+    def watched(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "states").iterdir())
+
+    def personal_windows(self, site: str) -> set[bytes]:
+        """Windows of every personal tensor and moment that the site ever had on its disk."""
+        files = [*(self.folder / "states" / site).glob("*"), *self.state_root.glob(f"*/{site}/*/*.safetensors")]
+        return recorder.needles(array for path in files for array in recorder.personal_arrays(path).values())
+
+
+def simulate(
+    folder: Path,
+    job: Job | Path,
+    data: Path,
+    *,
+    sites: int | None = None,
+    threads: int | None = None,
+    locked: bool = False,
+    environment: Mapping[str, str | None] | None = None,
+    prepare: Callable[[Path], None] | None = None,
+) -> Run:
+    """Run a job to its end.
+
+    Args:
+        folder: everything is written below it; `kept` in it is the state root and may be there already.
+        job: the job.
+        data: folder of the site folders.
+        sites: number of sites, if `job` is a folder.
+        threads: sites that run at the same time; by default all.
+        locked: run the form without `app/custom`.
+        environment: further variables; None takes one away.
+        prepare: is called with the workspace before the start.
+    """
+    for name in ("home", "record", "states", "kept", "ws"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    if prepare is not None:
+        prepare(folder / "ws")
+    number = job.sites if isinstance(job, Job) else int(sites or 0)
+    job_folder = job.write(folder / "job", locked) if isinstance(job, Job) else job
+    variables: dict[str, str | None] = {
+        **os.environ,
+        "HOME": str(folder / "home"),
+        "MPLCONFIGDIR": str(data.parent / "matplotlib"),
+        "PFEDSAM_DATA": str(data),
+        "PFEDSAM_STATE_ROOT": str(folder / "kept"),
+        recorder.RECORD: str(folder / "record"),
+        recorder.STATES: str(folder / "states"),
+        "OMP_NUM_THREADS": "1",
+        **(environment or {}),
+    }
+    nvflare = Path(sys.executable).parent / "nvflare"
+    command = [nvflare, "simulator", job_folder, "-w", folder / "ws", "-n", number, "-t", threads or number]
+    started = time.monotonic()
+    with (folder / "output.txt").open("wb") as output:
+        process = subprocess.Popen(
+            [str(one) for one in command],
+            cwd=folder,
+            env={key: value for key, value in variables.items() if value is not None},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(LIMIT)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    seconds = time.monotonic() - started
+    return Run(folder, data, code, (folder / "output.txt").read_text(errors="replace"), seconds)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

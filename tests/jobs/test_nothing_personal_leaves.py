@@ -1,0 +1,274 @@
+"""Nothing personal reaches the server, by value: a recorder at the server keeps all that arrives in real runs."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import LEAKS, TROUBLES, canary_of
+from recorder import Item, needles, occurring, personal_arrays, texts_in, words_in
+from simulated import Run, component
+
+from pfedsam.errors import code_of_reply
+from pfedsam.federated.boundary import METRICS
+from pfedsam.federated.scalars import LISTED
+from pfedsam.site_model import read
+
+RUNS = ("clean_run", "resumed_run", "troubled_run")
+SITES = ("site-1", "site-2")
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> Run:
+    return request.getfixturevalue(request.param)
+
+
+def everything(run: Run) -> dict[str, bytes]:
+    """All that the server got or wrote, by where it is."""
+    files = {f"server/{name}": name.encode() + b"\0" + data for name, data in run.server_files.items()}
+    items = {f"{one.kind} {one.site} {one.task} {one.number}": b"" for one in run.items}
+    for one in run.items:
+        items[f"{one.kind} {one.site} {one.task} {one.number}"] += one.blob()
+    return {"frames": run.frames, **items, **files}
+
+
+def found_in(wanted: set[bytes], run: Run) -> list[str]:
+    return [where for where, data in everything(run).items() if occurring(wanted, data)]
+
+
+# ---- the recorder itself ------------------------------------------------------------------------------------------
+
+
+def test_the_search_finds_every_window_at_any_offset() -> None:
+    array = np.random.default_rng(0).normal(size=256).astype(np.float32)
+    wanted = needles([array])
+    assert len(wanted) > 64
+    for offset in range(9):
+        assert len(occurring(wanted, b"x" * offset + array.tobytes() + b"tail")) == 64
+    assert not occurring(wanted, np.random.default_rng(1).bytes(100_000))
+
+
+@pytest.mark.parametrize("form", ["halves", "doubles", "hexadecimal", "list"])
+def test_the_search_finds_other_forms_of_the_values(form: str) -> None:
+    import msgpack
+
+    array = np.random.default_rng(0).normal(size=64).astype(np.float32)
+    data = {
+        "halves": array.astype(np.float16).tobytes(),
+        "doubles": array.astype(np.float64).tobytes(),
+        "hexadecimal": array.tobytes().hex().encode(),
+        "list": msgpack.packb(array.tolist()),
+    }[form]
+    assert occurring(needles([array]), data)
+
+
+def test_constants_are_no_needles() -> None:
+    assert not needles([np.zeros(64, np.float32), np.full(64, 0.1, np.float32), np.arange(64)])
+
+
+@pytest.mark.parametrize("run", ["clean_run", "resumed_run"], indirect=True)
+def test_the_recorder_sees_what_may_pass(run: Run) -> None:
+    for site in SITES:
+        (result,) = run.results(site)
+        sent = [value for _, value in result.leaves if isinstance(value, np.ndarray)]
+        shared = needles(sent)
+        # the values that do travel are found in the frames: the recorder is not blind
+        raw = {one for one in shared if one in b"".join(array.tobytes() for array in sent)}
+        assert len(raw) > 100
+        assert len(occurring(raw, run.frames)) > 0.95 * len(raw)
+        assert len(run.results(site, "configure")) == 1
+        assert run.results(site, "validate")
+    assert {one.kind for one in run.items} >= {"result", "fed.analytix_log_stats"}
+
+
+@pytest.mark.parametrize("run", ["clean_run", "resumed_run"], indirect=True)
+def test_every_personal_tensor_is_searched_for(run: Run) -> None:
+    for site in SITES:
+        arrays = personal_arrays(run.state_folder(site) / "state.safetensors")
+        assert {name.partition("/")[0] for name in arrays} == {"personal", "moments"}
+        for name, array in arrays.items():
+            assert array.size == 1 or needles([array]), f"{name} gives nothing to look for"
+        assert len(list((run.folder / "states" / site).iterdir())) >= 2, "a state after each task"
+
+
+# ---- the real learner ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", ["clean_run", "resumed_run"], indirect=True)
+@pytest.mark.parametrize("site", SITES)
+def test_no_personal_value_reaches_the_server(run: Run, site: str) -> None:
+    wanted = run.personal_windows(site)
+    assert len(wanted) > 10_000
+    assert found_in(wanted, run) == []
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_no_canary_reaches_the_server(resumed_run: Run, number: int) -> None:
+    site = SITES[number]
+    model = read(resumed_run.state_folder(site) / "state.safetensors")
+    name = min(name for name in model.personal if name.endswith("up_bias"))
+    # the site did go on from the planted values: training moved them, but not far
+    assert np.abs(model.personal[name].numpy().ravel() - canary_of(number)).max() < 0.5
+    wanted = needles([canary_of(number)])
+    assert len(wanted) > 64
+    assert found_in(wanted, resumed_run) == []
+
+
+@pytest.mark.parametrize("run", ["clean_run", "resumed_run"], indirect=True)
+def test_a_result_holds_shared_tensors_and_listed_values_only(run: Run) -> None:
+    for one in run.items:
+        if one.kind != "result":
+            continue
+        arrays = {where.split("/")[-1] for where, value in one.leaves if isinstance(value, np.ndarray)}
+        assert not any("experts" in name for name in arrays)
+        assert bool(arrays) == (one.task == "train")
+        metrics = {where.split("/")[-1] for where, _ in one.leaves if "/initial_metrics/" in where}
+        if one.task == "validate":
+            metrics = {where.split("/")[-1] for where, _ in one.leaves if where.startswith("/DXO/data/")}
+            assert "val_dice" in metrics
+        assert metrics <= set(METRICS)
+
+
+@pytest.mark.parametrize("run", RUNS, indirect=True)
+def test_scalars_have_listed_tags_and_numbers(run: Run) -> None:
+    events = [one for one in run.items if one.kind != "result"]
+    assert {one.kind for one in events} <= {"fed.analytix_log_stats"}
+    tags = [value for one in events for where, value in one.leaves if where.endswith("/track_key")]
+    assert len(tags) == len(events)
+    assert all(LISTED.fullmatch(tag) for tag in tags)
+    values = [value for one in events for where, value in one.leaves if where.endswith("/track_value")]
+    assert len(values) == len(events)
+    assert all(isinstance(value, float) for value in values)
+
+
+def private_texts(run: Run) -> list[str]:
+    """Case names, and every folder that only a site knows.
+
+    The workspace is not among them as such: in a simulation the server's folder lies beside those of the sites, and its
+    own log names its own files. The folders of the sites in it are.
+    """
+    cases = {path.name.split(".")[0] for path in run.data.glob("*/*/*.nii.gz")}
+    assert len(cases) >= 6
+    folders = [run.data, run.state_root, run.home, *(run.workspace / site.name for site in run.data.glob("site-*"))]
+    return [*sorted(cases), *map(str, folders), "safetensors.", "nii.gz"]
+
+
+@pytest.mark.parametrize("run", RUNS, indirect=True)
+def test_no_case_name_and_no_path_of_a_site_reaches_the_server(run: Run) -> None:
+    for where, data in everything(run).items():
+        assert texts_in(private_texts(run), data) == [], where
+
+
+@pytest.mark.parametrize("run", RUNS, indirect=True)
+def test_no_traceback_reaches_the_server(run: Run) -> None:
+    for where, data in everything(run).items():
+        assert texts_in(["Traceback", 'File "/'], data) == [], where
+
+
+@pytest.mark.parametrize("run", RUNS, indirect=True)
+def test_no_host_name_reaches_the_server(run: Run) -> None:
+    """In what the sites sent; the server's own TensorBoard files bear the server's host name, which is the same here."""
+    host = socket.gethostname()
+    assert words_in(host, [text for one in run.items for text in one.texts()]) == []
+    if len(host) >= 6 and host != "localhost":  # a shorter name is found in any bytes
+        assert texts_in([host], run.frames) == []
+
+
+def test_an_error_reaches_the_server_as_its_code_only(troubled_run: Run) -> None:
+    for site, (_, code) in TROUBLES.items():
+        assert [one.return_code for one in troubled_run.results(site)] == [f"SITE_REFUSED:{code}"]
+        sentences = set(re.findall(rf"{code}: (.+)", troubled_run.site_log(site)))
+        assert sentences, f"{site} does not say in its own log what is wrong"
+        for where, data in everything(troubled_run).items():
+            assert texts_in([*sentences, *(one[:40] for one in sentences)], data) == [], where
+
+
+# ---- a site that wants to leak ------------------------------------------------------------------------------------
+
+
+def own_windows(run: Run, site: str) -> set[bytes]:
+    """Windows that belong to one site alone: some experts are not trained in the first steps and equal at all sites."""
+    others = [other for other in (*LEAKS, "site-4") if other != site]
+    return run.personal_windows(site).difference(*(run.personal_windows(other) for other in others))
+
+
+def leaked(run: Run, site: str, number: int) -> Item:
+    (result,) = (one for one in run.results(site) if one.number == number)
+    return result
+
+
+UNFILTERED = [(site, number, LEAKS[site][number]) for site in ("site-1", "site-2") for number in range(4)]
+
+
+@pytest.mark.parametrize(("site", "number", "way"), UNFILTERED, ids=[f"{site}-{way}" for site, _, way in UNFILTERED])
+def test_the_recorder_turns_red_without_the_filter(leaking_run: Run, site: str, number: int, way: str) -> None:
+    """site-1 has no filter, site-2 one whose `tasks` are wrong."""
+    found = occurring(own_windows(leaking_run, site), leaked(leaking_run, site, number).blob())
+    assert found, f"the recorder does not see a leak by {way}"
+    assert occurring(found, leaking_run.frames)
+
+
+@pytest.mark.parametrize("number", range(4), ids=LEAKS["site-3"])
+def test_the_filter_stops_the_leak(leaking_run: Run, number: int) -> None:
+    wanted = own_windows(leaking_run, "site-3")
+    assert len(wanted) > 10_000
+    result = leaked(leaking_run, "site-3", number)
+    assert not occurring(wanted, result.blob())
+    assert not any("notes" in where or "qkv.lora_a" in where for where, _ in result.leaves if "blocks.0" in where)
+    assert not any("notes" in where for where, _ in result.leaves)
+    refused = LEAKS["site-3"][number] in ("raw", "name")
+    assert result.return_code == ("SITE_REFUSED:E19" if refused else "OK")
+    assert leaking_run.sent("site-3")[number]["reply"] == result.return_code
+
+
+def test_nothing_of_a_filtered_site_is_in_any_frame_or_file(leaking_run: Run) -> None:
+    for site in ("site-3", "site-4"):
+        assert found_in(own_windows(leaking_run, site), leaking_run) == []
+
+
+def test_the_guard_keeps_the_leaks_off_the_servers_disk(leaking_run: Run) -> None:
+    for site in ("site-1", "site-2"):
+        wanted = own_windows(leaking_run, site)
+        for name, data in leaking_run.server_files.items():
+            # the server's own log repeats NVFlare's message with the return code that was sent, whatever it holds
+            if not (site == "site-2" and name.startswith("log")):
+                assert not occurring(wanted, data), name
+
+
+def test_the_guard_refuses_what_it_cannot_rebuild(leaking_run: Run) -> None:
+    by_site = {site: [one for one in leaking_run.received() if one["client"] == site] for site in LEAKS}
+    # hidden beside good tensors: the tensors are rebuilt and the rest is dropped; else refused
+    assert [one["accepted"] for one in by_site["site-1"]] == [True, True, False, True]
+    assert [one["accepted"] for one in by_site["site-2"]] == [False, False, True, False]
+    assert by_site["site-2"][2]["reply"] == "EXECUTION_EXCEPTION", "the text of the return code is dropped"
+    assert {one["code"] for one in by_site["site-1"] + by_site["site-2"] if not one["accepted"]} == {"E20"}
+
+
+def test_the_real_learner_refuses_to_train_without_the_filter(leaking_run: Run) -> None:
+    assert {one.return_code for one in leaking_run.results("site-5")} == {"SITE_REFUSED:E15"}
+    log = leaking_run.site_log("site-5")
+    assert "E15: the first outgoing filter of task 'train' is not pfedsam.federated.filters.PersonalisedFilter" in log
+    assert "steps, mean loss" not in log, "it trained"
+    assert not (leaking_run.state_root / "phantom-demo" / "site-5").exists()
+    assert "SITE_REFUSED:E15" in leaking_run.server_log()
+    assert code_of_reply("SITE_REFUSED:E15") == "E15"
+
+
+def test_the_checked_in_job_names_every_task_of_its_filters() -> None:
+    """A filter without the right `tasks` is silently never applied (see site-2 above)."""
+    from simulated import Job
+
+    job = Job()
+    (executor,) = job.client["executors"]
+    (ours,) = job.client["task_result_filters"]
+    (guard,) = job.server["task_result_filters"]
+    assert set(ours["tasks"]) == set(executor["tasks"]) == set(guard["tasks"])
+    assert component(job.client, "learner")["path"] == "pfedsam.federated.learner.PFedSAMLearner"
+
+
+def test_the_recording_lies_outside_the_workspace(clean_run: Run) -> None:
+    assert Path(clean_run.folder / "record") not in clean_run.workspace.parents
+    assert not list(clean_run.workspace.rglob("frames.bin"))

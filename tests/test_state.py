@@ -1,0 +1,270 @@
+"""The state of a site: one job at a time, always a valid file, and no state ever overwritten by another's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pfedsam import state as module
+from pfedsam.errors import PFedSAMError
+from pfedsam.site_model import SiteModel, write
+from pfedsam.state import CURRENT, LOCK, PREVIOUS, SiteState, delete_state, list_states, state_root
+
+FINGERPRINT = "ab" * 32
+ROLES = {"shared": ["lora_a"], "personal": ["experts"]}
+HOLD = """
+import sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+input()
+"""
+
+
+def site_state(root: Path, fingerprint: str = FINGERPRINT, site: str = "site-1", bundle: str = "brain") -> SiteState:
+    return SiteState(root, "federation", site, bundle, fingerprint)
+
+
+def model(round_number: int, fingerprint: str = FINGERPRINT) -> SiteModel:
+    return SiteModel(
+        {"a": torch.full((100,), float(round_number))},
+        {"b": torch.ones(3)},
+        {"b#step": torch.tensor(1.0)},
+        {"fingerprint": fingerprint, "roles": ROLES, "round": round_number},
+    )
+
+
+@pytest.fixture
+def opened(tmp_path):
+    state = site_state(tmp_path)
+    state.open()
+    yield state
+    state.close()
+
+
+def code_of(call, *args) -> str:
+    with pytest.raises(PFedSAMError) as caught:
+        call(*args)
+    return caught.value.code
+
+
+def round_of(state: SiteState) -> int:
+    found = state.load()
+    assert found is not None
+    return found.info["round"]
+
+
+def corrupt(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+# the root -------------------------------------------------------------------------------------------------------------
+
+
+def test_root_is_the_sites_setting_then_the_variable_then_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(module.ROOT_VARIABLE, str(tmp_path / "variable"))
+    assert state_root("~/setting") == tmp_path / "setting"
+    assert state_root() == tmp_path / "variable"
+    monkeypatch.delenv(module.ROOT_VARIABLE)
+    assert state_root() == state_root("") == tmp_path / ".pfedsam"
+
+
+def test_nothing_is_written_before_it_is_opened(tmp_path):
+    state = site_state(tmp_path)
+    assert state.load() is None and not list(tmp_path.iterdir())
+
+
+def test_folder_is_the_owners_only(opened, tmp_path):
+    assert opened.folder == tmp_path / "federation" / "site-1" / f"brain-{FINGERPRINT[:12]}"
+    opened.save(model(1))
+    opened.save(model(2))
+    for folder in (opened.folder, *list(opened.folder.parents)[:2]):
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.name: path.stat().st_mode & 0o777 for path in opened.folder.iterdir() if path.name != LOCK} == {
+        CURRENT: 0o600,
+        PREVIOUS: 0o600,
+    }
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the administrator may write everywhere")
+def test_root_that_cannot_be_written_is_an_error_of_ours(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        assert code_of(site_state(tmp_path).open) == "E13"
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_root_that_is_a_file_is_an_error_of_ours(tmp_path):
+    (tmp_path / "root").write_text("")
+    assert code_of(site_state(tmp_path / "root").open) == "E13"
+
+
+# one job at a time ----------------------------------------------------------------------------------------------------
+
+
+def test_second_job_is_refused_until_the_first_gives_the_lock_back(opened, tmp_path):
+    second = site_state(tmp_path)
+    assert code_of(second.open) == "E14"
+    opened.close()
+    second.open()
+    assert code_of(opened.open) == "E14"
+    second.close()
+
+
+def test_another_site_bundle_or_base_is_not_in_the_way(opened, tmp_path):
+    for other in (
+        site_state(tmp_path, site="site-2"),
+        site_state(tmp_path, bundle="fundus"),
+        site_state(tmp_path, fingerprint="cd" * 32),
+    ):
+        other.open()
+        other.close()
+
+
+def test_lock_of_another_process_is_respected_and_goes_with_it(opened):
+    opened.close()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(opened.folder / LOCK)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        assert code_of(opened.open) == "E14"
+        process.kill()
+        process.wait()
+    opened.open()
+
+
+# save and load --------------------------------------------------------------------------------------------------------
+
+
+def test_empty_state_is_none_and_a_saved_one_comes_back(opened):
+    assert opened.load() is None
+    opened.save(model(1))
+    found = opened.load()
+    assert found.info["round"] == 1 and torch.equal(found.shared["a"], torch.full((100,), 1.0))
+    assert set(found.moments) == {"b#step"}
+    assert not (opened.folder / PREVIOUS).exists()
+
+
+def test_state_is_there_for_a_job_that_is_submitted_again(opened, tmp_path):
+    opened.save(model(1))
+    opened.close()
+    again = site_state(tmp_path)
+    again.open()
+    assert round_of(again) == 1
+    again.close()
+
+
+def test_state_before_the_last_is_kept_and_used_when_the_last_is_corrupt(opened):
+    for number in (1, 2, 3):
+        opened.save(model(number))
+    assert round_of(opened) == 3
+    corrupt(opened.folder / CURRENT)
+    assert round_of(opened) == 2
+    (opened.folder / CURRENT).unlink()
+    assert round_of(opened) == 2
+    assert {path.name for path in opened.folder.iterdir()} == {PREVIOUS, LOCK}
+
+
+def test_saving_goes_on_after_a_corrupt_state(opened):
+    opened.save(model(1))
+    opened.save(model(2))
+    corrupt(opened.folder / CURRENT)
+    opened.save(model(3))
+    assert round_of(opened) == 3
+
+
+def test_two_corrupt_states_are_an_error_and_not_a_fresh_start(opened):
+    opened.save(model(1))
+    corrupt(opened.folder / CURRENT)
+    assert code_of(opened.load) == "E13"
+    opened.save(model(2))
+    corrupt(opened.folder / CURRENT)
+    assert code_of(opened.load) == "E13"
+
+
+@pytest.mark.parametrize("rename", [1, 2])
+def test_a_failing_save_leaves_a_state_that_can_be_loaded(opened, monkeypatch, rename):
+    opened.save(model(1))
+    opened.save(model(2))
+    real, calls = os.replace, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == rename:
+            raise OSError("disk full")
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        assert code_of(opened.save, model(3)) == "E13"
+    # the first rename puts the new state in place
+    assert round_of(opened) == 1 + rename
+    opened.save(model(4))
+    assert round_of(opened) == 4
+    assert {path.name for path in opened.folder.iterdir()} == {CURRENT, PREVIOUS, LOCK}
+
+
+def test_state_of_other_base_weights_is_in_another_folder_and_never_overwritten(opened, tmp_path):
+    opened.save(model(1))
+    other = site_state(tmp_path, fingerprint="cd" * 32)
+    other.open()
+    assert other.load() is None
+    other.save(model(9, "cd" * 32))
+    assert other.folder != opened.folder
+    assert (round_of(opened), round_of(other)) == (1, 9)
+    other.close()
+
+
+def test_state_of_other_base_weights_in_this_folder_is_refused(opened):
+    """The folder's name has twelve letters of the fingerprint only."""
+    opened.save(model(1, FINGERPRINT[:12] + "0" * 52))
+    assert code_of(opened.load) == "E11"
+
+
+# list and delete ------------------------------------------------------------------------------------------------------
+
+
+def test_all_states_are_listed_in_order_also_a_corrupt_one(tmp_path):
+    assert list_states(tmp_path) == list_states(tmp_path / "none") == []
+    for site, bundle in (("site-2", "brain"), ("site-1", "with-dash"), ("site-1", "brain")):
+        state = site_state(tmp_path, site=site, bundle=bundle)
+        state.open()
+        state.save(model(5))
+        state.close()
+    corrupt(state.folder / CURRENT)
+    entries = list_states(tmp_path)
+    assert [(e.federation, e.site, e.bundle, e.fingerprint) for e in entries] == [
+        ("federation", "site-1", "brain", FINGERPRINT[:12]),
+        ("federation", "site-1", "with-dash", FINGERPRINT[:12]),
+        ("federation", "site-2", "brain", FINGERPRINT[:12]),
+    ]
+    assert entries[0].problem and entries[0].info == {}
+    assert not entries[1].problem and entries[1].info["round"] == 5
+    assert entries[1].file.is_file()
+
+
+def test_deleted_state_is_gone_with_the_one_before_it_and_others_stay(opened, tmp_path):
+    opened.save(model(1))
+    opened.save(model(2))
+    opened.close()
+    write(tmp_path / "federation" / "site-2" / "brain-1" / CURRENT, model(1))
+    first, second = list_states(tmp_path)
+    delete_state(first)
+    assert not first.folder.parent.exists() and second.file.is_file()
+    delete_state(second)
+    assert not list(tmp_path.iterdir())
+
+
+def test_state_that_a_job_works_on_is_not_deleted(opened, tmp_path):
+    opened.save(model(1))
+    (entry,) = list_states(tmp_path)
+    assert code_of(delete_state, entry) == "E14"
+    assert round_of(opened) == 1

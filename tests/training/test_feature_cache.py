@@ -1,0 +1,149 @@
+"""The cache of the frozen trunk: the same features, each computed once, within its limit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.inferers import SliceInferer
+from torch import Tensor
+
+from pfedsam.inferers import CachedSliceInferer
+from pfedsam.networks.sam import build_network
+from pfedsam.training.feature_cache import GIB, FeatureCache
+
+torch.set_num_threads(1)
+ROW = 2 * 3 * 4  # values of one row
+
+
+class Trunk:
+    """Doubles the images and notes how many it saw."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype, self.seen = dtype, 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
+        return (2 * images).to(self.dtype)
+
+
+def images(*numbers: int) -> Tensor:
+    return torch.stack([torch.arange(ROW).view(2, 3, 4) / 7 + number for number in numbers])
+
+
+@pytest.fixture(params=["memory", "disk"])
+def folder(request, tmp_path) -> str | None:
+    return str(tmp_path / "cache") if request.param == "disk" else None
+
+
+def limit(rows: float, itemsize: int = 4) -> float:
+    return rows * ROW * itemsize / GIB
+
+
+def test_features_are_those_of_the_trunk_and_computed_once(folder):
+    trunk, cache = Trunk(), FeatureCache(1e-4, folder)
+    for keys in ([1, 2], [2, 3], [3, 1, 2], [5, 1, 4]):
+        assert torch.equal(cache.features(trunk, images(*keys), keys), 2 * images(*keys))
+    assert trunk.seen == len(cache) == cache.misses == 5
+    assert cache.hits == 5
+    assert cache.bytes == 5 * ROW * 4
+
+
+def test_stored_features_do_not_change_with_what_is_done_to_a_batch(folder):
+    trunk, cache = Trunk(), FeatureCache(1e-4, folder)
+    for _ in range(3):
+        features = cache.features(trunk, images(1, 2), [1, 2])
+        assert torch.equal(features, 2 * images(1, 2))
+        features.zero_()
+
+
+def test_limit_is_kept_and_the_summary_says_why(folder):
+    trunk, cache = Trunk(), FeatureCache(limit(2.5), folder)
+    for _ in range(2):
+        assert torch.equal(cache.features(trunk, images(1, 2, 3), [1, 2, 3]), 2 * images(1, 2, 3))
+    assert len(cache) == 2 and cache.bytes <= cache.limit
+    assert trunk.seen == 4  # the third one again
+    assert "full" in cache.summary() and "cache_limit_gb" in cache.summary() and "2 slices" in cache.summary()
+
+
+def test_summary_of_a_cache_that_holds_everything_says_nothing_of_a_limit(folder):
+    cache = FeatureCache(limit(2), folder)
+    cache.features(Trunk(), images(1, 2), [1, 2])
+    assert len(cache) == 2 and "full" not in cache.summary() and "2 computed" in cache.summary()
+
+
+def test_limit_of_zero_turns_the_cache_off(folder):
+    trunk, cache = Trunk(), FeatureCache(0, folder)
+    for _ in range(2):
+        assert torch.equal(cache.features(trunk, images(1), [1]), 2 * images(1))
+    assert trunk.seen == 2 and not len(cache) and "off" in cache.summary()
+
+
+def test_limit_below_one_slice_stores_nothing(folder):
+    trunk, cache = Trunk(), FeatureCache(limit(0.5), folder)
+    for _ in range(2):
+        assert torch.equal(cache.features(trunk, images(1), [1]), 2 * images(1))
+    assert not len(cache) and "full" in cache.summary()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_reduced_features_are_close_and_take_half_the_bytes(folder, dtype, error):
+    cache = FeatureCache(limit(2, 2), folder, dtype)
+    exact = cache.features(Trunk(), images(1, 2), [1, 2])
+    again = cache.features(Trunk(), images(1, 2), [1, 2])
+    assert len(cache) == 2 and cache.bytes == 2 * ROW * 2
+    assert again.dtype == exact.dtype == torch.float32
+    assert torch.allclose(again, exact, rtol=error, atol=0)
+
+
+def test_dtype_of_the_trunk_is_kept_in_every_batch(folder):
+    """Under autocast a trunk gives bfloat16; a step must not depend on what is in the cache."""
+    cache = FeatureCache(1e-4, folder)
+    found = [cache.features(Trunk(torch.bfloat16), images(*keys), keys).dtype for keys in ([1, 2], [2, 3], [1, 3])]
+    assert found == [torch.bfloat16] * 3
+
+
+def test_features_of_another_shape_are_computed_anew(folder):
+    trunk, cache = Trunk(), FeatureCache(1e-4, folder)
+    cache.features(trunk, images(1), [1])
+    for _ in range(2):
+        assert torch.equal(cache.features(trunk, images(2)[..., :2], [2]), 2 * images(2)[..., :2])
+    assert len(cache) == 1
+
+
+def test_file_of_a_cache_is_the_owners_only_and_goes_with_it(tmp_path):
+    cache = FeatureCache(1e-4, str(tmp_path / "cache"))
+    cache.features(Trunk(), images(1), [1])
+    (file,) = (tmp_path / "cache").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert "cache" in cache.summary()
+    del cache
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_nothing_is_written_before_the_first_feature(tmp_path):
+    FeatureCache(1.0, str(tmp_path / "cache"))
+    assert not list(tmp_path.iterdir())
+
+
+# volumes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["meta tensor", "tensor"])
+@torch.no_grad()
+def test_inference_with_the_cache_equals_inference_without_it(folder, kind):
+    network = build_network("vit_test", 32)
+    settings = {"roi_size": (32, 32), "sw_batch_size": 3, "spatial_dim": 2}
+    cache = FeatureCache(0.01, folder)
+    cached, plain = CachedSliceInferer(cache, **settings), SliceInferer(**settings)
+    for _ in range(2):
+        for case, depth in (("a", 7), ("b", 4)):
+            volume = torch.rand(1, 3, 32, 32, depth, generator=torch.Generator().manual_seed(depth))
+            expected = plain(volume, network)
+            if kind == "meta tensor":
+                volume = MetaTensor(volume, meta={"filename_or_obj": [f"{case}.nii.gz"]})
+            found = cached(volume, network)
+            assert found.shape == (1, 1, 32, 32, depth)
+            assert torch.allclose(torch.as_tensor(found), expected, atol=1e-5)
+    # a volume without a name cannot be told from another one
+    assert (len(cache), cache.hits) == ((11, 11) if kind == "meta tensor" else (0, 0))
