@@ -92,6 +92,7 @@ def simulate(
     ),
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds in all; by default the job's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws, and the test fold: seed modulo 3.")] = 0,
+    validate_every: Annotated[int | None, typer.Option(min=1, help="Validate every so many rounds only.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override of the bundle, as key=value; may be repeated.")
     ] = None,
@@ -100,7 +101,8 @@ def simulate(
     from pfedsam.federated.simulation import Simulation
 
     overrides = {"seed": seed, **_literals(set_ or [])}
-    _federate(Simulation(data, out, job, federation, rounds, overrides))
+    strategy = {} if validate_every is None else {"validate_every": validate_every}
+    _federate(Simulation(data, out, job, federation, rounds, overrides, strategy))
 
 
 @app.command()
@@ -211,12 +213,24 @@ def job_export(
     console.print(f"{out} written" + (", locked: it carries no code" if locked else ""))
 
 
+@job_app.command("allow")
+def job_allow(
+    workspace: Annotated[Path, typer.Argument(help="Workspace of a site, a server or the simulator.")],
+    job: Annotated[str, typer.Option(help="Name of a packaged job, or a job folder.")] = "pfedsam",
+) -> None:
+    """Allow the classes of a locked job at a site: adds them to <workspace>/local/resources.json."""
+    from pfedsam.federated.jobs import allow_classes, find_job
+
+    path, added = allow_classes(find_job(job), workspace)
+    console.print(f"{path}: {len(added)} classes added", *added, sep="\n  ", highlight=False)
+
+
 #: The demo is as small as it can be and still show the effect: see DEMO in the README.
 DEMO_CASES = 9
-DEMO_SHAPE = (96, 96, 14)
+DEMO_SHAPE = (96, 96, 12)
 DEMO_OVERRIDES: dict[str, Any] = {
-    "adapted_blocks": 1,
-    "batch_size": 4,
+    "image_size": 64,
+    "batch_size": 2,
     "augmentations": 1,
     "positives_per_case": 3,
     "negatives_per_case": 1,

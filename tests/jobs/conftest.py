@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,10 +9,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 from filelock import FileLock
-from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
-from simulated import FEDERATION, Job, Run, component, simulate
+from simulated import FEDERATION, SOURCE, Job, Run, component, simulate
 
 from pfedsam.data.phantom import write_phantom
+from pfedsam.federated.jobs import allow_classes
 from pfedsam.site_model import read, write
 
 #: Personal values that nothing but a leak can bring to the server.
@@ -112,7 +111,7 @@ def _out_of_range(label: Path) -> None:
     nib.save(nib.Nifti1Image(values, image.affine), label)
 
 
-#: How each leaky site leaks, round by round. site-1 has no filter, site-2 one for a task that does not exist, and site-3
+#: How each leaky site leaks, round by round. site-1 has no filter, site-2 one for a task that does not exist, site-3
 #: the filter of the checked-in job.
 LEAKS = {
     "site-1": ["metadata", "headers", "raw", "listed"],
@@ -123,7 +122,7 @@ LEAKS = {
 
 @pytest.fixture(scope="session")
 def leaking_run(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Four rounds of three leaky sites (see `LEAKS`), an honest one, and site-5: the real learner without the filter."""
+    """Four rounds of leaky sites (see `LEAKS`), an honest one, and site-5: the real learner without the filter."""
     folder = tmp_path_factory.mktemp("leaking")
     data = folder / "data"
     # every site trains on data of its own, so that its experts are like no other's
@@ -167,21 +166,18 @@ LOCKED_CLASSES = (
 )
 
 
-def allow_our_classes(workspace: Path) -> None:
-    """What the administrator of a site does by hand, once."""
-    (workspace / "local").mkdir()
-    classes = [*DEFAULT_CLASS_ALLOW_LIST, *LOCKED_CLASSES]
-    settings = {"format_version": 2, "class_allow_list": classes}
-    (workspace / "local" / "resources.json").write_text(json.dumps(settings))
-
-
 @pytest.fixture(scope="session")
 def locked_run(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The locked form, one thread for two sites: NVFlare starts a process for every single task."""
+    """The locked form, one thread for two sites: NVFlare starts a process for every single task.
+
+    The classes are listed by what an administrator calls once, `pfedsam job allow`.
+    """
     job = Job(recorded=False)
     job.server["workflows"] = job.server["workflows"][:2]
     folder = tmp_path_factory.mktemp("locked")
-    return simulate(folder, job, federation, threads=1, locked=True, prepare=allow_our_classes)
+    _, added = allow_classes(SOURCE, folder / "ws")
+    assert tuple(added) == LOCKED_CLASSES
+    return simulate(folder, job, federation, threads=1, locked=True)
 
 
 @pytest.fixture(scope="session")

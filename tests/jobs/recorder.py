@@ -184,48 +184,75 @@ def personal_arrays(state_file: Path) -> dict[str, np.ndarray]:
         return {name: file.get_tensor(name) for name in names}
 
 
-def needles(arrays: Iterable[np.ndarray]) -> set[bytes]:
-    """Windows of 16 bytes of the arrays: raw, as halves and doubles, in hexadecimal, and as MessagePack writes lists.
+class Needles:
+    """Windows of 16 bytes to look for.
 
     Windows with little in them (zeros, constants) would be found anywhere and are left out.
     """
-    found: set[bytes] = set()
-    for array in arrays:
-        flat = np.ascontiguousarray(array).ravel()
-        if flat.dtype.kind != "f":
-            continue
-        found |= _windows(flat.tobytes())
-        found |= _windows(flat.tobytes().hex().encode())
-        found |= _windows(flat.astype(np.float16).tobytes())
-        found |= _windows(flat.astype(np.float64).tobytes())
-        packed = np.empty((flat.size, 9), dtype=np.uint8)
-        packed[:, 0] = 0xCB
-        packed[:, 1:] = flat.astype(">f8").view(np.uint8).reshape(-1, 8)
-        pairs = packed[: flat.size // 2 * 2].reshape(-1, 18)
-        found |= _windows(np.ascontiguousarray(pairs[:, :WINDOW]).tobytes())
-    return found
+
+    def __init__(self, windows: Iterable[bytes]) -> None:
+        self.windows = frozenset(windows)
+        self._keys = np.unique(np.frombuffer(b"".join(one[:8] for one in self.windows), dtype=np.uint64))
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __sub__(self, others: Iterable[Needles]) -> Needles:
+        return Needles(self.windows.difference(*(other.windows for other in others)))
+
+    @classmethod
+    def of(cls, arrays: Iterable[np.ndarray], forms: bool = True) -> Needles:
+        """Windows of the arrays as they are, and in other forms if asked for.
+
+        The forms: halves, doubles, hexadecimal digits, and a list of numbers as MessagePack writes it.
+        """
+        found: set[bytes] = set()
+        for array in arrays:
+            flat = np.ascontiguousarray(array).ravel()
+            if flat.dtype.kind != "f":
+                continue
+            found |= _windows(flat.tobytes())
+            if forms:
+                found |= _windows(flat.tobytes().hex().encode())
+                found |= _windows(flat.astype(np.float16).tobytes())
+                found |= _windows(flat.astype(np.float64).tobytes())
+                found |= _windows(_packed(flat))
+        return cls(found)
+
+    def in_(self, haystack: bytes) -> set[bytes]:
+        """Those that occur in the haystack, at any offset."""
+        found: set[bytes] = set()
+        if not self.windows:
+            return found
+        for shift in range(8):
+            words = np.frombuffer(haystack, np.uint64, max(len(haystack) - shift, 0) // 8, shift)
+            places = np.searchsorted(self._keys, words).clip(max=len(self._keys) - 1)
+            for index in np.flatnonzero(self._keys[places] == words):
+                start = shift + 8 * int(index)
+                window = haystack[start : start + WINDOW]
+                if window in self.windows:
+                    found.add(window)
+        return found
+
+
+def _packed(flat: np.ndarray) -> bytes:
+    """The first 16 of each 18 bytes that MessagePack takes for two floats of a list."""
+    packed = np.empty((flat.size, 9), dtype=np.uint8)
+    packed[:, 0] = 0xCB
+    packed[:, 1:] = flat.astype(">f8").view(np.uint8).reshape(-1, 8)
+    return packed[: flat.size // 2 * 2].reshape(-1, 18)[:, :WINDOW].tobytes()
 
 
 def _windows(data: bytes) -> set[bytes]:
     rows = np.frombuffer(data[: len(data) // WINDOW * WINDOW], dtype=np.uint8).reshape(-1, WINDOW)
-    different = (np.diff(np.sort(rows, axis=1), axis=1) != 0).sum(axis=1) + 1
-    different_key = (np.diff(np.sort(rows[:, :8], axis=1), axis=1) != 0).sum(axis=1) + 1
-    return {row.tobytes() for row in rows[(different >= 8) & (different_key >= 4)]}
+    rich = _different(rows) >= 8
+    rich &= _different(rows[:, :8]) >= 4
+    return {row.tobytes() for row in rows[rich]}
 
 
-def occurring(wanted: set[bytes], haystack: bytes) -> set[bytes]:
-    """Those of the wanted windows that occur in the haystack, at any offset."""
-    if not wanted or len(haystack) < WINDOW:
-        return set()
-    keys = np.unique(np.frombuffer(b"".join(one[:8] for one in wanted), dtype=np.uint64))
-    found = set()
-    for shift in range(8):
-        words = np.frombuffer(haystack[shift : shift + (len(haystack) - shift) // 8 * 8], dtype=np.uint64)
-        for index in np.flatnonzero(np.isin(words, keys)):
-            window = haystack[shift + 8 * int(index) : shift + 8 * int(index) + WINDOW]
-            if window in wanted:
-                found.add(window)
-    return found
+def _different(rows: np.ndarray) -> np.ndarray:
+    """How many different bytes each row has."""
+    return (np.diff(np.sort(rows, axis=1), axis=1) != 0).sum(axis=1) + 1
 
 
 def texts_in(texts: Iterable[str], haystack: bytes) -> list[str]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import recorder
-from recorder import Item
+from recorder import Item, Needles
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -160,48 +160,64 @@ class Run:
         return [one for one in self.items if (one.kind, one.site, one.task) == ("result", site, task)]
 
     @cached_property
-    def watched(self) -> list[str]:
-        return sorted(path.name for path in (self.folder / "states").iterdir())
+    def everything(self) -> dict[str, bytes]:
+        """All that the server got or wrote, by where it is."""
+        found = {"frames": self.frames}
+        for one in self.items:
+            where = f"{one.kind} {one.site} {one.task} {one.number}"
+            found[where] = found.get(where, b"") + b"\0" + one.blob()
+        for name, data in self.server_files.items():
+            found[f"server/{name}"] = name.encode() + b"\0" + data
+        return found
 
-    def personal_windows(self, site: str) -> set[bytes]:
+    def needles(self, site: str) -> Needles:
         """Windows of every personal tensor and moment that the site ever had on its disk."""
-        files = [*(self.folder / "states" / site).glob("*"), *self.state_root.glob(f"*/{site}/*/*.safetensors")]
-        return recorder.needles(array for path in files for array in recorder.personal_arrays(path).values())
+        if site not in self._needles:
+            files = [*(self.folder / "states" / site).glob("*"), *self.state_root.glob(f"*/{site}/*/*.safetensors")]
+            parts = []
+            for path in {path.read_bytes(): path for path in files}.values():
+                arrays = recorder.personal_arrays(path)
+                parts.append(Needles.of(array for name, array in arrays.items() if name.startswith("personal/")))
+                parts.append(Needles.of(arrays.values(), forms=False))
+            self._needles[site] = Needles(window for part in parts for window in part.windows)
+        return self._needles[site]
+
+    @cached_property
+    def _needles(self) -> dict[str, Needles]:
+        return {}
+
+    def found(self, wanted: Needles) -> list[str]:
+        """Where at the server any of the wanted windows occurs."""
+        return [where for where, data in self.everything.items() if wanted.in_(data)]
 
 
 def simulate(
     folder: Path,
-    job: Job | Path,
+    job: Job,
     data: Path,
     *,
-    sites: int | None = None,
     threads: int | None = None,
     locked: bool = False,
     environment: Mapping[str, str | None] | None = None,
-    prepare: Callable[[Path], None] | None = None,
 ) -> Run:
     """Run a job to its end.
 
     Args:
-        folder: everything is written below it; `kept` in it is the state root and may be there already.
+        folder: everything is written below it; `kept` in it is the state root, `ws` the workspace; they may be there
+            already.
         job: the job.
         data: folder of the site folders.
-        sites: number of sites, if `job` is a folder.
         threads: sites that run at the same time; by default all.
         locked: run the form without `app/custom`.
         environment: further variables; None takes one away.
-        prepare: is called with the workspace before the start.
     """
     for name in ("home", "record", "states", "kept", "ws"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    if prepare is not None:
-        prepare(folder / "ws")
-    number = job.sites if isinstance(job, Job) else int(sites or 0)
-    job_folder = job.write(folder / "job", locked) if isinstance(job, Job) else job
+    job_folder = job.write(folder / "job", locked)
     variables: dict[str, str | None] = {
         **os.environ,
         "HOME": str(folder / "home"),
-        "MPLCONFIGDIR": str(data.parent / "matplotlib"),
+        "MPLCONFIGDIR": str(folder.parent / "matplotlib"),
         "PFEDSAM_DATA": str(data),
         "PFEDSAM_STATE_ROOT": str(folder / "kept"),
         recorder.RECORD: str(folder / "record"),
@@ -210,7 +226,7 @@ def simulate(
         **(environment or {}),
     }
     nvflare = Path(sys.executable).parent / "nvflare"
-    command = [nvflare, "simulator", job_folder, "-w", folder / "ws", "-n", number, "-t", threads or number]
+    command = [nvflare, "simulator", job_folder, "-w", folder / "ws", "-n", job.sites, "-t", threads or job.sites]
     started = time.monotonic()
     with (folder / "output.txt").open("wb") as output:
         process = subprocess.Popen(

@@ -77,6 +77,61 @@ def server_settings(job: Path) -> dict[str, Any]:
     return json.loads((job / "app" / "config" / SERVER).read_text())
 
 
+def classes_of(job: Path) -> list[str]:
+    """Exact class paths that a job needs beside those that NVFlare allows by default."""
+    from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+
+    named: set[str] = set()
+    for name in (SERVER, CLIENT):
+        _collect_paths(json.loads((job / "app" / "config" / name).read_text()), named)
+    return sorted(named - set(DEFAULT_CLASS_ALLOW_LIST))
+
+
+def allow_classes(job: Path, workspace: Path) -> tuple[Path, list[str]]:
+    """Add the classes of a job to the list of a site, a server or a simulator workspace.
+
+    Args:
+        job: the job folder.
+        workspace: NVFlare workspace; its `local/resources.json` is written, from `resources.json.default` if there is
+            one and from NVFlare's default list if not.
+
+    Returns:
+        The file and the classes that were added. Exact classes, no prefix: a prefix would also admit every callable
+        that our modules import.
+
+    Raises:
+        PFedSAMError: E01 if the file that is there cannot be read.
+    """
+    from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+
+    path = workspace / "local" / "resources.json"
+    settings: dict[str, Any] = {"format_version": 2}
+    for source in (path, path.with_name("resources.json.default")):
+        if source.exists():
+            try:
+                settings = json.loads(source.read_text())
+            except ValueError as error:
+                raise PFedSAMError("E01", f"{source} is no JSON: {error}.", "Mend it by hand.") from None
+            break
+    allowed = list(settings.get("class_allow_list", DEFAULT_CLASS_ALLOW_LIST))
+    added = [name for name in classes_of(job) if name not in allowed]
+    settings["class_allow_list"] = [*allowed, *added]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+    return path, added
+
+
+def _collect_paths(node: Any, named: set[str]) -> None:
+    if isinstance(node, dict):
+        if isinstance(node.get("path"), str):
+            named.add(node["path"])
+        for value in node.values():
+            _collect_paths(value, named)
+    elif isinstance(node, list):
+        for value in node:
+            _collect_paths(value, named)
+
+
 def _component(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     for component in config["components"]:
         if component["id"] == name:

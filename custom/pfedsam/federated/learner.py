@@ -119,8 +119,11 @@ class PFedSAMLearner(ModelLearner):
             self.logger.info(f"personal state of round {saved.info.get('round')} taken from {self._state.folder}")
 
     def _validate(self, model: FLModel) -> FLModel:
+        before_training = self.current_round is not None
+        if before_training and not self._local.validates(int(self.current_round)):
+            return FLModel(metrics={"n_validation": len(self._local.validation_cases)})
         metrics = self._receive_and_validate(model)
-        if self.current_round is not None:
+        if before_training:
             self._scalars.send("val_dice_global", metrics["val_dice"], self.current_round)
             self.logger.info(f"round {self.current_round}: global Dice {metrics['val_dice']:.3f}")
         return FLModel(metrics={**metrics, "n_validation": len(self._local.validation_cases)})

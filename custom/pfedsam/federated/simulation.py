@@ -157,7 +157,7 @@ def _simulate(simulation: Simulation, job: Path, log: Path, event: Callable[[str
         "PYTHONWARNINGS": "ignore",
     }
     with (
-        log.open("w") as file,
+        log.open("w", buffering=1) as file,
         subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         ) as process,

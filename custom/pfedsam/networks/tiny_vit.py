@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +91,8 @@ class Attention(nn.Module):
     `qkv` is fused and *interleaved per head*: of the `3 * dim` outputs, each head owns `3 * head_dim` in a row.
     """
 
+    bias_index: Tensor
+
     def __init__(self, dim: int, heads: int, window: int):
         super().__init__()
         self.num_heads, self.head_dim = heads, dim // heads
@@ -100,7 +103,6 @@ class Attention(nn.Module):
         offsets: dict[tuple[int, int], int] = {}
         index = [offsets.setdefault((abs(p[0] - q[0]), abs(p[1] - q[1])), len(offsets)) for p in points for q in points]
         self.attention_biases = nn.Parameter(torch.zeros(heads, len(offsets)))
-        # on the CPU also under a meta device: an index, not a weight
         self.register_buffer("bias_index", torch.tensor(index).view(len(points), len(points)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -198,7 +200,8 @@ class TinyViT(nn.Module):
     def steps(self) -> list[Callable[[Tensor], Tensor]]:
         """The encoder as a list of functions; `forward` is their composition. A frozen prefix of it can be cached."""
         steps: list[Callable[[Tensor], Tensor]] = [self.patch_embed, self.layers[0]]
-        for layer in list(self.layers)[1:]:
+        stages: list[Any] = list(self.layers)[1:]
+        for layer in stages:
             steps.extend(layer.blocks)
             if layer.downsample is not None:
                 steps.append(layer.downsample)

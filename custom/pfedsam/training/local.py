@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from monai.bundle import ConfigWorkflow
 from torch import Tensor
 
@@ -65,6 +66,8 @@ class LocalTraining:
         self.overrides, self.output_dir, self.device = overrides, Path(output_dir), device
         self.network: SegmentAnything
         self.trainer: PhaseTrainer
+        self._received: dict[str, Tensor] = {}
+        self._global_dice: float | None = None
 
     def open(self) -> None:
         """Build the bundle's training workflow on this site's data."""
@@ -110,7 +113,10 @@ class LocalTraining:
                 "Use the checkpoint, backbone and image size that the federation agreed on.",
             )
         load_shared_state(self.network, self.strategy.roles, theta)
-        self._received = shared_state(self.network, self.strategy.roles)
+        received = shared_state(self.network, self.strategy.roles)
+        if any(not torch.equal(tensor, self._received.get(name, tensor + 1)) for name, tensor in received.items()):
+            self._global_dice = None
+        self._received = received
 
     def restore(self, model: SiteModel) -> None:
         """Take back the personal part and its optimiser's moments."""
@@ -118,10 +124,22 @@ class LocalTraining:
         self.trainer.load_moments(model.moments)
 
     def validate(self, experts: bool) -> dict[str, float]:
-        """Mean Dice over the validation cases, as volumes, of the global (experts off) or the personal model."""
-        with self.network.experts(experts):
-            self.evaluator.run()
-        return {"val_dice": float(self.evaluator.state.metrics["val_dice"])}
+        """Mean Dice over the validation cases, as volumes, of the global (experts off) or the personal model.
+
+        The global model's is kept until another theta is received: NVFlare asks for the last one several times.
+        """
+        if experts or self._global_dice is None:
+            with self.network.experts(experts):
+                self.evaluator.run()
+            dice = float(self.evaluator.state.metrics["val_dice"])
+            if experts:
+                return {"val_dice": dice}
+            self._global_dice = dice
+        return {"val_dice": self._global_dice}
+
+    def validates(self, round_number: int) -> bool:
+        """Whether the strategy asks for a validation before the training of this round."""
+        return (round_number + 1) % self.strategy.validate_every == 0
 
     def train(self, round_number: int) -> RoundResult:
         """One round beside the global model received last."""

@@ -69,6 +69,7 @@ class Strategy(_Settings):
         personal: groups that stay at the site.
         phases: the phases of one round, in order.
         final: the phases after the last aggregation; they may train personal tensors only, as nothing is sent.
+        validate_every: the global model is validated before the training of every such round; the last theta always is.
     """
 
     name: str = "pfedsam"
@@ -76,6 +77,7 @@ class Strategy(_Settings):
     personal: tuple[str, ...] = ("experts",)
     phases: tuple[Phase, ...] = ()
     final: tuple[Phase, ...] = ()
+    validate_every: int = Field(1, ge=1)
 
     @model_validator(mode="after")
     def _final_trains_personal_only(self) -> Strategy:

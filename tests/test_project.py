@@ -1,0 +1,66 @@
+"""Properties of the project as a whole: imports run one way, the command starts fast, the wheel is complete."""
+
+import ast
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "custom" / "pfedsam"
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path):
+    room = path.relative_to(PACKAGE).parts[0]
+    imported = _imports(path)
+    if room != "federated":
+        assert not any(name.split(".")[0] == "nvflare" for name in imported), "only federated/ imports nvflare"
+    if room not in ("federated", "cli.py"):
+        assert not any(name.startswith("pfedsam.federated") for name in imported)
+    if room in ("networks", "parameters.py"):
+        assert not any(name.startswith("pfedsam.training") for name in imported)
+
+
+def test_help_imports_no_heavy_library():
+    code = "import sys, pfedsam.cli; print([m for m in ('torch', 'monai', 'nvflare', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_both_sides_of_a_job_have_the_same_plan():
+    for job in (ROOT / "jobs").glob("*/app/config"):
+        plans = []
+        for side in ("server", "client"):
+            components = json.loads((job / f"config_fed_{side}.json").read_text())["components"]
+            plans.append(next(c for c in components if c["id"] == "plan"))
+        assert plans[0] == plans[1]
+
+
+def test_a_wheel_holds_bundles_and_jobs_and_finds_them_from_another_directory(tmp_path: Path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
+    wheel = next(tmp_path.glob("pfedsam-*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    # isolated from the source tree: -S leaves out the editable install, the libraries are added by hand
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path / 'site')!r}]; "
+        "from pfedsam.bundles import find_bundle; from pfedsam.federated.jobs import find_job; "
+        "print(find_bundle('brain_lesion_mri')); print(find_job('pfedsam'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert all(str(tmp_path / "site") in line for line in done.stdout.splitlines()[-2:])
