@@ -18,7 +18,15 @@ from torch import Tensor
 from pfedsam.errors import PFedSAMError
 from pfedsam.files import read_safetensors, write_atomically
 from pfedsam.networks.sam import SegmentAnything
-from pfedsam.parameters import Roles, load_personal_state, load_shared_state, personal_state, shared_state
+from pfedsam.parameters import (
+    Roles,
+    check_state,
+    load_personal_state,
+    load_shared_state,
+    manifest,
+    personal_state,
+    shared_state,
+)
 
 SCHEMA = 1
 _PARTS = ("shared", "personal", "moments")
@@ -52,8 +60,12 @@ class SiteModel:
     @property
     def roles(self) -> Roles:
         """Roles of the groups when the model was trained."""
-        roles = self.info["roles"]
-        return Roles(tuple(roles["shared"]), tuple(roles["personal"]))
+        roles = self.info.get("roles")
+        groups = [roles.get(role) if isinstance(roles, dict) else None for role in ("shared", "personal")]
+        lists = [tuple(names) for names in groups if isinstance(names, list) and all(type(one) is str for one in names)]
+        if len(lists) != len(groups):
+            raise PFedSAMError("E13", f"the model's roles are {roles!r}, expected two lists of groups.")
+        return Roles(*lists)
 
     def load_into(self, network: SegmentAnything) -> None:
         """Put both parts into a network.
@@ -68,6 +80,8 @@ class SiteModel:
                 f"this network has {str(network.base_fingerprint)[:12]}.",
                 "Use the same backbone, image size and checkpoint as in training.",
             )
+        # both are checked before one is loaded: half a model is no model
+        check_state(self.personal, manifest(network, self.roles, "personal"), code="E13", what="personal state")
         load_shared_state(network, self.roles, self.shared)
         load_personal_state(network, self.roles, self.personal)
 

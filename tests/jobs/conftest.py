@@ -9,14 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 from filelock import FileLock
+from scenarios import LEAKS, LOCKED_CLASSES, TROUBLES, canary_of
 from simulated import FEDERATION, SOURCE, Job, Run, component, simulate
 
 from pfedsam.data.phantom import write_phantom
 from pfedsam.federated.jobs import allow_classes
 from pfedsam.site_model import read, write
-
-#: Personal values that nothing but a leak can bring to the server.
-CANARY = np.float32(1.5) + np.arange(256, dtype=np.float32) * np.float32(1.2345e-3)
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +45,6 @@ def resumed_run(clean_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run
     return simulate(folder, job, clean_run.data)
 
 
-def canary_of(number: int) -> np.ndarray:
-    """The canary of one site."""
-    return CANARY * np.float32(1 - 2 * number)
-
-
 def plant_canary(source: Path, state_root: Path, number: int) -> None:
     """Put the canary into the first `up_bias` of a copied state."""
     target = state_root / FEDERATION / source.parent.name / source.name
@@ -61,18 +54,6 @@ def plant_canary(source: Path, state_root: Path, number: int) -> None:
     bias = model.personal[name].numpy()
     bias[...] = canary_of(number).reshape(bias.shape)
     write(target / "state.safetensors", model)
-
-
-#: What is wrong at each site of `troubled_run`, and the code that reaches the server.
-TROUBLES = {
-    "site-1": ("label out of range", "E07"),
-    "site-2": ("corrupt image", "E05"),
-    "site-3": ("state in use by another job", "E14"),
-    "site-4": ("PFEDSAM_DATA is not set", "E01"),
-    "site-5": ("unknown strategy key", "E16"),
-    "site-6": ("other base weights", "E11"),
-    "site-7": ("loss is not finite", "E17"),
-}
 
 
 @pytest.fixture(scope="session")
@@ -111,15 +92,6 @@ def _out_of_range(label: Path) -> None:
     nib.save(nib.Nifti1Image(values, image.affine), label)
 
 
-#: How each leaky site leaks, round by round. site-1 has no filter, site-2 one for a task that does not exist, site-3
-#: the filter of the checked-in job.
-LEAKS = {
-    "site-1": ["metadata", "headers", "raw", "listed"],
-    "site-2": ["plain", "name", "code", "initial_metrics"],
-    "site-3": ["metadata", "headers", "raw", "name"],
-}
-
-
 @pytest.fixture(scope="session")
 def leaking_run(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Four rounds of leaky sites (see `LEAKS`), an honest one, and site-5: the real learner without the filter."""
@@ -152,18 +124,6 @@ def _mixed(first: Path, second: Path, out: Path) -> None:
         ):
             source = one if number < 3 else other
             shutil.copyfile(source, out / kind / source.name)
-
-
-#: What a site or a server must list beside NVFlare's defaults to run the job without `app/custom`.
-LOCKED_CLASSES = (
-    "nvflare.app_common.workflows.broadcast_and_process.BroadcastAndProcess",
-    "pfedsam.federated.filters.IncomingGuard",
-    "pfedsam.federated.filters.PersonalisedFilter",
-    "pfedsam.federated.final_phase.FinalPersonalPhase",
-    "pfedsam.federated.learner.PFedSAMLearner",
-    "pfedsam.federated.persistor.SharedStatePersistor",
-    "pfedsam.federated.plan.Plan",
-)
 
 
 @pytest.fixture(scope="session")

@@ -222,10 +222,10 @@ class Needles:
     def in_(self, haystack: bytes) -> set[bytes]:
         """Those that occur in the haystack, at any offset."""
         found: set[bytes] = set()
-        if not self.windows:
+        if not self.windows or len(haystack) < WINDOW:
             return found
         for shift in range(8):
-            words = np.frombuffer(haystack, np.uint64, max(len(haystack) - shift, 0) // 8, shift)
+            words = np.frombuffer(haystack, np.uint64, (len(haystack) - shift) // 8, shift)
             places = np.searchsorted(self._keys, words).clip(max=len(self._keys) - 1)
             for index in np.flatnonzero(self._keys[places] == words):
                 start = shift + 8 * int(index)

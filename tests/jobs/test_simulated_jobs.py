@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LOCKED_CLASSES, TROUBLES
 from nvflare.fuel.utils import fobs
+from scenarios import LOCKED_CLASSES, TROUBLES
 from simulated import BUNDLE, FEDERATION, SOURCE, Job, Run
 
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY, check_result

@@ -69,7 +69,7 @@ class Scanner:
     blur: float = 0.5
     gibbs: float = 0.15
     zoom: float = 1.0
-    radius: tuple[float, float] = (9.0, 19.0)
+    radius: tuple[float, float] = (12.0, 24.0)
     scale: float = 1000.0
 
 
@@ -82,11 +82,11 @@ def scanners(sites: int, seed: int = 0) -> list[Scanner]:
     """
     fixed = [
         Scanner(),
-        Scanner(gamma=1.5, bias=0.35, noise=0.03, blur=0.9, gibbs=0.3, zoom=1.1, radius=(8.0, 17.0), scale=3000.0),
-        Scanner(_blend(FLAIR, T2, 0.5), gamma=0.75, bias=0.2, noise=0.05, zoom=0.92, radius=(10.0, 22.0), scale=400.0),
+        Scanner(gamma=1.5, bias=0.35, noise=0.03, blur=0.9, gibbs=0.3, zoom=1.1, radius=(11.0, 22.0), scale=3000.0),
+        Scanner(_blend(FLAIR, T2, 0.5), gamma=0.75, bias=0.2, noise=0.05, zoom=0.92, radius=(13.0, 26.0), scale=400.0),
     ]
     last = Scanner(
-        T1, gamma=0.9, bias=0.25, noise=0.045, blur=0.6, gibbs=0.3, zoom=1.05, radius=(8.5, 16.0), scale=1800.0
+        T1, gamma=0.9, bias=0.25, noise=0.045, blur=0.6, gibbs=0.3, zoom=1.05, radius=(12.0, 22.0), scale=1800.0
     )
     drawn = [_drawn_scanner(np.random.default_rng([seed, 1, index])) for index in range(4, sites)]
     first = [*fixed, *drawn][: max(sites - 1, 1)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +20,14 @@ from pfedsam.parameters import ADDED, group_of
 
 #: Mask tokens of every published SAM checkpoint: one for a single mask and three for ambiguous prompts.
 SAM_TOKENS = 4
+#: Pixels of a side.
+SMALLEST_IMAGE = 32
 
 
 class TestViT(ImageEncoderViT):
     """segment-anything's ViT, tiny, for tests only."""
 
     __test__ = False  # not a test class for pytest
-    multiple = stride = 16
 
     def steps(self) -> list[Callable[[Tensor], Tensor]]:
         """The encoder as a list of functions; `forward` is their composition."""
@@ -50,7 +50,10 @@ class Backbone:
 
     Attributes:
         encoder: builds the image encoder for an image side in pixels.
+        multiple: the image side must be a multiple of it.
+        stride: pixels for each position of the embedding, along one side.
         channels: of the image embedding.
+        decoder_width: hidden width of the decoder's MLPs.
         layout: of the fused qkv rows.
         mean, std: normalisation of an image in [0, 1].
         weights: path of the weights on this machine, or None if the backbone has none to load.
@@ -59,6 +62,8 @@ class Backbone:
     """
 
     encoder: Callable[[int], nn.Module]
+    multiple: int
+    stride: int
     channels: int
     decoder_width: int
     layout: Layout
@@ -96,6 +101,8 @@ def _test_vit(image_size: int) -> nn.Module:
 BACKBONES: dict[str, Backbone] = {
     "lite_medsam": Backbone(
         encoder=lambda image_size: TinyViT(),
+        multiple=4,
+        stride=4,
         channels=256,
         decoder_width=2048,
         layout="per_head",
@@ -107,6 +114,8 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "vit_test": Backbone(
         encoder=_test_vit,
+        multiple=16,
+        stride=16,
         channels=32,
         decoder_width=64,
         layout="blocks",
@@ -133,11 +142,11 @@ def build_parts(name: str, image_size: int) -> dict[str, nn.Module]:
         PFedSAMError: E16 if the backbone is unknown or cannot take the image size.
     """
     backbone = get_backbone(name)
+    if image_size < SMALLEST_IMAGE or image_size % backbone.multiple:
+        remedy = f"Use a multiple of {backbone.multiple} from {SMALLEST_IMAGE} on."
+        raise PFedSAMError("E16", f"image_size {image_size} for '{name}'.", remedy)
     encoder = backbone.encoder(image_size)
-    multiple, stride = int(encoder.multiple), int(encoder.stride)  # type: ignore[arg-type]
-    if image_size < 32 or image_size % multiple:
-        raise PFedSAMError("E16", f"image_size {image_size} for '{name}'.", f"Use a multiple of {multiple} from 32 on.")
-    grid = image_size // stride
+    grid = image_size // backbone.stride
     dim = backbone.channels
     return {
         "image_encoder": encoder,
@@ -173,12 +182,14 @@ def read_checkpoint(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
             raise PFedSAMError("E10", f"{path} has SHA-256 {found}, expected {sha256}.", "Fetch the file again.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken file can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PFedSAMError("E10", f"{path} is not a safe checkpoint: {reason}", "Fetch the file again.") from None
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise PFedSAMError("E10", f"{path} holds no state dict of tensors.", "Give the path of a SAM checkpoint.")
     return state
 
@@ -211,7 +222,7 @@ def _with_tokens(state: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
     """The state with the mask tokens and hypernetworks of SAM repeated or cut to `tokens`."""
     hyper, mask = "mask_decoder.output_hypernetworks_mlps.", "mask_decoder.mask_tokens.weight"
     adapted = {name: value for name, value in state.items() if not name.startswith(hyper)}
-    if mask in state:
+    if mask in state and state[mask].ndim == 2 and len(state[mask]):
         adapted[mask] = state[mask][[i % len(state[mask]) for i in range(tokens)]]
     for i in range(tokens):
         prefix = f"{hyper}{i % SAM_TOKENS}."

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +165,12 @@ def adapt(
     number = len(blocks) if adapted_blocks == "all" else adapted_blocks
     if not isinstance(number, int) or not 0 <= number <= len(blocks):
         raise PFedSAMError("E16", f"adapted_blocks is {adapted_blocks!r}.", f"Use 'all' or 0 to {len(blocks)}.")
+    smallest = {"lora_rank": (lora_rank, 0), "experts": (experts, 0), "bottleneck": (bottleneck, 1)}
+    wrong = [f"{name} is {value}, at least {least}" for name, (value, least) in smallest.items() if value < least]
+    if wrong or gate not in get_args(Gate):
+        raise PFedSAMError(
+            "E16", "; ".join(wrong) or f"gate is {gate!r}, one of {get_args(Gate)}.", "Correct the bundle."
+        )
     generator = torch.Generator().manual_seed(seed)
     network.first_adapted = len(blocks) - number
     for block in blocks[network.first_adapted :]:
@@ -177,6 +184,14 @@ def adapt(
                 block.mlp = MLPWithExperts(block.mlp, mixture)
             else:
                 block.mlp.experts = mixture
+
+
+#: Settings of `adapt` with their defaults. They are part of the fingerprint, written out or not.
+ADAPTATION: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(adapt).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "seed"
+}
 
 
 def build_network(
@@ -202,19 +217,23 @@ def build_network(
         PFedSAMError: E10 for a wrong or missing checkpoint, E16 for wrong settings.
     """
     registered = get_backbone(backbone)
+    unknown = sorted(set(adaptation) - set(ADAPTATION))
+    if unknown or classes < 1:
+        what = f"unknown setting(s) {unknown}" if unknown else f"classes is {classes}"
+        raise PFedSAMError("E16", f"{what}.", f"Settings: {sorted(ADAPTATION)}; at least one class.")
     meta = torch.empty(()).device.type == "meta"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = SegmentAnything(backbone, image_size, classes)
+        adapt(network, registered.layout, seed=seed, **adaptation)
     if not meta and registered.weights is not None:
         if checkpoint is None:
             raise PFedSAMError("E10", f"no checkpoint for '{backbone}'.", "Random weights are never used silently.")
         default = checkpoint == "default"
         path = registered.weights() if default else Path(checkpoint)
         load_base(network, read_checkpoint(path, registered.sha256 if default else None), str(path))
-    adapt(network, registered.layout, seed=seed, **adaptation)
     if not meta:
-        settings = {"backbone": backbone, "image_size": image_size, "classes": classes, **adaptation}
+        settings = {"backbone": backbone, "image_size": image_size, "classes": classes, **ADAPTATION, **adaptation}
         network.base_fingerprint = base_fingerprint(network, settings)
     return network.eval()
 

@@ -171,11 +171,6 @@ class Stage(nn.Module):
 class TinyViT(nn.Module):
     """LiteMedSAM's image encoder: `(B, 3, H, W)` in [0, 1] to `(B, 256, H / 4, W / 4)`."""
 
-    #: The input side must be a multiple of this.
-    multiple = 4
-    #: Input pixels per output position along one side.
-    stride = 4
-
     def __init__(
         self,
         dims: tuple[int, ...] = (64, 128, 160, 320),

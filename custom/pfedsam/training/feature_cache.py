@@ -35,6 +35,7 @@ class FeatureCache:
         self._file: Tensor | None = None
         self._handle: tempfile._TemporaryFileWrapper | None = None
         self._shape: torch.Size | None = None
+        self._trunk_dtype: torch.dtype | None = None
         self._full = False
 
     def __len__(self) -> int:
@@ -66,8 +67,11 @@ class FeatureCache:
             if len(missing) == len(keys):
                 return fresh
         new = dict(zip(missing, fresh if fresh is not None else (), strict=True))
-        like = images if fresh is None else fresh
-        rows = [new[i] if i in new else self._read(key).to(like, non_blocking=True) for i, key in enumerate(keys)]
+        # the dtype that the trunk gave (bfloat16 under autocast), whatever is stored
+        rows = [
+            new[i] if i in new else self._read(key).to(images.device, self._trunk_dtype, non_blocking=True)
+            for i, key in enumerate(keys)
+        ]
         return torch.stack(rows)
 
     def summary(self) -> str:
@@ -86,7 +90,7 @@ class FeatureCache:
 
     def _store(self, key: Hashable, row: Tensor) -> None:
         if self._shape is None:
-            self._shape = row.shape
+            self._shape, self._trunk_dtype = row.shape, row.dtype
         if key in self.rows or row.shape != self._shape:
             return
         if (len(self.rows) + 1) * self._row_bytes() > self.limit:

@@ -23,7 +23,7 @@ from pfedsam.networks.sam import SegmentAnything
 from pfedsam.parameters import load_personal_state, load_shared_state, personal_state, shared_state
 from pfedsam.site_model import SiteModel
 from pfedsam.training.phases import Phase, Strategy
-from pfedsam.training.trainer import PhaseReport, PhaseTrainer
+from pfedsam.training.trainer import PhaseReport, PhaseTrainer, reset
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +129,7 @@ class LocalTraining:
         The global model's is kept until another theta is received: NVFlare asks for the last one several times.
         """
         if experts or self._global_dice is None:
+            reset(self.evaluator)
             with self.network.experts(experts):
                 self.evaluator.run()
             dice = float(self.evaluator.state.metrics["val_dice"])

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import Roles
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """From plain settings.
+
+        Raises:
+            PFedSAMError: E16 naming the first wrong key, its value and what was expected.
+        """
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or cls.__name__
+            raise PFedSAMError(
+                "E16",
+                f"{cls.__name__.lower()} setting '{where}' = {first.get('input')!r}: {first['msg']}.",
+                "The settings are described in pfedsam/training/phases.py.",
+            ) from None
 
 
 class Distillation(_Settings):
@@ -80,6 +100,11 @@ class Strategy(_Settings):
     validate_every: int = Field(1, ge=1)
 
     @model_validator(mode="after")
+    def _roles_are_possible(self) -> Strategy:
+        _ = self.roles
+        return self
+
+    @model_validator(mode="after")
     def _final_trains_personal_only(self) -> Strategy:
         wrong = [phase.name for phase in self.final if phase.trains != ("personal",)]
         if wrong:
@@ -90,23 +115,3 @@ class Strategy(_Settings):
     def roles(self) -> Roles:
         """The roles of the groups (E16 if they are impossible)."""
         return Roles(self.shared, self.personal)
-
-    @classmethod
-    def of(cls, settings: dict) -> Strategy:
-        """A strategy from plain settings.
-
-        Raises:
-            PFedSAMError: E16 naming the first wrong key, its value and what was expected.
-        """
-        try:
-            strategy = cls(**settings)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "strategy"
-            raise PFedSAMError(
-                "E16",
-                f"strategy setting '{where}' = {first.get('input')!r}: {first['msg']}.",
-                "The settings are described in pfedsam/training/phases.py.",
-            ) from None
-        _ = strategy.roles
-        return strategy

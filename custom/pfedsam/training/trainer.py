@@ -82,7 +82,7 @@ class PhaseTrainer(SupervisedTrainer):
         self.roles = Roles(tuple(shared), tuple(personal))
         self.add_event_handler(Events.EPOCH_STARTED, PhaseTrainer._draw)
         self.add_event_handler(Events.ITERATION_STARTED, PhaseTrainer._poll)
-        self.set_phase(Phase(**{"epochs": self.state.max_epochs, **phase}), self.roles)
+        self.set_phase(Phase.of({"epochs": self.state.max_epochs, **phase}), self.roles)
 
     def set_phase(self, phase: Phase, roles: Roles, round_number: int = 0, number: int = 0) -> None:
         """Prepare `run` to train one phase.
@@ -98,6 +98,12 @@ class PhaseTrainer(SupervisedTrainer):
         self.report = PhaseReport()
         self.network.set_experts(phase.experts)
         parameters = set_trainable(self.network, roles, phase.trains)
+        if not parameters:
+            raise PFedSAMError(
+                "E16",
+                f"phase '{phase.name}' trains {list(phase.trains)}, but no tensor of the network has that role.",
+                "Give the strategy groups that the network has, or leave the phase out.",
+            )
         accepted = inspect.signature(type(self._template)).parameters
         defaults = {key: value for key, value in self._template.defaults.items() if key in accepted}
         self.optimizer = type(self._template)(parameters, **{**defaults, "lr": phase.learning_rate})  # type: ignore[call-arg]
@@ -116,7 +122,11 @@ class PhaseTrainer(SupervisedTrainer):
         """
         if self.phase.epochs == 0:
             return
-        super().run()
+        try:
+            super().run()
+        except BaseException:
+            reset(self)
+            raise
         self.report.teacher_passes = self._teacher.passes if self._teacher else 0
         if self.phase.keep_moments:
             self._keep_moments()
@@ -147,7 +157,7 @@ class PhaseTrainer(SupervisedTrainer):
         self.network.train()
         self._warm_up()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.state.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+        with self._autocast():
             features = self.features(images, items)
             prediction = self.network.head(features)
             self.fire_event(IterationEvents.FORWARD_COMPLETED)
@@ -174,11 +184,15 @@ class PhaseTrainer(SupervisedTrainer):
     def _distil(self, features: Tensor, prediction: Tensor, label: Tensor, items: list[int]) -> Tensor | float:
         settings = self.phase.distillation
         assert settings is not None and self._teacher is not None
-        teacher = self._teacher(features, items).float()
+        with self._autocast():
+            teacher = self._teacher(features, items).float()
         if not self._gate.open(teacher, prediction.detach(), label) and settings.quality_gate:
             return 0.0
         self.report.distilled_steps += 1
         return distillation_loss(teacher, prediction, label, settings)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.state.device.type, dtype=torch.bfloat16, enabled=self.autocast)
 
     def _distils(self) -> bool:
         settings = self.phase.distillation
@@ -221,5 +235,11 @@ class PhaseTrainer(SupervisedTrainer):
     def _restore_moments(self) -> None:
         names = self._names()
         if self._moments and all(name in self._moments for name in names):
-            state = {i: dict(self._moments[name]) for i, name in enumerate(names)}
+            # copies: the optimiser works in place, and a phase that fails must not change what is kept
+            state = {i: {k: v.clone() for k, v in self._moments[name].items()} for i, name in enumerate(names)}
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+
+def reset(engine: Any) -> None:
+    """Let an ignite engine run again after an exception: it keeps its spent generator, and the next run would be empty."""
+    engine._internal_run_generator = None
