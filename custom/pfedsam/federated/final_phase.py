@@ -43,7 +43,10 @@ class FinalPersonalPhase(ResponseProcessor):
             self.logger.error("there is no global model: the final personal phase must come after ScatterAndGather")
             return None
         data = model_learnable_to_dxo(model).to_shareable()
-        data.set_header(AppConstants.CURRENT_ROUND, fl_ctx.get_prop(AppConstants.CURRENT_ROUND, -1) + 1)
+        # without a round in this run (it was resumed after the last one) the next round is the one to start with
+        last = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
+        following = fl_ctx.get_prop(AppConstants.START_ROUND, 0) if last is None else last + 1
+        data.set_header(AppConstants.CURRENT_ROUND, following)
         return data
 
     def process_client_response(self, client: Client, task_name: str, response: Shareable, fl_ctx: FLContext) -> bool:

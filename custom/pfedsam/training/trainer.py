@@ -241,5 +241,5 @@ class PhaseTrainer(SupervisedTrainer):
 
 
 def reset(engine: Any) -> None:
-    """Let an ignite engine run again after an exception: it keeps its spent generator, and the next run would be empty."""
+    """Let an ignite engine run again after an exception: it keeps a spent generator, and would do nothing."""
     engine._internal_run_generator = None
