@@ -13,6 +13,8 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import GROUPS
 
 SITE_SETTINGS = "pfedsam.json"
+#: Where the packaged jobs take the data root from.
+DATA_VARIABLE = "PFEDSAM_DATA"
 _UNSET = re.compile(r"\{\$(\w+)\}")
 
 
@@ -74,7 +76,12 @@ def site_folder(data_root: str | None, site: str) -> Path:
             f"Set it, for example: export {unset.group(1)}=$PWD/runs/phantom (made by `pfedsam phantom`).",
         )
     if not data_root:
-        raise PFedSAMError("E01", "no data root is given.", f"Set data_root in the site's local/{SITE_SETTINGS}.")
+        # NVFlare puts nothing where an argument is only the name of a variable that is not set
+        raise PFedSAMError(
+            "E01",
+            f"no data root is given; the job takes it from the environment variable {DATA_VARIABLE}.",
+            f"export {DATA_VARIABLE}=<folder with the site folders>, or set data_root in local/{SITE_SETTINGS}.",
+        )
     root = Path(os.path.expanduser(data_root))
     for folder in (root / site, root):
         if (folder / "images").is_dir():
