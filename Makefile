@@ -27,7 +27,7 @@ lint: $(STAMP)
 lgg: $(STAMP)
 	@test -n "$(LGG)" || { echo "say where the data is: make lgg LGG=<folder>"; exit 2; }
 	$(BIN)/pfedsam simulate "$(LGG)" --federation lgg --rounds 8 --seed 0 --out runs/lgg --validate-every 4 \
-		--set image_size=64 --set batch_size=4 --set augmentations=1 \
+		--set image_size=64 --set batch_size=4 --set augmentations=2 \
 		--set positives_per_case=4 --set negatives_per_case=2 $(LGG_SETTINGS)
 
 bench: $(STAMP)

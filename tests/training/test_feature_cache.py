@@ -103,6 +103,16 @@ def test_dtype_of_the_trunk_is_kept_in_every_batch(folder):
     assert found == [torch.bfloat16] * 3
 
 
+def test_one_cache_serves_a_reduced_and_an_exact_trunk(folder):
+    """Training may run under autocast and validation not: each gets its own features in its own dtype."""
+    cache = FeatureCache(1e-4, folder)
+    for _ in range(2):
+        for dtype, keys in ((torch.bfloat16, [1, 2]), (torch.float32, [3, 4])):
+            found = cache.features(Trunk(dtype), images(*keys), keys)
+            assert found.dtype == dtype and torch.equal(found, (2 * images(*keys)).to(dtype))
+    assert (cache.hits, cache.misses) == (4, 4)
+
+
 def test_features_of_another_shape_are_computed_anew(folder):
     trunk, cache = Trunk(), FeatureCache(1e-4, folder)
     cache.features(trunk, images(1), [1])
