@@ -128,16 +128,17 @@ def _mixed(first: Path, second: Path, out: Path) -> None:
 
 @pytest.fixture(scope="session")
 def locked_run(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The locked form, one thread for two sites: NVFlare starts a process for every single task.
-
-    The classes are listed by what an administrator calls once, `pfedsam job allow`.
-    """
-    job = Job(recorded=False)
-    job.server["workflows"] = job.server["workflows"][:2]
+    """The locked form, where the classes were listed by what an administrator calls once, `pfedsam job allow`."""
     folder = tmp_path_factory.mktemp("locked")
     _, added = allow_classes(SOURCE, folder / "ws")
     assert tuple(added) == LOCKED_CLASSES
-    return simulate(folder, job, federation, threads=1, locked=True)
+    return simulate(folder, Job(recorded=False), federation, locked=True)
+
+
+@pytest.fixture(scope="session")
+def one_thread_run(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One thread for two sites: NVFlare starts a process, and builds the learner anew, for every single task."""
+    return simulate(tmp_path_factory.mktemp("one_thread"), Job(recorded=False), federation, threads=1)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ class FeatureCache:
         self._file: Tensor | None = None
         self._handle: tempfile._TemporaryFileWrapper | None = None
         self._shape: torch.Size | None = None
-        self._trunk_dtype: torch.dtype | None = None
+        self._dtypes: dict[Hashable, torch.dtype] = {}
         self._full = False
 
     def __len__(self) -> int:
@@ -69,7 +69,7 @@ class FeatureCache:
         new = dict(zip(missing, fresh if fresh is not None else (), strict=True))
         # the dtype that the trunk gave (bfloat16 under autocast), whatever is stored
         rows = [
-            new[i] if i in new else self._read(key).to(images.device, self._trunk_dtype, non_blocking=True)
+            new[i] if i in new else self._read(key).to(images.device, self._dtypes[key], non_blocking=True)
             for i, key in enumerate(keys)
         ]
         return torch.stack(rows)
@@ -90,7 +90,7 @@ class FeatureCache:
 
     def _store(self, key: Hashable, row: Tensor) -> None:
         if self._shape is None:
-            self._shape, self._trunk_dtype = row.shape, row.dtype
+            self._shape = row.shape
         if key in self.rows or row.shape != self._shape:
             return
         if (len(self.rows) + 1) * self._row_bytes() > self.limit:
@@ -101,7 +101,7 @@ class FeatureCache:
             self._memory.append(stored.clone())
         else:
             self._rows_on_disk()[len(self.rows)] = stored
-        self.rows[key] = len(self.rows)
+        self.rows[key], self._dtypes[key] = len(self.rows), row.dtype
 
     def _read(self, key: Hashable) -> Tensor:
         row = self.rows[key]

@@ -165,10 +165,11 @@ class PhaseTrainer(SupervisedTrainer):
         loss = self.loss_function(prediction, label).mean()
         if self._teacher is not None:
             loss = loss + self._distil(features, prediction, label, items)
-        if not bool(torch.isfinite(loss)):
+        value = float(loss.detach())
+        if not math.isfinite(value):
             raise PFedSAMError(
                 "E17",
-                f"phase '{self.phase.name}', round {self.round}, step {self.state.iteration}: loss is {float(loss)}.",
+                f"phase '{self.phase.name}', round {self.round}, step {self.state.iteration}: loss is {value}.",
                 "Lower the learning rate, or look at the intensities with `pfedsam validate`.",
             )
         self.fire_event(IterationEvents.LOSS_COMPLETED)
@@ -176,7 +177,7 @@ class PhaseTrainer(SupervisedTrainer):
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self.optimizer.step()
         self.report.steps += 1
-        self.report.losses.append(float(loss.detach()))
+        self.report.losses.append(value)
         self.state.output = {Keys.IMAGE: images, Keys.LABEL: label, Keys.PRED: prediction.detach(), Keys.LOSS: loss}
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return self.state.output
