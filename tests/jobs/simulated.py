@@ -28,7 +28,7 @@ FEDERATION = "phantom-demo"
 BUNDLE = "brain_lesion_mri"
 JOB_ID = "simulate_job"
 #: Seconds after which a run is stopped.
-LIMIT = 300
+LIMIT = 900
 
 
 def component(config: dict[str, Any], name: str) -> dict[str, Any]:
