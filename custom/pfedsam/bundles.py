@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pfedsam.errors import PFedSAMError, first_of_ours
+from pfedsam.networks.weights import CHECKPOINTS
+
+#: Path of the base weights on this machine, for all sites and the server that run on it.
+CHECKPOINT_VARIABLE = "PFEDSAM_CHECKPOINT"
 
 #: Ids of a bundle's configuration that a job may override, and the types of literal it may give. Paths never.
 OVERRIDES: dict[str, tuple[type, ...]] = {
     "backbone": (str,),
+    "checkpoint": (str,),
     "image_size": (int,),
     "adapted_blocks": (int, str),
     "lora_rank": (int,),
+    "decoder_rank": (int,),
     "experts": (int,),
     "bottleneck": (int,),
+    "expert_scale": (int, float),
+    "expert_places": (list,),
     "gate": (str,),
+    "top_k": (int,),
+    "checkpointing": (bool,),
     "grey": (str,),
     "seed": (int,),
     "folds": (int,),
@@ -67,30 +78,43 @@ def checked_overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise PFedSAMError("E18", f"override '{key}' is {value!r}.", f"Give a literal {names}.")
-        if isinstance(value, str) and not value.isidentifier():
-            raise PFedSAMError("E18", f"override '{key}' is {value!r}.", "Give a plain name: no expression, no path.")
+        words = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+        if not all(isinstance(word, str) and word.isidentifier() for word in words):
+            raise PFedSAMError("E18", f"override '{key}' is {value!r}.", "Give plain names: no expression, no path.")
+        if key == "checkpoint" and value not in ("default", *CHECKPOINTS):
+            raise PFedSAMError("E18", f"override 'checkpoint' is {value!r}.", f"Names: {['default', *CHECKPOINTS]}.")
         checked[key] = value
     return checked
 
 
-def network_of(bundle: str, overrides: Mapping[str, Any] | None = None, *, weights: bool = True) -> Any:
+def local_settings(overrides: Mapping[str, Any] | None = None, checkpoint: str | None = None) -> dict[str, Any]:
+    """The listed overrides, and this machine's own path of the base weights, which no job can give.
+
+    Args:
+        overrides: see `checked_overrides`.
+        checkpoint: path of the base weights; by default the environment variable `PFEDSAM_CHECKPOINT`, if it is set.
+    """
+    path = checkpoint or os.environ.get(CHECKPOINT_VARIABLE)
+    return {**checked_overrides(overrides), **({"checkpoint": path} if path else {})}
+
+
+def network_of(
+    bundle: str, overrides: Mapping[str, Any] | None = None, *, weights: bool = True, checkpoint: str | None = None
+) -> Any:
     """The bundle's network.
 
     Args:
         bundle: name of an installed bundle.
         overrides: see `checked_overrides`.
         weights: False for names, shapes and dtypes only: on the meta device, without weights or memory.
+        checkpoint: see `local_settings`.
 
     Raises:
         PFedSAMError: E10 if the base weights cannot be loaded, E16 or E18 for wrong settings.
     """
     import torch
-    from monai.bundle import ConfigParser
 
-    parser = ConfigParser()
-    parser.read_config(str(find_bundle(bundle) / "configs" / "train.json"))
-    for key, value in checked_overrides(overrides).items():
-        parser[key] = value
+    parser = _parser(bundle, local_settings(overrides, checkpoint))
     if not weights:
         parser["checkpoint"] = None
     try:
@@ -101,6 +125,28 @@ def network_of(bundle: str, overrides: Mapping[str, Any] | None = None, *, weigh
         raise first_of_ours(error) or PFedSAMError(
             "E16", f"the network of bundle '{bundle}' could not be built: {error}", "Check the overrides."
         ) from error
+
+
+def settings_of(bundle: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The bundle's literal settings (the top level of its training configuration) with the overrides applied.
+
+    Raises:
+        PFedSAMError: E16 or E18 for wrong settings.
+    """
+    parser = _parser(bundle, local_settings(overrides))
+    plain = {key: value for key, value in parser.get().items() if not isinstance(value, dict)}
+    return {key: parser.get_parsed_content(key) for key in plain if key in OVERRIDES}
+
+
+def _parser(bundle: str, settings: Mapping[str, Any]) -> Any:
+    """MONAI's parser of the bundle's training configuration, with some settings replaced."""
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser()
+    parser.read_config(str(find_bundle(bundle) / "configs" / "train.json"))
+    for key, value in settings.items():
+        parser[key] = value
+    return parser
 
 
 def metadata(bundle: str) -> dict[str, Any]:

@@ -23,9 +23,12 @@ class CachedSliceInferer(SliceInferer):
         self.cache = cache
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
-        """Logits `(1, C, H, W, D)` of a volume `(1, 3, H, W, D)`; a volume without a file name is not cached."""
+        """Logits `(1, C, H, W, D)` of a volume `(1, 3, H, W, D)`.
+
+        Features are cached for a volume with a file name and a frozen trunk.
+        """
         names = getattr(inputs, "meta", {}).get("filename_or_obj")
-        if not names:
+        if not names or not network.frozen_trunk:
             return super().__call__(inputs, network, *args, **kwargs)
         case = names if isinstance(names, str) else names[0]
         position = 0

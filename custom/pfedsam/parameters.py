@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -195,6 +196,20 @@ def set_trainable(network: nn.Module, roles: Roles, trained: Iterable[Role]) -> 
         if parameter.requires_grad:
             chosen.append(parameter)
     return chosen
+
+
+@contextmanager
+def held(network: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """The network with other values in some parameters inside a `with` block, without a copy of the network."""
+    parameters = {name: parameter for name, parameter in network.named_parameters() if name in state}
+    before = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = state[name]
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = before[name]
 
 
 def base_fingerprint(network: nn.Module, settings: Mapping[str, Any]) -> str:

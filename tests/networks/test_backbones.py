@@ -12,23 +12,23 @@ import pytest
 import torch
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.networks.backbones import BACKBONES, get_backbone, load_base, read_checkpoint
+from pfedsam.networks.backbones import BACKBONES, get_backbone
+from pfedsam.networks.loading import load_base, read_checkpoint
 from pfedsam.networks.sam import SegmentAnything, adapt, build_network
+from pfedsam.networks.weights import locate
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:.*timm.*:FutureWarning", "ignore:Detected pickle protocol")
-LITE = BACKBONES["lite_medsam"]
 SIDE = {"vit_test": 64, "lite_medsam": 32}
 
 
 @pytest.fixture(scope="module")
 def checkpoints() -> dict[str, dict[str, torch.Tensor]]:
     """SAM-shaped state dicts (four mask tokens) by backbone; the values of `vit_test`'s are random, never zero."""
-    assert LITE.weights is not None
     generator = torch.Generator().manual_seed(1)
     vit_test = SegmentAnything("vit_test", SIDE["vit_test"], 4).state_dict()
     return {
-        "lite_medsam": read_checkpoint(LITE.weights(), LITE.sha256),
+        "lite_medsam": read_checkpoint(*locate("lite_medsam")),
         "vit_test": {name: torch.randn(t.shape, generator=generator) * 0.1 for name, t in vit_test.items()},
     }
 
@@ -171,7 +171,7 @@ def test_missing_checkpoint_is_refused(tmp_path):
 
 def test_checkpoint_with_another_hash_is_refused_before_it_is_read(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
-    assert code_of(read_checkpoint, tmp_path / "a.pth", "0" * 64) == "E10"
+    assert code_of(read_checkpoint, tmp_path / "a.pth", "sha256:" + "0" * 64) == "E10"
     assert read_checkpoint(tmp_path / "a.pth").keys() == {"a"}
 
 

@@ -16,7 +16,7 @@ DIM, EXPERTS, BOTTLENECK = 6, 3, 2
 
 
 def mixture(gate="image", scale: float = 0.5, filled: bool = True) -> LMoE:
-    layer = LMoE(DIM, EXPERTS, BOTTLENECK, scale, gate, torch.Generator().manual_seed(0))
+    layer = LMoE(DIM, EXPERTS, BOTTLENECK, scale, gate, generator=torch.Generator().manual_seed(0))
     if filled:
         torch.manual_seed(1)
         for parameter in layer.parameters():

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pfedsam.data.pictures import NIFTI, Picture, load_picture, visible
 from pfedsam.data.sites import (
     IMAGE_SUFFIXES,
     LABEL_SUFFIXES,
@@ -28,11 +28,7 @@ from pfedsam.data.sites import (
 )
 from pfedsam.errors import PFedSAMError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 Severity = Literal["error", "warning", "note"]
-_NIFTI = (".nii", ".nii.gz")
 
 
 @dataclass(frozen=True)
@@ -115,17 +111,6 @@ class SiteReport:
             self.add(error.code, "error", case, error.message, error.remedy)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One loaded file: the values, and what its header says of space (None and "" where it says nothing)."""
-
-    values: NDArray[Any]
-    shape: tuple[int, ...]
-    affine: NDArray[Any] | None = None
-    spacing: tuple[float, ...] | None = None
-    orientation: str = ""
-
-
 def check_site(
     folder: str | Path,
     labels: Sequence[int] = (0, 1),
@@ -183,102 +168,22 @@ def require_valid(report: SiteReport) -> None:
         raise PFedSAMError(first.code, first.message + more, first.remedy)
 
 
-def print_report(report: SiteReport, console: Console) -> None:
-    """Print a table of the cases and the findings below it; an error is red and also says so."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"Site {escape(report.folder)}")
-    for column in ("case", "section", "shape", "spacing mm", "axes", "type", "labels", "foreground", "empty", "range"):
-        table.add_column(column, overflow="fold")
-    for row in report.cases:
-        table.add_row(
-            escape(row.name),
-            row.section or "-",
-            " x ".join(map(str, row.shape)) or "-",
-            " x ".join(f"{step:.3g}" for step in row.spacing) if row.spacing else "-",
-            row.orientation or "-",
-            row.dtype or "-",
-            " ".join(f"{value:g}" for value in row.label_values[:6]) or "-",
-            str(row.foreground),
-            "-" if row.empty_slices is None else f"{row.empty_slices:.0%}",
-            f"{row.intensity[0]:.4g} .. {row.intensity[1]:.4g}" if row.intensity else "-",
-        )
-    console.print(table)
-    colours: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-    for finding in sorted(report.findings, key=lambda finding: list(colours).index(finding.severity)):
-        head = f"[{colours[finding.severity]}]{finding.severity.upper()} {finding.code}[/]"
-        console.print(f"{head} {escape(finding.message)} {escape(finding.remedy)}".rstrip(), soft_wrap=True)
-    counts = Counter(finding.severity for finding in report.findings)
-    summary = ", ".join(f"{counts[severity]} {severity}(s)" for severity in colours)
-    verdict = "[green]OK[/]: the site can train" if report.ok else "[bold red]NOT OK[/]: correct the errors first"
-    console.print(f"{verdict} ({len(report.cases)} case(s), {summary}).")
-
-
-def load_picture(path: Path) -> Picture:
-    """Load an image or label file, or a folder of DICOM slices, with the axes that MONAI's `LoadImage` gives.
-
-    Returns:
-        Values (x, y[, slice][, channel]) and geometry.
-
-    Raises:
-        Exception: whatever the reader raises for a file that it cannot read.
-    """
-    if path.name.lower().endswith(_NIFTI):
-        import nibabel
-
-        nifti = nibabel.load(path)
-        assert isinstance(nifti, (nibabel.Nifti1Image, nibabel.Nifti2Image))
-        values, affine = np.asanyarray(nifti.dataobj), nifti.affine
-        return _with_affine(values, affine) if affine is not None else Picture(values, values.shape[:3])
-    if path.is_dir() or path.suffix.lower() == ".dcm":
-        from monai.data.image_reader import PydicomReader
-
-        reader = PydicomReader()
-        values, meta = reader.get_data(reader.read(path))
-        # the reader leaves out what it cannot use, without an error
-        files = len(list(_visible(path))) if path.is_dir() else 1
-        slices = values.shape[2] if path.is_dir() and values.ndim > 2 else 1
-        if slices != files:
-            raise ValueError(f"only {slices} of its {files} files are DICOM slices with a number")
-        return _with_affine(values, np.asarray(meta["affine"], dtype=float))
-    from PIL import Image
-
-    with Image.open(path) as image:
-        values = np.swapaxes(np.asarray(image), 0, 1)
-    return Picture(values, values.shape[:2])
-
-
-def _with_affine(values: NDArray[Any], affine: NDArray[Any]) -> Picture:
-    import nibabel
-
-    shape = values.shape[:3]
-    spacing = tuple(float(step) for step in np.linalg.norm(affine[:3, :3], axis=0))[: len(shape)]
-    codes = nibabel.orientations.aff2axcodes(affine)
-    return Picture(values, shape, affine, spacing, "".join(code or "?" for code in codes))
-
-
 def _check_files(report: SiteReport, folder: Path) -> None:
     """Warn of files that no case uses."""
     if not (folder / "images").is_dir():
         return
     names = {case_name(path) for path in (folder / "images").iterdir()}
-    for path in _visible(folder / "images"):
+    for path in visible(folder / "images"):
         if case_name(path) is None:
             expected = "Convert it to one of " + ", ".join(IMAGE_SUFFIXES) + "."
             report.add("E09", "warning", "", f"'{path}' is no image of a known format and is ignored.", expected)
     if not (folder / "labels").is_dir():
         report.add("E03", "error", "", f"site folder '{folder}': there is no folder '{folder / 'labels'}'.", LAYOUT)
-    for path in _visible(folder / "labels"):
+    for path in visible(folder / "labels"):
         name = case_name(path, LABEL_SUFFIXES)
         if name not in names or name is None:
             text = f"label '{path}' belongs to no image and is ignored."
             report.add("E09", "warning", name or "", text, "Name it as its image, or take it away.")
-
-
-def _visible(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield from (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
 
 
 def _check_split(
@@ -369,7 +274,7 @@ def _check_label(report: SiteReport, row: CaseRow, case: Case, label: Picture, l
             return
         values = values[..., 0]
     found = np.unique(values)
-    flat = case.label is not None and not case.label.name.lower().endswith(_NIFTI)
+    flat = case.label is not None and not case.label.name.lower().endswith(NIFTI)
     if flat and 255 in found and 255 not in labels and set(found.tolist()) <= {0, 255}:
         values, found = values // 255, found // 255
         report.add("E07", "note", case.name, f"label '{case.label}' holds 0 and 255: 255 is read as 1.")

@@ -12,7 +12,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.metrics import compute_dice
 
-from pfedsam.bundles import checked_overrides, find_bundle
+from pfedsam.bundles import find_bundle, local_settings
 from pfedsam.errors import PFedSAMError, first_of_ours
 
 MODELS = ("global", "personal")
@@ -137,7 +137,7 @@ def _workflow(bundle: str, folder: Any, model_file: Any, overrides: Any, section
         model_file=str(model_file),
         section=section,
         **{"validate#handlers": "$[]"},
-        **checked_overrides(overrides),
+        **local_settings(overrides),
     )
 
 

@@ -10,6 +10,12 @@ from rich.table import Table
 
 from pfedsam.evaluation.site import MODELS, SiteEvaluation
 
+#: What the columns mean; short names keep the table whole in 80 columns.
+CAPTION = (
+    "Dice of the global and the personal model over whole volumes of the test cases; * the worst site; failed: cases "
+    "with a class not found at all (global, personal); MB: sent by the site in a round"
+)
+
 
 def results(evaluations: Sequence[SiteEvaluation], sent: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """All that the table shows, for JSON.
@@ -37,30 +43,30 @@ def results(evaluations: Sequence[SiteEvaluation], sent: Mapping[str, Sequence[i
 
 def site_table(found: Mapping[str, Any], title: str) -> Table:
     """The table of `results`: the worst site of each model is marked in words."""
-    table = Table(title=title, caption="Dice over whole volumes of the test cases; failed: nothing found")
+    table = Table(title=title, caption=CAPTION)
     for name, justify in (
         ("site", "left"),
-        ("test cases", "right"),
-        ("global Dice", "right"),
-        ("personal Dice", "right"),
-        ("difference", "right"),
-        ("failed (global/personal)", "right"),
-        ("sent per round", "right"),
+        ("cases", "right"),
+        ("global", "right"),
+        ("personal", "right"),
+        ("gain", "right"),
+        ("failed", "right"),
+        ("MB", "right"),
     ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for name, site in found["sites"].items():
-        marks = {m: " worst" if site[f"dice_{m}"] == found[f"worst_{m}"] else "" for m in MODELS}
+        marks = {m: " *" if site[f"dice_{m}"] == found[f"worst_{m}"] else "  " for m in MODELS}
         table.add_row(
             name,
             str(site["cases"]),
             *(f"{site[f'dice_{m}']:.3f}{marks[m]}" for m in MODELS),
             f"{site['dice_personal'] - site['dice_global']:+.3f}",
-            f"{site['failures_global']} / {site['failures_personal']}",
-            f"{site['bytes_per_round'] / 1e6:.2f} MB",
+            f"{site['failures_global']}, {site['failures_personal']}",
+            f"{site['bytes_per_round'] / 1e6:.2f}",
         )
     table.add_section()
     gain = found["mean_personal"] - found["mean_global"]
     table.add_row(
-        "mean of sites", "", *(f"{found[f'mean_{m}']:.3f}" for m in MODELS), f"{gain:+.3f}", "", "", style="bold"
+        "mean of sites", "", *(f"{found[f'mean_{m}']:.3f}  " for m in MODELS), f"{gain:+.3f}", "", "", style="bold"
     )
     return table

@@ -99,7 +99,7 @@ class PFedSAMLearner(ModelLearner):
         require_valid(check_site(folder, seed=int((plan.overrides or {}).get("seed", 0))))
         output = Path(self.workspace.get_run_dir(self.job_id)) / "bundle"
         device = site.device or self.device
-        self._local = LocalTraining(plan.bundle, folder, strategy, plan.overrides, output, device)
+        self._local = LocalTraining(plan.bundle, folder, strategy, plan.overrides, output, device, site.checkpoint)
         self._local.open()
         self._open_state(plan, site.state_root)
         self._scalars = ListedScalars(self.engine.get_component(self.tb_writer_id) if self.tb_writer_id else None)

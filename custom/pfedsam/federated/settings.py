@@ -24,6 +24,8 @@ class SiteSettings(BaseModel):
     Attributes:
         data_root: folder that holds the site folder `<data_root>/<site name>`, or is the site folder itself.
         state_root: where the personal state is kept; see `pfedsam.state.state_root`.
+        checkpoint: path of SAM's base weights at this site; by default the environment variable PFEDSAM_CHECKPOINT,
+            else the weights folder (see `pfedsam models`).
         device: `auto` or a torch device.
         threads: of torch; by default the cores divided by the sites that are simulated on this machine.
         may_share: parameter groups that this site is willing to share; None sets no limit but the code's.
@@ -33,6 +35,7 @@ class SiteSettings(BaseModel):
 
     data_root: str | None = None
     state_root: str | None = None
+    checkpoint: str | None = None
     device: str | None = None
     threads: int | None = Field(None, ge=1)
     may_share: tuple[str, ...] | None = None

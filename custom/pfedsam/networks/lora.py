@@ -1,4 +1,4 @@
-"""Low-rank adaptation of a fused qkv projection (LoRA: Hu et al., arXiv 2106.09685), on q and v only."""
+"""Low-rank adaptation (LoRA: Hu et al., arXiv 2106.09685) of a linear layer, and of q and v in a fused projection."""
 
 from __future__ import annotations
 
@@ -11,6 +11,36 @@ from torch import Tensor, nn
 
 #: How the rows of a fused projection are laid out: `q | k | v`, or `q k v` again for every head.
 Layout = Literal["blocks", "per_head"]
+
+
+class LoRA(nn.Linear):
+    """A linear layer plus a low-rank update: `W x + b + (alpha / rank) * B A x`, a no-op at the start (`B` is zero).
+
+    The layer keeps the names `weight` and `bias` of the layer that it replaces, so checkpoints load unchanged.
+
+    Args:
+        linear: the layer; its parameters are taken over, not copied.
+        rank: of the update.
+        alpha: scale; the update is multiplied by `alpha / rank`.
+        generator: for `A`.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, rank: int = 4, alpha: float | None = None, generator: torch.Generator | None = None
+    ):
+        # no initialisation of a weight that is replaced in the next line
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale = (rank if alpha is None else alpha) / rank
+        device = linear.weight.device
+        #: `(rank, in)`
+        self.lora_a = _kaiming((rank, linear.in_features), device, generator)
+        #: `(out, rank)`
+        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
 class QVLoRA(nn.Linear):
@@ -44,12 +74,8 @@ class QVLoRA(nn.Linear):
         self.heads, self.layout = heads, layout
         dim = linear.out_features // 3
         device = linear.weight.device
-        a = torch.empty(2, rank, linear.in_features, device=device)
-        if device.type != "meta":
-            bound = math.sqrt(3) * math.sqrt(2 / (1 + 5)) / math.sqrt(linear.in_features)  # kaiming_uniform_(a=sqrt 5)
-            a = (torch.rand(a.shape, generator=generator) * 2 - 1).mul(bound).to(device)
         #: `(2, rank, in)`: q, v.
-        self.lora_a = nn.Parameter(a)
+        self.lora_a = _kaiming((2, rank, linear.in_features), device, generator)
         #: `(2, dim, rank)`: q, v.
         self.lora_b = nn.Parameter(torch.zeros(2, dim, rank, device=device))
 
@@ -66,3 +92,11 @@ class QVLoRA(nn.Linear):
         """`(..., in)` to `(..., 3 * dim)`."""
         update = F.linear(F.linear(x, self.lora_a.flatten(0, 1)), self.fused_b())
         return F.linear(x, self.weight, self.bias) + self.scale * update
+
+
+def _kaiming(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> nn.Parameter:
+    """Uniform values as torch's own linear layers get them (`kaiming_uniform_` with a = sqrt 5), by fan-in."""
+    a = torch.empty(shape, device=device)
+    if device.type != "meta":
+        a = ((torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[-1])).to(device)
+    return nn.Parameter(a)

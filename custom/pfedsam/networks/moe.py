@@ -22,7 +22,9 @@ class LMoE(nn.Module):
         bottleneck: hidden width of each expert.
         scale: s.
         gate: `image` gates by the mean token of an image, `token` gates each token.
+        top_k: only the k largest gates count, scaled to sum 1; 0 for all of them.
         generator: for the initial weights.
+        device: of the parameters.
     """
 
     def __init__(
@@ -32,11 +34,13 @@ class LMoE(nn.Module):
         bottleneck: int = 16,
         scale: float = 1.0,
         gate: Gate = "image",
+        top_k: int = 0,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        self.number, self.bottleneck, self.scale, self.gate_per = experts, bottleneck, scale, gate
+        self.number, self.bottleneck, self.scale = experts, bottleneck, scale
+        self.gate_per, self.top_k = gate, top_k
         self.enabled = True
         self.gate = nn.Linear(dim, experts, device=device)
         self.down = nn.Linear(dim, experts * bottleneck, device=device)
@@ -48,23 +52,31 @@ class LMoE(nn.Module):
             for layer in (self.gate, self.down):
                 layer.weight.data.copy_(torch.randn(layer.weight.shape, generator=generator) * dim**-0.5)
                 layer.bias.data.zero_()
+        #: Load-balance loss of the last forward pass in training, with its graph; None where all gates count.
+        self.balance: Tensor | None = None
         self.forget_usage()
 
     def gates(self, n: Tensor) -> Tensor:
-        """Gate values `(B, ..., E)`; for gates per image the spatial dimensions are 1."""
-        if self.gate_per == "image":
-            n = n.mean(dim=tuple(range(1, n.ndim - 1)), keepdim=True)
-        return self.gate(n).softmax(dim=-1)
+        """Gate values `(B, ..., E)` that sum to 1; for gates per image the spatial dimensions are 1."""
+        return self._select(self._probabilities(n))
 
     def forward(self, n: Tensor) -> Tensor:
         """`(B, ..., dim)` to the same shape; zeros when the experts are off."""
         if not self.enabled:
             return torch.zeros_like(n)
-        gates = self.gates(n)
-        self._note(gates)
+        probabilities = self._probabilities(n)
+        gates = self._select(probabilities)
+        if self.training:
+            self._note(gates)
+            self.balance = load_balance(probabilities, gates) if self.top_k else None
         hidden = F.gelu(self.down(n)).unflatten(-1, (self.number, self.bottleneck)) * gates.unsqueeze(-1)
         mixed = F.linear(hidden.flatten(-2), self.up.flatten(0, 1).T) + gates @ self.up_bias
         return self.scale * mixed
+
+    def train(self, mode: bool = True) -> LMoE:
+        """Set the mode, and let the graph of the last step go."""
+        self.balance = None
+        return super().train(mode)
 
     def forget_usage(self) -> None:
         """Start counting the gates anew."""
@@ -79,12 +91,32 @@ class LMoE(nn.Module):
         shares = (self._share / self._seen).tolist()
         return {"entropy": float(self._entropy / self._seen)} | {f"share_{e}": share for e, share in enumerate(shares)}
 
+    def _probabilities(self, n: Tensor) -> Tensor:
+        if self.gate_per == "image":
+            n = n.mean(dim=tuple(range(1, n.ndim - 1)), keepdim=True)
+        return self.gate(n).softmax(dim=-1)
+
+    def _select(self, probabilities: Tensor) -> Tensor:
+        if not 0 < self.top_k < self.number:
+            return probabilities
+        values, chosen = probabilities.topk(self.top_k, dim=-1)
+        return torch.zeros_like(probabilities).scatter(-1, chosen, values / values.sum(-1, keepdim=True))
+
     @torch.no_grad()
     def _note(self, gates: Tensor) -> None:
-        if not self.training:
-            return
         flat = gates.detach().float().flatten(0, -2)
         share, entropy = flat.sum(0), -(flat * flat.clamp_min(1e-12).log()).sum()
         self._share = share if self._share is None else self._share + share
         self._entropy = entropy if self._entropy is None else self._entropy + entropy
         self._seen += len(flat)
+
+
+def load_balance(probabilities: Tensor, gates: Tensor) -> Tensor:
+    """`E * sum_e f_e P_e` (Fedus et al., Switch Transformers, arXiv 2101.03961): 1 when all experts are used alike.
+
+    Args:
+        probabilities: `(..., E)`, softmax of the gate; P_e is its mean.
+        gates: `(..., E)`, what counts; f_e is the share of an expert among all gates that are not zero.
+    """
+    used = (gates.detach() > 0).float().flatten(0, -2).sum(0)
+    return len(used) * (used / used.sum() * probabilities.float().flatten(0, -2).mean(0)).sum()

@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder
-from segment_anything.modeling.common import MLPBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.networks.backbones import BACKBONES, build_parts, get_backbone, load_base, read_checkpoint
-from pfedsam.networks.lora import QVLoRA
-from pfedsam.networks.moe import Gate, LMoE
+from pfedsam.networks.adaptation import ADAPTATION, adapt
+from pfedsam.networks.backbones import build_parts, get_backbone
+from pfedsam.networks.loading import load_base, read_checkpoint
+from pfedsam.networks.moe import LMoE
+from pfedsam.networks.weights import locate
 from pfedsam.parameters import base_fingerprint
-
-
-class MLPWithExperts(MLPBlock):
-    """segment-anything's MLP block with experts in parallel; its tensors keep their names."""
-
-    def __init__(self, mlp: MLPBlock, experts: LMoE):
-        nn.Module.__init__(self)
-        self.lin1, self.lin2, self.act, self.experts = mlp.lin1, mlp.lin2, mlp.act, experts
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, H, W, dim)` to the same shape; `x` is normed already."""
-        return super().forward(x) + self.experts(x)
 
 
 class SegmentAnything(nn.Module):
@@ -45,9 +33,16 @@ class SegmentAnything(nn.Module):
         backbone: a name of the registry.
         image_size: side of the input in pixels.
         classes: output channels C; the decoder has one mask token for each.
+
+    Attributes:
+        frozen_trunk: False while the encoder itself is trained: then nothing is cached and all of it gets a gradient.
+        checkpointing: compute the activations of each encoder block again in the backward pass, to save memory.
     """
 
     base_fingerprint: str | None = None
+    frozen_trunk: bool = True
+    checkpointing: bool = False
+    neck_is_adapted: bool = False
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -80,8 +75,9 @@ class SegmentAnything(nn.Module):
 
     def head(self, features: Tensor) -> Tensor:
         """Features of `trunk` to logits `(B, C, H, W)`."""
+        again = self.checkpointing and torch.is_grad_enabled()
         for step in self._steps()[self._split() :]:
-            features = step(features)
+            features = recompute(step, features, use_reentrant=False) if again else step(features)
         return self.decode(features)
 
     def decode(self, embedding: Tensor) -> Tensor:
@@ -124,11 +120,21 @@ class SegmentAnything(nn.Module):
     def _steps(self) -> list[Any]:
         return self.image_encoder.steps()  # type: ignore[operator]
 
+    def balance_loss(self) -> Tensor | None:
+        """Mean load-balance loss of the experts in the last forward pass in training; None if all experts count."""
+        layers = [layer for layer in self.expert_layers().values() if layer.enabled]
+        losses = [layer.balance for layer in layers if layer.balance is not None]
+        return torch.stack(losses).mean() if losses else None
+
     def _split(self) -> int:
         """Index of the first step that is not frozen."""
+        if not self.frozen_trunk:
+            return 0
         blocks = self.image_encoder.adaptable_blocks()  # type: ignore[operator]
         steps = self._steps()
-        return steps.index(blocks[self.first_adapted]) if self.first_adapted < len(blocks) else len(steps)
+        if self.first_adapted < len(blocks):
+            return steps.index(blocks[self.first_adapted])
+        return len(steps) - 1 if self.neck_is_adapted else len(steps)
 
 
 def select_mask_tokens(decoder: MaskDecoder, classes: int) -> MaskDecoder:
@@ -144,62 +150,13 @@ def select_mask_tokens(decoder: MaskDecoder, classes: int) -> MaskDecoder:
     return decoder
 
 
-def adapt(
-    network: SegmentAnything,
-    layout: Any,
-    *,
-    adapted_blocks: int | str = 2,
-    lora_rank: int = 4,
-    experts: int = 4,
-    bottleneck: int = 16,
-    expert_scale: float = 1.0,
-    gate: Gate = "image",
-    seed: int = 0,
-) -> None:
-    """Add LoRA to q and v and experts beside the MLP of the last `adapted_blocks` encoder blocks (`all`: of each).
-
-    Raises:
-        PFedSAMError: E16 for an impossible number of blocks.
-    """
-    blocks = network.image_encoder.adaptable_blocks()  # type: ignore[operator]
-    number = len(blocks) if adapted_blocks == "all" else adapted_blocks
-    if not isinstance(number, int) or not 0 <= number <= len(blocks):
-        raise PFedSAMError("E16", f"adapted_blocks is {adapted_blocks!r}.", f"Use 'all' or 0 to {len(blocks)}.")
-    smallest = {"lora_rank": (lora_rank, 0), "experts": (experts, 0), "bottleneck": (bottleneck, 1)}
-    wrong = [f"{name} is {value}, at least {least}" for name, (value, least) in smallest.items() if value < least]
-    if wrong or gate not in get_args(Gate):
-        raise PFedSAMError(
-            "E16", "; ".join(wrong) or f"gate is {gate!r}, one of {get_args(Gate)}.", "Correct the bundle."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    network.first_adapted = len(blocks) - number
-    for block in blocks[network.first_adapted :]:
-        qkv = block.attn.qkv
-        if lora_rank:
-            block.attn.qkv = QVLoRA(qkv, block.attn.num_heads, layout, lora_rank, generator=generator)
-        if experts:
-            device = qkv.weight.device
-            mixture = LMoE(qkv.in_features, experts, bottleneck, expert_scale, gate, generator, device)
-            if isinstance(block.mlp, MLPBlock):
-                block.mlp = MLPWithExperts(block.mlp, mixture)
-            else:
-                block.mlp.experts = mixture
-
-
-#: Settings of `adapt` with their defaults. They are part of the fingerprint, written out or not.
-ADAPTATION: dict[str, Any] = {
-    name: parameter.default
-    for name, parameter in inspect.signature(adapt).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name != "seed"
-}
-
-
 def build_network(
     backbone: str = "lite_medsam",
     image_size: int = 128,
     classes: int = 1,
     checkpoint: str | None = "default",
     seed: int = 0,
+    checkpointing: bool = False,
     **adaptation: Any,
 ) -> SegmentAnything:
     """Build the network of a bundle: base weights, LoRA, experts, fingerprint.
@@ -208,8 +165,9 @@ def build_network(
         backbone: a name of the registry.
         image_size: side of the input in pixels.
         classes: output channels.
-        checkpoint: `default` for the weights that belong to the backbone, a path, or None: no weights, which is allowed
-            for `vit_test` (seeded random weights) and on the meta device only.
+        checkpoint: `default` for the backbone's own weights, a name of `pfedsam models`, a path, or None: no weights,
+            which is allowed for `vit_test` (seeded random weights) and on the meta device only.
+        checkpointing: see `SegmentAnything`; it changes memory and time, not the output.
         seed: of the initial adapters, and of `vit_test`'s weights.
         adaptation: settings of `adapt`.
 
@@ -226,16 +184,16 @@ def build_network(
         torch.manual_seed(seed)
         network = SegmentAnything(backbone, image_size, classes)
         adapt(network, registered.layout, seed=seed, **adaptation)
-    if not meta and registered.weights is not None:
+    network.checkpointing = checkpointing
+    if not meta and registered.checkpoint is not None:
         if checkpoint is None:
             raise PFedSAMError("E10", f"no checkpoint for '{backbone}'.", "Random weights are never used silently.")
-        default = checkpoint == "default"
-        path = registered.weights() if default else Path(checkpoint)
-        load_base(network, read_checkpoint(path, registered.sha256 if default else None), str(path))
+        path, checksum = locate(registered.checkpoint if checkpoint == "default" else checkpoint)
+        load_base(network, read_checkpoint(path, checksum), str(path))
     if not meta:
         settings = {"backbone": backbone, "image_size": image_size, "classes": classes, **ADAPTATION, **adaptation}
         network.base_fingerprint = base_fingerprint(network, settings)
     return network.eval()
 
 
-__all__ = ["BACKBONES", "SegmentAnything", "adapt", "build_network", "load_base", "select_mask_tokens"]
+__all__ = ["SegmentAnything", "adapt", "build_network", "load_base", "select_mask_tokens"]

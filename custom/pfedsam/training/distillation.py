@@ -1,4 +1,4 @@
-"""Knowledge distillation between the global teacher and the personal student, for sigmoid outputs."""
+"""Knowledge distillation between a global and a personal model, for sigmoid and for softmax outputs."""
 
 from __future__ import annotations
 
@@ -27,19 +27,44 @@ def bernoulli_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor
     return p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
 
 
-def distillation_loss(teacher: Tensor, student: Tensor, label: Tensor, settings: Distillation) -> Tensor:
+def categorical_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """`KL(softmax(z_T / tau) || softmax(z_S / tau))` of every pixel, for exclusive classes.
+
+    Args:
+        teacher: logits z_T, `(B, C, H, W)`.
+        student: logits z_S, same shape.
+        temperature: tau.
+
+    Returns:
+        `(B, 1, H, W)`, not negative.
+    """
+    t, s = F.log_softmax(teacher / temperature, 1), F.log_softmax(student / temperature, 1)
+    return (t.exp() * (t - s)).sum(1, keepdim=True)
+
+
+def foreground(logits: Tensor, exclusive: bool) -> Tensor:
+    """Probabilities of the foreground classes: all channels, or those after the background if exclusive."""
+    return logits.softmax(1)[:, 1:] if exclusive else logits.sigmoid()
+
+
+def distillation_loss(
+    teacher: Tensor, student: Tensor, label: Tensor, settings: Distillation, exclusive: bool = False
+) -> Tensor:
     """`weight * tau^2 * mean KL`, the mean over the band and over the rest separately, 1:1 (METHOD.md).
 
     Args:
         teacher: logits `(B, C, H, W)`, without gradient.
         student: logits `(B, C, H, W)`.
-        label: `(B, C, H, W)`, 0 or 1.
+        label: `(B, C, H, W)`, 0 or 1; with exclusive classes channel 0 is the background.
         settings: weight, temperature, band.
+        exclusive: softmax over the channels instead of a sigmoid of each.
     """
-    divergence = bernoulli_kl(teacher, student, settings.temperature)
+    divergence = (categorical_kl if exclusive else bernoulli_kl)(teacher, student, settings.temperature)
     with torch.no_grad():
-        likely = torch.maximum(torch.sigmoid(teacher), torch.sigmoid(student)) > settings.band
-        band = likely | (label > 0.5)
+        likely = torch.maximum(foreground(teacher, exclusive), foreground(student, exclusive)) > settings.band
+        band = likely | ((label[:, 1:] if exclusive else label) > 0.5)
+        if exclusive:
+            band = band.any(1, keepdim=True)
     means = [divergence[part].mean() for part in (band, ~band) if part.any()]
     return settings.weight * settings.temperature**2 * torch.stack(means).mean()
 
@@ -66,15 +91,17 @@ class TeacherLogits:
 class QualityGate:
     """Whether the teacher is at least as good as the student on the training slices seen in this phase (soft Dice)."""
 
-    def __init__(self) -> None:
+    def __init__(self, exclusive: bool = False) -> None:
+        self.exclusive = exclusive
         self._overlap = {"teacher": 0.0, "student": 0.0}
         self._size = {"teacher": 0.0, "student": 0.0}
 
     @torch.no_grad()
     def open(self, teacher: Tensor, student: Tensor, label: Tensor) -> bool:
         """Add a batch of logits `(B, C, H, W)` and tell whether to distil on it."""
+        label = label[:, 1:] if self.exclusive else label
         for who, logits in (("teacher", teacher), ("student", student)):
-            probability = torch.sigmoid(logits.float())
+            probability = foreground(logits.float(), self.exclusive)
             self._overlap[who] += float(2 * (probability * label).sum())
             self._size[who] += float(probability.sum() + label.sum())
         return self.dice("teacher") >= self.dice("student")

@@ -7,7 +7,8 @@ trainer and evaluator.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 from torch import Tensor
 
-from pfedsam.bundles import checked_overrides, find_bundle
+from pfedsam.bundles import find_bundle, local_settings
 from pfedsam.errors import PFedSAMError, first_of_ours
 from pfedsam.networks.sam import SegmentAnything
 from pfedsam.parameters import load_personal_state, load_shared_state, personal_state, shared_state
@@ -48,6 +49,7 @@ class LocalTraining:
         overrides: listed ids of the bundle's configuration with literal values.
         output_dir: where the bundle may write; stays at the site.
         device: `auto`, or a torch device.
+        checkpoint: path of the base weights on this machine.
 
     Raises:
         PFedSAMError: from `open`, with the code of whatever is wrong in data, weights or configuration.
@@ -61,7 +63,9 @@ class LocalTraining:
         overrides: Mapping[str, Any] | None = None,
         output_dir: str | Path = "runs",
         device: str = "auto",
+        checkpoint: str | None = None,
     ) -> None:
+        self.checkpoint = checkpoint
         self.bundle, self.folder, self.strategy = bundle, Path(folder), strategy
         self.overrides, self.output_dir, self.device = overrides, Path(output_dir), device
         self.network: SegmentAnything
@@ -83,7 +87,7 @@ class LocalTraining:
                 logging_file=False,
                 workflow_type="train",
                 **settings,
-                **checked_overrides(self.overrides),
+                **local_settings(self.overrides, self.checkpoint),
             )
             workflow.initialize()
             parsed = workflow.parser.get_parsed_content
@@ -161,13 +165,30 @@ class LocalTraining:
         model.shared, model.moments = dict(self._received), self.trainer.moments()
         return model
 
+    @contextmanager
+    def _theta_of(self, phase: Phase) -> Iterator[None]:
+        """A phase that trains personal tensors only does it beside theta *as received*, whatever ran before it.
+
+        So the pair (theta, phi) that is kept is the one that was trained together, in either order of the phases.
+        """
+        if "shared" in phase.trains or not self._received:
+            yield
+            return
+        trained = shared_state(self.network, self.strategy.roles)
+        load_shared_state(self.network, self.strategy.roles, self._received)
+        try:
+            yield
+        finally:
+            load_shared_state(self.network, self.strategy.roles, trained)
+
     def _run(self, phases: tuple[Phase, ...], round_number: int) -> RoundResult:
         result = RoundResult({}, {})
         for number, phase in enumerate(phases):
             for layer in self.network.expert_layers().values():
                 layer.forget_usage()
-            self.trainer.set_phase(phase, self.strategy.roles, round_number, number)
-            self.trainer.run()
+            with self._theta_of(phase):
+                self.trainer.set_phase(phase, self.strategy.roles, round_number, number)
+                self.trainer.run()
             report = result.phases[phase.name] = self.trainer.report
             if phase.experts:
                 result.gates = {name: layer.usage() for name, layer in self.network.expert_layers().items()}

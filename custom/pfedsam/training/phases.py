@@ -37,9 +37,12 @@ class _Settings(BaseModel):
 class Distillation(_Settings):
     """Extra loss `weight * temperature^2 * KL(teacher || student)` of a phase (METHOD.md, one round, step 2).
 
-    The teacher is the network with the shared tensors as received and the experts off.
+    The teacher is the network as it is when the phase starts: with the experts off it is the global model as received
+    (`global_to_local`, in a phase that trains personal tensors); with the experts on it is the last personal pair
+    (`local_to_global`, in a phase that trains shared tensors); both phases with a teacher are `mutual`. [ours]
 
     Attributes:
+        teacher: `global` (experts off) or `personal` (experts on).
         weight: lambda. [ours]
         temperature: tau, softens both distributions (Hinton et al., arXiv 1503.02531). [ours]
         band: a pixel is in the band if its label is 1, or the teacher's or the student's probability exceeds this; the
@@ -49,6 +52,7 @@ class Distillation(_Settings):
         quality_gate: no distillation while the teacher's Dice on the training slices is below the student's. [ours]
     """
 
+    teacher: Literal["global", "personal"] = "global"
     weight: float = Field(0.5, ge=0)
     temperature: float = Field(2.0, gt=0)
     band: float = Field(0.05, gt=0, lt=1)
@@ -68,6 +72,7 @@ class Phase(_Settings):
         keep_moments: go on with the optimiser's moments of the last round (personal tensors) or start anew (shared).
         warmup_rounds: in these first rounds the learning rate rises linearly from a tenth over the phase's steps.
         distillation: the extra loss, or None.
+        balance: weight of the experts' load-balance loss, where only the top k gates count.
     """
 
     name: str
@@ -78,6 +83,7 @@ class Phase(_Settings):
     keep_moments: bool = False
     warmup_rounds: int = Field(0, ge=0)
     distillation: Distillation | None = None
+    balance: float = Field(0.01, ge=0)
 
 
 class Strategy(_Settings):

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.networks.sam import SegmentAnything
-from pfedsam.parameters import Roles, set_trainable
+from pfedsam.parameters import Roles, group_of, held, set_trainable
 from pfedsam.training.distillation import QualityGate, TeacherLogits, distillation_loss
 from pfedsam.training.feature_cache import FeatureCache
 from pfedsam.training.phases import Phase
@@ -58,6 +58,8 @@ class PhaseTrainer(SupervisedTrainer):
         personal: groups of the personal tensors.
         feature_cache: cache of the frozen trunk, or None.
         amp: bfloat16 autocast on the network's device, CPU or CUDA.
+        exclusive: the channels are exclusive classes, the first is the background (softmax); else each is a class of
+            its own (sigmoid).
         kwargs: of `monai.engines.SupervisedTrainer`; `network` must be a `SegmentAnything`, and batches must hold
             `image`, `label` and `index`.
     """
@@ -70,11 +72,12 @@ class PhaseTrainer(SupervisedTrainer):
         personal: list[str],
         feature_cache: FeatureCache | None = None,
         amp: bool = False,
+        exclusive: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.network: SegmentAnything
-        self.autocast = amp
+        self.autocast, self.exclusive = amp, exclusive
         self.feature_cache = feature_cache
         self.should_stop: Callable[[], bool] = lambda: False
         self._template: Optimizer = self.optimizer
@@ -109,8 +112,10 @@ class PhaseTrainer(SupervisedTrainer):
         self.optimizer = type(self._template)(parameters, **{**defaults, "lr": phase.learning_rate})  # type: ignore[call-arg]
         if phase.keep_moments:
             self._restore_moments()
+        self.network.frozen_trunk = not any(group_of(name) == "encoder" for name in self._names())
         self._teacher = TeacherLogits(self._teach) if self._distils() else None
-        self._gate = QualityGate()
+        self._taught_by = self._snapshot() if self._distils() else {}
+        self._gate = QualityGate(self.exclusive)
         self.state.epoch = self.state.iteration = 0
         self.state.max_epochs = phase.epochs
 
@@ -146,7 +151,7 @@ class PhaseTrainer(SupervisedTrainer):
 
     def features(self, images: Tensor, items: list[int]) -> Tensor:
         """Frozen features of a batch, from the cache where it has them."""
-        if self.feature_cache is None:
+        if self.feature_cache is None or not self.network.frozen_trunk:
             return self.network.trunk(images)
         return self.feature_cache.features(self.network.trunk, images, [("train", item) for item in items])
 
@@ -160,11 +165,14 @@ class PhaseTrainer(SupervisedTrainer):
         with self._autocast():
             features = self.features(images, items)
             prediction = self.network.head(features)
+            balance = self.network.balance_loss()  # before a teacher with experts runs
             self.fire_event(IterationEvents.FORWARD_COMPLETED)
         prediction = prediction.float()
         loss = self.loss_function(prediction, label).mean()
         if self._teacher is not None:
             loss = loss + self._distil(features, prediction, label, items)
+        if balance is not None:
+            loss = loss + self.phase.balance * balance
         value = float(loss.detach())
         if not math.isfinite(value):
             raise PFedSAMError(
@@ -190,7 +198,7 @@ class PhaseTrainer(SupervisedTrainer):
         if not self._gate.open(teacher, prediction.detach(), label) and settings.quality_gate:
             return 0.0
         self.report.distilled_steps += 1
-        return distillation_loss(teacher, prediction, label, settings)
+        return distillation_loss(teacher, prediction, label, settings, self.exclusive)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.state.device.type, dtype=torch.bfloat16, enabled=self.autocast)
@@ -200,9 +208,25 @@ class PhaseTrainer(SupervisedTrainer):
         return settings is not None and settings.weight > 0 and self.round >= settings.warmup_rounds
 
     def _teach(self, features: Tensor) -> Tensor:
-        """The global model as received: experts off. It shares all tensors with the student."""
-        with self.network.experts(False):
-            return self.network.head(features)
+        """The teacher's logits. It shares all tensors with the student but those that the phase changes."""
+        settings = self.phase.distillation
+        assert settings is not None
+        training = self.network.training
+        with self.network.experts(settings.teacher == "personal"), held(self.network, self._taught_by):
+            self.network.eval()
+            logits = self.network.head(features)
+        self.network.train(training)
+        return logits
+
+    def _snapshot(self) -> dict[str, Tensor]:
+        """Copies of the tensors that the phase trains and the teacher uses, as they are now."""
+        settings = self.phase.distillation
+        assert settings is not None
+        return {
+            name: parameter.detach().clone()
+            for name, parameter in self.network.named_parameters()
+            if parameter.requires_grad and (settings.teacher == "personal" or group_of(name) != "experts")
+        }
 
     def _warm_up(self) -> None:
         """Linear rise of the learning rate from a tenth, over the steps of a phase in the first rounds."""

@@ -1,0 +1,84 @@
+"""What the commands share: the console, progress bars, common options."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from pfedsam.errors import PFedSAMError
+
+console = Console()
+
+#: Panels of `pfedsam --help`.
+DATA, TRAIN, LOOK, OPERATE = "Data and weights", "Train", "Look", "Operate"
+
+RunFolder = Annotated[Path, typer.Option("--out", help="Run folder; a run that was stopped goes on in it.")]
+Bundle = Annotated[str, typer.Option(help="Name of an installed bundle.")]
+Job = Annotated[str, typer.Option(help="Name of a packaged job, or a job folder.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override of the bundle, as key=value; may be repeated (see `pfedsam describe`)."),
+]
+StateRoot = Annotated[Path | None, typer.Option(help="State root; by default as in training.")]
+
+
+def literals(pairs: list[str]) -> dict[str, Any]:
+    """`key=value` texts as JSON literals, else as strings."""
+    literals: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise PFedSAMError("E18", f"override {shlex.quote(pair)} is not key=value.", "For example: batch_size=4")
+        try:
+            literals[key] = json.loads(value)
+        except ValueError:
+            literals[key] = value
+    return literals
+
+
+def quiet_libraries() -> None:
+    """Leave out what MONAI says at each start about optional parts; errors stay."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", message=".*NvImgCodec.*")
+    for name in ("monai.bundle.workflows", "monai.data.nvimgcodec_pydicom_plugin"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class Advance:
+    """Moves a progress bar: `advance(done, text)`, or `advance.total(done, total)`."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress, self._task = progress, task
+
+    def __call__(self, done: int, text: str | None = None) -> None:
+        """Set what is done, and a text."""
+        described: Any = {} if text is None else {"description": text}
+        self._progress.update(self._task, completed=done, **described)
+
+    def total(self, done: int, total: int) -> None:
+        """Set both numbers."""
+        self._progress.update(self._task, completed=done, total=total)
+
+
+@contextmanager
+def bar(text: str, total: int) -> Iterator[Advance]:
+    """A progress bar with the time that has passed."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield Advance(progress, progress.add_task(text, total=total))

@@ -1,0 +1,68 @@
+"""`pfedsam evaluate`, and the table and pictures at the end of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pfedsam.commands.console import LOOK, Bundle, Overrides, bar, console, literals, quiet_libraries
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel=LOOK)
+def evaluate(
+    site: Annotated[Path, typer.Argument(help="Site folder.")],
+    model: Annotated[Path, typer.Argument(help="state.safetensors or model.safetensors of the site.")],
+    bundle: Bundle = "brain_lesion_mri",
+    section: Annotated[str, typer.Option(help="training, validation or test.")] = "test",
+    out: Annotated[Path, typer.Option(help="Folder for table and picture.")] = Path("runs/evaluate"),
+    set_: Overrides = None,
+) -> None:
+    """Dice of the global and the personal model of one site, with a picture."""
+    show_evaluation({site.name: (site, model)}, bundle, literals(set_ or []), out, {}, section)
+
+
+def show_evaluation(
+    models: dict[str, tuple[Path, Path]], bundle: str, overrides: Any, out: Path, sent: Any, section: str = "test"
+) -> None:
+    """Evaluate sites, write pictures and `results.json`, and print the table.
+
+    Args:
+        models: site folder and model file of each site.
+        bundle: name of an installed bundle.
+        overrides: of the bundle, as in training.
+        out: folder to write to.
+        sent: bytes that left each site, by round.
+        section: of the split.
+    """
+    from monai.transforms import LoadImage
+
+    quiet_libraries()
+    from pfedsam.evaluation.pictures import site_picture
+    from pfedsam.evaluation.site import evaluate_site
+    from pfedsam.evaluation.tables import results, site_table
+
+    evaluations = []
+    for site, (data, model) in models.items():
+        with bar(f"evaluating {site}", 1) as advance:
+            found = evaluate_site(
+                bundle, data, model, overrides=overrides, section=section, output_dir=out, progress=advance.total
+            )
+        evaluations.append(found)
+        if found.shown is not None:
+            image = LoadImage(image_only=True)(_image_of(data, found.shown.case)).numpy()
+            site_picture(found, image, out / "pictures" / f"{site}.png")
+    table = results(evaluations, sent)
+    (out / "results.json").write_text(json.dumps(table, indent=2) + "\n")
+    console.print(site_table(table, f"{bundle}: {section} cases"))
+    console.print(f"pictures: {out / 'pictures'}    all numbers: {out / 'results.json'}")
+
+
+def _image_of(data: Path, case: str) -> Path:
+    from pfedsam.data.sites import read_site
+
+    return next(one.image for one in read_site(data) if one.name == case)

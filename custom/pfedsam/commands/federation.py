@@ -1,0 +1,97 @@
+"""`pfedsam simulate` and `demo`: a federation on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pfedsam.commands.console import TRAIN, Job, Overrides, RunFolder, bar, console, literals
+from pfedsam.commands.data import make_phantom
+from pfedsam.commands.evaluation import show_evaluation
+
+app = typer.Typer()
+
+#: The demo is as small as it can be and still show the effect in minutes on two cores.
+DEMO_CASES = 9
+DEMO_SHAPE = (96, 96, 12)
+DEMO_ROUNDS = 6
+DEMO_OVERRIDES: dict[str, Any] = {
+    "adapted_blocks": 1,
+    "batch_size": 2,
+    "augmentations": 1,
+    "positives_per_case": 4,
+    "negatives_per_case": 2,
+    "cache_limit_gb": 1,
+}
+
+
+@app.command(rich_help_panel=TRAIN)
+def simulate(
+    data: Annotated[Path, typer.Argument(help="Folder that holds the site folders.")],
+    out: RunFolder = Path("runs/simulation"),
+    job: Job = "pfedsam",
+    federation: Annotated[str, typer.Option(help="Name of the federation: the state of the sites is keyed by it.")] = (
+        "simulation"
+    ),
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds in all; by default the job's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws, and the test fold: seed modulo 3.")] = 0,
+    validate_every: Annotated[int | None, typer.Option(min=1, help="Validate every so many rounds only.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Simulate a federation of the site folders in DATA with NVFlare, and show what each site gained."""
+    from pfedsam.federated.simulation import Simulation
+
+    overrides = {"seed": seed, **literals(set_ or [])}
+    strategy = {} if validate_every is None else {"validate_every": validate_every}
+    federate(Simulation(data, out, job, federation, rounds, overrides, strategy))
+
+
+@app.command(rich_help_panel=TRAIN)
+def demo(
+    out: RunFolder = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of phantom, draws and split.")] = 0,
+    image_size: Annotated[
+        int, typer.Option(help="Side of the network's input in pixels; 128 is better and takes 4 times as long.")
+    ] = 64,
+) -> None:
+    """The main job on a phantom federation of 4 sites: some minutes on a laptop, no data and no GPU needed."""
+    from pfedsam.federated.simulation import Simulation
+
+    data = out / "phantom"
+    make_phantom(data, 4, DEMO_CASES, DEMO_SHAPE, seed)
+    overrides = {"seed": seed, "image_size": image_size, **DEMO_OVERRIDES}
+    strategy = {"validate_every": 2}
+    federate(Simulation(data, out, "pfedsam", "phantom-demo", DEMO_ROUNDS, overrides, strategy))
+    console.print("Next, with data of your own, one folder for each site, <data>/<site>/images and labels:")
+    console.print("  pfedsam validate <data>/<site>\n  pfedsam simulate <data> --out runs/mine")
+
+
+def federate(simulation: Any) -> None:
+    """Run a simulation, or what is left of it, with progress, then show what each site gained."""
+    with console.status("loading libraries"):
+        from pfedsam.federated.jobs import find_job, plan_settings, server_settings
+        from pfedsam.federated.simulation import expected_events, run, sent_bytes
+
+    out: Path = simulation.out
+    out.mkdir(parents=True, exist_ok=True)
+    job = find_job(simulation.job)
+    rounds = simulation.rounds or server_settings(job)["num_rounds"]
+    console.print(
+        f"{len(simulation.sites)} sites, {rounds} rounds, then the final personal phase; log: {out}/simulator.log"
+    )
+    done = 0
+    with bar("starting", expected_events(simulation, rounds)) as advance:
+
+        def event(line: str) -> None:
+            nonlocal done
+            done += 1
+            advance(done, line)
+
+        if not run(simulation, event):
+            console.print("this federation has finished before; its sites are evaluated again")
+    states = simulation.states()
+    models = {site: (simulation.data / site, states[site].file) for site in simulation.sites}
+    show_evaluation(models, plan_settings(job)["bundle"], simulation.overrides, out, sent_bytes(simulation))
+    console.print(f"personal state: {simulation.state_root} (pfedsam state list --root {simulation.state_root})")

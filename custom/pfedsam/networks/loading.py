@@ -1,0 +1,87 @@
+"""The safe way of a checkpoint into a network: nothing in it is executed, and every tensor must fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pfedsam.errors import PFedSAMError
+from pfedsam.networks.vit import resize_positions
+from pfedsam.networks.weights import check_file
+from pfedsam.parameters import ADDED, group_of
+
+#: Mask tokens of every published SAM checkpoint: one for a single mask and three for ambiguous prompts.
+SAM_TOKENS = 4
+
+
+def read_checkpoint(path: Path, checksum: str | None = None) -> dict[str, Tensor]:
+    """Read a checkpoint without executing anything in it.
+
+    Args:
+        path: a `.pth` file with a state dict, or with one under `model`.
+        checksum: expected, as `sha256:<hex>`; None if the file is the user's own.
+
+    Raises:
+        PFedSAMError: E10 if the file is missing, has another checksum, is no checkpoint or holds code.
+    """
+    if not path.is_file():
+        raise PFedSAMError("E10", f"there is no checkpoint at {path}.", "Give the path of a SAM checkpoint.")
+    if checksum is not None:
+        check_file(path, checksum)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file can raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PFedSAMError("E10", f"{path} is not a safe checkpoint: {reason}", "Fetch the file again.") from None
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise PFedSAMError("E10", f"{path} holds no state dict of tensors.", "Give the path of a SAM checkpoint.")
+    return state
+
+
+def load_base(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load SAM's weights, strictly, before or after the network was adapted.
+
+    A network with C mask tokens takes token `i` and its hypernetwork from SAM's token `i % 4`; position tables are
+    interpolated to the network's image size (`resize_positions`).
+
+    Raises:
+        PFedSAMError: E10 naming the first missing, unknown or misshapen tensor.
+    """
+    target = {name: tensor for name, tensor in network.state_dict().items() if group_of(name) not in ADDED}
+    state = _with_tokens(state, len(target["mask_decoder.mask_tokens.weight"]))
+    state = resize_positions(state, network.get_submodule("image_encoder"))
+    missing, unknown = sorted(set(target) - set(state)), sorted(set(state) - set(target))
+    shapes = [n for n in target if n in state and target[n].shape != state[n].shape]
+    for names, what in ((missing, "is missing"), (unknown, "is unknown"), (shapes, "has another shape")):
+        if names:
+            raise PFedSAMError(
+                "E10",
+                f"{source}: tensor '{names[0]}' {what} ({len(names)} such tensors).",
+                "The checkpoint must belong to the chosen backbone.",
+            )
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(state[name])
+
+
+def _with_tokens(state: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """The state with the mask tokens and hypernetworks of SAM repeated or cut to `tokens`."""
+    hyper, mask = "mask_decoder.output_hypernetworks_mlps.", "mask_decoder.mask_tokens.weight"
+    adapted = {name: value for name, value in state.items() if not name.startswith(hyper)}
+    if mask in state and state[mask].ndim == 2 and len(state[mask]):
+        adapted[mask] = state[mask][[i % len(state[mask]) for i in range(tokens)]]
+    for i in range(tokens):
+        prefix = f"{hyper}{i % SAM_TOKENS}."
+        adapted |= {
+            f"{hyper}{i}." + name.removeprefix(prefix): value
+            for name, value in state.items()
+            if name.startswith(prefix)
+        }
+    return adapted
