@@ -33,6 +33,7 @@ lgg: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_cache.py
 	$(BIN)/python tests/benchmarks/bench_payload.py
+	$(BIN)/python tests/benchmarks/bench_memory.py
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from nvflare.apis.dxo import DXO, DataKind
+from nvflare.app_common.decomposers.numpy_decomposers import NumpyArrayDecomposer
 from nvflare.fuel.utils import fobs
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +18,7 @@ SAM_VIT_B = 93_735_472
 
 
 def main() -> None:
+    fobs.register(NumpyArrayDecomposer)
     network = network_of("brain_lesion_mri", weights=False)
     shared = manifest(network, Roles(), "shared")
     arrays = {name: np.zeros(spec.shape, spec.dtype) for name, spec in shared.items()}
