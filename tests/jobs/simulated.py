@@ -44,18 +44,20 @@ class Job:
         sites: number of sites.
         recorded: whether the server records and the sites copy their states.
         special: configurations of single sites; a site without one has `client`.
+        source: folder of the job.
     """
 
     sites: int = 2
     recorded: bool = True
     special: dict[str, dict[str, Any]] = field(default_factory=dict)
     custom: dict[str, bytes] = field(default_factory=dict)
+    source: Path = SOURCE
 
     def __post_init__(self) -> None:
-        self.server = json.loads((SOURCE / "app/config/config_fed_server.json").read_text())
-        self.client = json.loads((SOURCE / "app/config/config_fed_client.json").read_text())
+        self.server = json.loads((self.source / "app/config/config_fed_server.json").read_text())
+        self.client = json.loads((self.source / "app/config/config_fed_client.json").read_text())
         self.server["min_clients"], self.server["num_rounds"] = self.sites, 1
-        self.plan["overrides"] = dict(TINY)
+        self.plan["overrides"] = {**self.plan["overrides"], **TINY}
         if self.recorded:
             self.server["components"].append({"id": "recorder", "path": "recorder.Recorder"})
             self.client["components"].append({"id": "watcher", "path": "recorder.StateWatcher"})
@@ -82,7 +84,7 @@ class Job:
         if self.special:
             apps = {"app": ["server"], **{f"app_{name}": [name] for name in names}}
         for app, (target, *_) in apps.items():
-            shutil.copytree(SOURCE / "app", folder / app)
+            shutil.copytree(self.source / "app", folder / app)
             client = self.special.get(target, self.client)
             (folder / app / "config/config_fed_server.json").write_text(json.dumps(self.server))
             (folder / app / "config/config_fed_client.json").write_text(json.dumps(client))
@@ -93,7 +95,7 @@ class Job:
                 shutil.copyfile(HERE / name, folder / app / "custom" / name)
             for name, data in self.custom.items():
                 (folder / app / "custom" / name).write_bytes(data)
-        meta = json.loads((SOURCE / "meta.json").read_text())
+        meta = json.loads((self.source / "meta.json").read_text())
         (folder / "meta.json").write_text(json.dumps(meta | {"min_clients": 1, "deploy_map": apps}))
         return folder
 

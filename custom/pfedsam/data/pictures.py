@@ -68,6 +68,13 @@ def _with_affine(values: NDArray[Any], affine: NDArray[Any]) -> Picture:
     return Picture(values, shape, affine, spacing, "".join(code or "?" for code in codes))
 
 
+def plane(values: NDArray[Any], z: int) -> NDArray[Any]:
+    """What to show of an image: a slice `(x, y)` of a volume, or a picture `(x, y[, 3])` as it is."""
+    if values.ndim == 2 or (values.ndim == 3 and values.shape[-1] in (3, 4) and values.dtype == np.uint8):
+        return values[..., :3] if values.ndim == 3 else values
+    return values.reshape(values.shape[:3])[..., z]
+
+
 def visible(folder: Path) -> Iterator[Path]:
     """The files of a folder in order, without hidden ones; none if it is no folder."""
     if folder.is_dir():

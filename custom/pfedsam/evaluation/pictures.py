@@ -1,4 +1,4 @@
-"""Pictures that a person looks at: image, truth, global and personal model side by side."""
+"""Pictures that a person looks at: image, truth, both models and their errors side by side."""
 
 from __future__ import annotations
 
@@ -6,41 +6,48 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
+from pfedsam.data.pictures import plane
 from pfedsam.evaluation.site import CasePrediction, SiteEvaluation
 
-#: Colour-blind safe (Okabe and Ito): truth, prediction.
-TRUTH, PREDICTED = "#56B4E9", "#E69F00"
+#: Colour-blind safe (Okabe and Ito): truth, prediction, missed, found too much.
+TRUTH, PREDICTED, MISSED, EXTRA = "#56B4E9", "#E69F00", "#56B4E9", "#D55E00"
 
 
-def site_picture(evaluation: SiteEvaluation, image: np.ndarray, path: Path) -> None:
-    """Draw the shown case of a site on the slice with the largest label.
+def case_picture(evaluation: SiteEvaluation, example: str, image: np.ndarray, path: Path) -> None:
+    """Draw an example case of a site on the slice with the largest label.
 
     Args:
-        evaluation: of the site; its `shown` case is drawn.
-        image: intensities `(H, W, D)` in the grid of the label.
-        path: PNG file to write.
+        evaluation: of the site.
+        example: key of its `examples`.
+        image: values as `pfedsam.data.pictures.load_picture` gives them, in the grid of the label.
+        path: PNG file to write. The picture names the site, not the case.
     """
-    shown = evaluation.shown
-    assert shown is not None
+    shown = evaluation.examples[example]
     z = int(shown.label.any(axis=0).sum(axis=(0, 1)).argmax())
     low, high = np.percentile(image, (0.5, 99.5))
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    last = list(shown.predictions)[-1]
+    panels = ["image", "truth", *shown.predictions, "difference"]
+    figure = Figure(figsize=(3 * len(panels), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = {"image": None, "truth": shown.label, **shown.predictions}
-    for axes, (title, mask) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        axes.imshow(np.rot90(image[..., z]), cmap="gray", vmin=low, vmax=high)
+    for axes, title in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        axes.imshow(np.rot90(plane(image, z)), cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
         axes.set_axis_off()
-        if mask is not None:
+        if title in ("truth", *shown.predictions):
             _outline(axes, shown.label, z, TRUTH, "-")
-        if mask is not None and title != "truth":
-            _outline(axes, mask, z, PREDICTED, "--")
-            title = f"{title} model: Dice {_dice(evaluation, shown, title):.2f}"
+        if title in shown.predictions:
+            _outline(axes, shown.predictions[title], z, PREDICTED, "--")
+            title = f"{title} model: Dice {evaluation.dice_of(shown.case, title):.2f}"
+        if title == "difference":
+            _difference(axes, shown, last, z)
+            title = f"{last}: // missed, dots: too much"
         axes.set_title(title, fontsize=10)
-    figure.suptitle(f"{evaluation.site}, median test case, slice {z + 1}: truth solid, prediction dashed", fontsize=10)
+    heading = f"{evaluation.site}, {example} test case, slice {z + 1}: truth solid, prediction dashed"
+    figure.suptitle(heading, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
 
 
 def _outline(axes: object, mask: np.ndarray, z: int, colour: str, style: str) -> None:
@@ -49,5 +56,11 @@ def _outline(axes: object, mask: np.ndarray, z: int, colour: str, style: str) ->
         axes.contour(area, levels=[0.5], colors=[colour], linewidths=1.6, linestyles=style)  # type: ignore[attr-defined]
 
 
-def _dice(evaluation: SiteEvaluation, shown: CasePrediction, model: str) -> float:
-    return next(s.mean_dice for s in evaluation.scores if s.case == shown.case and s.model == model)
+def _difference(axes: object, shown: CasePrediction, model: str, z: int) -> None:
+    """What the model missed and what it found too much, in colour and in texture."""
+    label, prediction = (np.rot90(mask[..., z].max(axis=0)) for mask in (shown.label, shown.predictions[model]))
+    for area, colour, hatch in ((label & ~prediction, MISSED, "////"), (prediction & ~label, EXTRA, "....")):
+        if area.any():
+            axes.contourf(  # type: ignore[attr-defined]
+                area, levels=[0.5, 1.5], colors=[to_rgba(colour, 0.6)], hatches=[hatch]
+            )

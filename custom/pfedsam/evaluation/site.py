@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
-from monai.metrics import compute_dice
+from monai.data.utils import affine_to_spacing
+from torch import Tensor, nn
 
 from pfedsam.bundles import find_bundle, local_settings
 from pfedsam.errors import PFedSAMError, first_of_ours
+from pfedsam.evaluation.metrics import case_metrics
+from pfedsam.networks.sam import SegmentAnything
+from pfedsam.site_model import SiteModel, read
+from pfedsam.training.feature_store import store_settings
 
 MODELS = ("global", "personal")
 
@@ -25,14 +31,16 @@ class CaseScore:
     Attributes:
         site, case: names; they stay at the site.
         model: `global` (experts off) or `personal`.
-        dice: for each class; 1 if label and prediction are both empty.
-        failed: for each class, whether nothing was found though there is a label.
+        dice, hd95, asd, nsd, failed: for each class, see `pfedsam.evaluation.metrics`.
     """
 
     site: str
     case: str
     model: str
     dice: tuple[float, ...]
+    hd95: tuple[float, ...]
+    asd: tuple[float, ...]
+    nsd: tuple[float, ...]
     failed: tuple[bool, ...]
 
     @property
@@ -57,11 +65,15 @@ class CasePrediction:
 
 @dataclass
 class SiteEvaluation:
-    """What was found at one site; `shown` is the case with the median personal Dice."""
+    """What was found at one site; `examples` are its best, median and worst case by the personal Dice."""
 
     site: str
     scores: list[CaseScore]
-    shown: CasePrediction | None = None
+    examples: dict[str, CasePrediction] = field(default_factory=dict)
+
+    def dice_of(self, case: str, model: str) -> float:
+        """Mean Dice of a model on one case."""
+        return next(s.mean_dice for s in self.scores if s.case == case and s.model == model)
 
     def mean(self, model: str) -> float:
         """Mean Dice of a model over the cases."""
@@ -80,6 +92,9 @@ def evaluate_site(
     overrides: Mapping[str, Any] | None = None,
     section: str = "test",
     site: str | None = None,
+    models: Sequence[str] = MODELS,
+    ensemble: Sequence[str | Path] = (),
+    feature_store: str | Path | None = None,
     output_dir: str | Path = "runs",
     progress: Callable[[int, int], None] | None = None,
 ) -> SiteEvaluation:
@@ -92,6 +107,9 @@ def evaluate_site(
         overrides: listed ids of the bundle's configuration, as in training.
         section: of the split.
         site: name for the scores; the folder's name by default.
+        models: which of the two models.
+        ensemble: more model files of the same network: their probabilities are averaged with the first's.
+        feature_store: see `pfedsam.training.local.LocalTraining`.
         output_dir: where the bundle may write.
         progress: called with (done, total) after each case and model.
 
@@ -99,18 +117,20 @@ def evaluate_site(
         PFedSAMError: E06 if the section has no case, E11 to E13 if the model does not fit, and what the data raise.
     """
     site = site or Path(folder).name
-    workflow = _workflow(bundle, folder, model_file, overrides, section, output_dir)
+    settings = {**store_settings(feature_store), **local_settings(overrides)}
+    workflow = _workflow(bundle, folder, model_file, settings, section, output_dir)
     try:
         workflow.initialize()
         evaluator, network = (workflow.parser.get_parsed_content(id_) for id_ in ("validate#evaluator", "network"))
+        kept = [read(file) for file in (model_file, *ensemble)]
     except Exception as error:
         raise first_of_ours(error) or error from error
-    total = len(MODELS) * len(evaluator.data_loader)
+    total = len(models) * len(evaluator.data_loader)
     if not total:
         raise PFedSAMError("E06", f"{folder} has no {section} case.", "Name some in datalist.json, or remove it.")
     found: dict[str, CasePrediction] = {}
     scores: list[CaseScore] = []
-    for model in MODELS:
+    for model in models:
 
         def keep(engine: Any, model: str = model) -> None:
             for item, output in zip(engine.state.batch, engine.state.output, strict=True):
@@ -118,13 +138,45 @@ def evaluate_site(
                 if progress:
                     progress(len(scores), total)
 
-        network.set_experts(model == "personal")
+        personal = model == "personal"
+        if ensemble:
+            evaluator.network = Ensemble(network, kept, personal)
+        kept[0].use(network, personal)
         with evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep):
             evaluator.run()
-    return SiteEvaluation(site, scores, _median_case(scores, found))
+    return SiteEvaluation(site, scores, _examples(scores, found))
 
 
-def _workflow(bundle: str, folder: Any, model_file: Any, overrides: Any, section: str, output: Any) -> ConfigWorkflow:
+class Ensemble(nn.Module):
+    """Several models of one network; the output is the logit of their mean probability.
+
+    Args:
+        network: what they share.
+        models: their tensors.
+        personal: as personal or as global models.
+    """
+
+    def __init__(self, network: SegmentAnything, models: Sequence[SiteModel], personal: bool) -> None:
+        super().__init__()
+        self.network, self.models, self.personal = network, models, personal
+        self.trunk, self.frozen_trunk = network.trunk, network.frozen_trunk
+
+    def head(self, features: Tensor) -> Tensor:
+        """Features of the frozen trunk to logits `(B, C, H, W)`."""
+        probability = torch.stack([self._of(model, features).sigmoid() for model in self.models]).mean(0)
+        return probability.logit(eps=1e-6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of a batch of images `(B, 3, H, W)`."""
+        return self.head(self.trunk(images))
+
+    def _of(self, model: SiteModel, features: Tensor) -> Tensor:
+        model.load_into(self.network)
+        model.use(self.network, self.personal)
+        return self.network.head(features)
+
+
+def _workflow(bundle: str, folder: Any, model_file: Any, settings: Any, section: str, output: Any) -> ConfigWorkflow:
     configs = find_bundle(bundle) / "configs"
     return ConfigWorkflow(
         config_file=[str(configs / "train.json"), str(configs / "evaluate.json")],
@@ -137,21 +189,24 @@ def _workflow(bundle: str, folder: Any, model_file: Any, overrides: Any, section
         model_file=str(model_file),
         section=section,
         **{"validate#handlers": "$[]"},
-        **local_settings(overrides),
+        **settings,
     )
 
 
 def _score(site: str, model: str, item: Any, output: Any, found: dict[str, CasePrediction]) -> CaseScore:
     prediction, label = output["pred"].bool(), output["label"].bool()
-    dice = compute_dice(prediction[None], label[None], ignore_empty=False)[0]
-    wanted, got = label.flatten(1).any(1), prediction.flatten(1).any(1)
+    spacing = affine_to_spacing(output["label"].affine, r=label.ndim - 1).tolist()
+    metrics = case_metrics(prediction.as_tensor(), label.as_tensor(), spacing)
     case = str(item["case"])
     image = str(output["label"].meta["filename_or_obj"]) if case not in found else found[case].image
     kept = found.setdefault(case, CasePrediction(case, image, label.cpu().numpy(), {}))
     kept.predictions[model] = prediction.cpu().numpy()
-    return CaseScore(site, case, model, tuple(dice.tolist()), tuple((wanted & ~got).tolist()))
+    return CaseScore(site, case, model, **vars(metrics))
 
 
-def _median_case(scores: list[CaseScore], found: dict[str, CasePrediction]) -> CasePrediction | None:
-    personal = sorted((s for s in scores if s.model == MODELS[-1]), key=lambda s: s.mean_dice)
-    return found[personal[len(personal) // 2].case] if personal else None
+def _examples(scores: list[CaseScore], found: dict[str, CasePrediction]) -> dict[str, CasePrediction]:
+    """Best, median and worst case; with fewer than three cases the median, then the worst, is left out."""
+    ranked = [s.case for s in sorted(scores, key=lambda s: s.mean_dice) if s.model == scores[-1].model]
+    chosen = {"best": ranked[-1], "worst": ranked[0], "median": ranked[len(ranked) // 2]}
+    distinct = {case: name for name, case in reversed(chosen.items())}
+    return {name: found[case] for case, name in sorted(distinct.items(), key=lambda one: list(chosen).index(one[1]))}

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pfedsam.bundles import folder
 from pfedsam.errors import PFedSAMError
+from pfedsam.strategies import find_strategy
 
+_AGGREGATORS = "pfedsam.federated.aggregators"
+#: Filters that `Privacy` adds.
+NOISE = "pfedsam.federated.privacy.ClipAndNoise"
+PACK, UNPACK = "pfedsam.federated.packing.PackPayload", "pfedsam.federated.packing.UnpackPayload"
 SERVER, CLIENT = "config_fed_server.json", "config_fed_client.json"
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What is done to an update after the allow-list, in this order.
+
+    Attributes:
+        clip, noise_multiplier: see `pfedsam.federated.privacy.ClipAndNoise`; no clip for none of it.
+        precision: `fp32`, or see `pfedsam.federated.packing.PackPayload`.
+    """
+
+    clip: float | None = None
+    noise_multiplier: float = 0.0
+    precision: str = "fp32"
 
 
 def find_job(name_or_path: str) -> Path:
@@ -35,6 +56,7 @@ def export_job(
     plan: Mapping[str, Any] | None = None,
     server: Mapping[str, Any] | None = None,
     persistor: Mapping[str, Any] | None = None,
+    privacy: Privacy | None = None,
 ) -> Path:
     """Write a copy of a job.
 
@@ -45,6 +67,7 @@ def export_job(
         plan: arguments of the plan to set on both sides.
         server: top-level settings of the server's configuration, for example `num_rounds`.
         persistor: arguments of the persistor to set.
+        privacy: further filters, after ours at the sites and before the guard at the server.
 
     Raises:
         PFedSAMError: E16 if `out` is something else than a job folder.
@@ -63,8 +86,57 @@ def export_job(
         if name == SERVER:
             config.update(server or {})
             _component(config, "persistor")["args"].update(persistor or {})
+        _add_filters(config, name, privacy or Privacy())
         path.write_text(json.dumps(config, indent=2) + "\n")
     return out
+
+
+def make_job(strategy: str, out: Path, template: str = "pfedsam") -> Path:
+    """Write the NVFlare job of a strategy: the checked-in jobs are what this writes.
+
+    Args:
+        strategy: name or path of a strategy file; the job has its name.
+        out: folder to write; it must not exist, or be a job.
+        template: the job that everything but the plan and the aggregator is taken from.
+
+    Raises:
+        PFedSAMError: E16 if there is no such strategy, or it needs no server.
+    """
+    file = find_strategy(strategy)
+    if file.kind != "federated":
+        raise PFedSAMError("E16", f"strategy '{strategy}' needs no server, so it has no job.", "Use `pfedsam compare`.")
+    settings = file.checked()
+    export_job(find_job(template), out, plan={"strategy": file.strategy, "overrides": file.overrides})
+    path = out / "app" / "config" / SERVER
+    config = json.loads(path.read_text())
+    if settings.aggregation == "svd":
+        _component(config, "aggregator").update(path=f"{_AGGREGATORS}.ProductAggregator", args={})
+    path.write_text(_pretty(config))
+    client = path.with_name(CLIENT)
+    client.write_text(_pretty(json.loads(client.read_text())))
+    meta = json.loads((out / "meta.json").read_text())
+    (out / "meta.json").write_text(_pretty({**meta, "name": settings.name}))
+    return out
+
+
+def _add_filters(config: dict[str, Any], side: str, privacy: Privacy) -> None:
+    """Noise and packing at the sites; unpacking at the server, before the guard."""
+    chain = config["task_result_filters"][0]["filters"]
+    if side == SERVER:
+        if privacy.precision != "fp32":
+            chain.insert(0, {"path": UNPACK})
+        return
+    if privacy.clip is not None:
+        chain.append({"path": NOISE, "args": {"clip": privacy.clip, "noise_multiplier": privacy.noise_multiplier}})
+    if privacy.precision != "fp32":
+        chain.append({"path": PACK, "args": {"precision": privacy.precision}})
+
+
+def _pretty(content: Mapping[str, Any]) -> str:
+    """JSON with short lists of words on one line."""
+    words = re.compile(r'\[\s+("[^"\[\]{}]*"(?:,\s+"[^"\[\]{}]*")*)\s+\]')
+    text = json.dumps(content, indent=2)
+    return words.sub(lambda found: "[" + re.sub(r"\s+", " ", found.group(1)) + "]", text) + "\n"
 
 
 def plan_settings(job: Path) -> dict[str, Any]:
@@ -85,6 +157,15 @@ def classes_of(job: Path) -> list[str]:
     for name in (SERVER, CLIENT):
         _collect_paths(json.loads((job / "app" / "config" / name).read_text()), named)
     return sorted(named - set(DEFAULT_CLASS_ALLOW_LIST))
+
+
+def needed_classes() -> list[str]:
+    """Exact class paths that the packaged jobs and `Privacy` name, and nothing else: what a site has to allow."""
+    named: set[str] = {NOISE, PACK, UNPACK}
+    for job in folder("jobs").glob("*/meta.json"):
+        for name in (SERVER, CLIENT):
+            _collect_paths(json.loads((job.parent / "app" / "config" / name).read_text()), named)
+    return sorted(named)
 
 
 def allow_classes(job: Path, workspace: Path) -> tuple[Path, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.global_model import round_of
 from pfedsam.federated.jobs import export_job, find_job, plan_settings, server_settings
+from pfedsam.federated.records import NEWS, SENT_FILE, bytes_by_round
+from pfedsam.global_model import round_of
 from pfedsam.state import ROOT_VARIABLE, StateEntry, list_states
 
-_EVENT = re.compile(r"- INFO - (round \d+: global Dice|round \d+, phase|final personal phase: global)")
 _PROBLEM = re.compile(r"\b(E\d\d): (.*)")
 
 
@@ -31,9 +30,11 @@ class Simulation:
         out: run folder; everything is written below it.
         job: name or path of a job.
         federation: name of the federation.
+        bundle: name of an installed bundle, None for the job's own.
         rounds: number of rounds in all, None for the job's own.
         overrides: listed ids of the bundle's configuration.
         strategy: phases and groups that replace the job's own, by key.
+        chosen: names of the sites that take part; by default all in `data`.
         processes: sites that train at the same time; by default all. With fewer, NVFlare builds every site anew for
             every task, which costs its start and its feature cache each time.
     """
@@ -42,9 +43,11 @@ class Simulation:
     out: Path
     job: str = "pfedsam"
     federation: str = "simulation"
+    bundle: str | None = None
     rounds: int | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     strategy: Mapping[str, Any] = field(default_factory=dict)
+    chosen: tuple[str, ...] = ()
     processes: int | None = None
 
     @property
@@ -55,6 +58,7 @@ class Simulation:
             PFedSAMError: E02 if there are fewer than two.
         """
         names = sorted(path.parent.name for path in self.data.glob("*/images") if path.is_dir())
+        names = [name for name in names if not self.chosen or name in self.chosen]
         if len(names) < 2:
             raise PFedSAMError(
                 "E02",
@@ -108,6 +112,7 @@ def run(simulation: Simulation, event: Callable[[str], None] | None = None) -> b
         simulation.out / "job",
         plan={
             "federation": simulation.federation,
+            "bundle": simulation.bundle or plan["bundle"],
             "overrides": {**(plan.get("overrides") or {}), **simulation.overrides},
             "strategy": {**plan["strategy"], **simulation.strategy},
         },
@@ -134,12 +139,8 @@ def expected_events(simulation: Simulation, rounds: int) -> int:
 
 def sent_bytes(simulation: Simulation) -> dict[str, list[int]]:
     """Bytes of tensors that left each site, by round, as its own filter recorded them."""
-    sent: dict[str, list[int]] = {}
-    for site in simulation.sites:
-        path = simulation.workspace / site / "simulate_job" / "pfedsam_sent.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        sent[site] = [r["bytes"] for r in map(json.loads, lines) if r["task"] == "train" and r.get("tensors")]
-    return sent
+    runs = {site: simulation.workspace / site / "simulate_job" for site in simulation.sites}
+    return {site: bytes_by_round(run / SENT_FILE) for site, run in runs.items()}
 
 
 def _simulate(simulation: Simulation, job: Path, log: Path, event: Callable[[str], None] | None) -> None:
@@ -166,8 +167,8 @@ def _simulate(simulation: Simulation, job: Path, log: Path, event: Callable[[str
         try:
             for line in process.stdout:
                 file.write(line)
-                if event and _EVENT.search(line):
-                    event(line.split(" - INFO - ", 1)[1].strip())
+                if event and (news := NEWS.search(line)):
+                    event(news.group(1).strip())
         except BaseException:
             process.terminate()
             raise

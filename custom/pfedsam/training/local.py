@@ -21,8 +21,19 @@ from torch import Tensor
 from pfedsam.bundles import find_bundle, local_settings
 from pfedsam.errors import PFedSAMError, first_of_ours
 from pfedsam.networks.sam import SegmentAnything
-from pfedsam.parameters import load_personal_state, load_shared_state, personal_state, shared_state
+from pfedsam.parameters import (
+    COPY,
+    check_state,
+    held,
+    load_personal_state,
+    load_shared_state,
+    manifest,
+    personal_state,
+    shared_state,
+    trains_encoder,
+)
 from pfedsam.site_model import SiteModel
+from pfedsam.training.feature_store import store_settings
 from pfedsam.training.phases import Phase, Strategy
 from pfedsam.training.trainer import PhaseReport, PhaseTrainer, reset
 
@@ -50,6 +61,10 @@ class LocalTraining:
         output_dir: where the bundle may write; stays at the site.
         device: `auto`, or a torch device.
         checkpoint: path of the base weights on this machine.
+        feature_store: folder of features of the frozen trunk that runs on this machine share, or None.
+        cases: at most so many training cases, or None for all: to see what a small site gains.
+        label_map: what the site's label values mean, None if they are the bundle's; see
+            `pfedsam.data.transforms.ClassChannelsd`.
 
     Raises:
         PFedSAMError: from `open`, with the code of whatever is wrong in data, weights or configuration.
@@ -64,21 +79,36 @@ class LocalTraining:
         output_dir: str | Path = "runs",
         device: str = "auto",
         checkpoint: str | None = None,
+        feature_store: str | Path | None = None,
+        cases: int | None = None,
+        label_map: Mapping[str, str] | None = None,
     ) -> None:
-        self.checkpoint = checkpoint
+        self.label_map = label_map
+        self.checkpoint, self.feature_store, self.case_limit = checkpoint, feature_store, cases
         self.bundle, self.folder, self.strategy = bundle, Path(folder), strategy
         self.overrides, self.output_dir, self.device = overrides, Path(output_dir), device
         self.network: SegmentAnything
         self.trainer: PhaseTrainer
         self._received: dict[str, Tensor] = {}
+        self._copy: dict[str, Tensor] = {}
         self._global_dice: float | None = None
 
     def open(self) -> None:
         """Build the bundle's training workflow on this site's data."""
         root = find_bundle(self.bundle)
         try:
-            settings = {"bundle_root": str(root), "dataset_dir": str(self.folder), "output_dir": str(self.output_dir)}
+            settings: dict[str, Any] = {
+                "bundle_root": str(root),
+                "dataset_dir": str(self.folder),
+                "output_dir": str(self.output_dir),
+            }
             settings |= {"train#handlers": "$[]", "validate#handlers": "$[]"}  # the round validates, not the epochs
+            settings |= store_settings(self.feature_store)
+            if self.label_map is not None:
+                settings["label_map"] = dict(self.label_map)
+            if self.case_limit is not None:
+                all_cases = "datalist(@dataset_dir, 'training', seed=@seed, folds=@folds)"
+                settings["train#data_list"] = f"${all_cases}[:{int(self.case_limit)}]"
             if self.device != "auto":
                 settings["device"] = f"$torch.device({self.device!r})"
             workflow = ConfigWorkflow(
@@ -94,6 +124,7 @@ class LocalTraining:
             self.trainer, self.evaluator = parsed("train#trainer"), parsed("validate#evaluator")
             self.cases, self.validation_cases = parsed("train#data_list"), parsed("validate#data_list")
             self.network = self.trainer.network
+            self.network.frozen_trunk = not trains_encoder(self.network, self.strategy.roles)
         except Exception as error:
             raise first_of_ours(error) or PFedSAMError(
                 "E16", f"bundle '{self.bundle}' could not be started: {error}", "Try it alone: monai.bundle run."
@@ -103,6 +134,11 @@ class LocalTraining:
     def fingerprint(self) -> str:
         """Of the base weights and the network's settings."""
         return str(self.network.base_fingerprint)
+
+    @property
+    def weight(self) -> int:
+        """n_k, the site's weight in the mean: its number of training cases, or 1 if the strategy weighs all alike."""
+        return len(self.cases) if self.strategy.weights == "cases" else 1
 
     def receive(self, theta: Mapping[str, np.ndarray | Tensor], fingerprint: str | None) -> None:
         """Load the global model.
@@ -124,7 +160,11 @@ class LocalTraining:
 
     def restore(self, model: SiteModel) -> None:
         """Take back the personal part and its optimiser's moments."""
-        load_personal_state(self.network, self.strategy.roles, model.personal)
+        own = {name: tensor for name, tensor in model.personal.items() if not name.startswith(COPY)}
+        load_personal_state(self.network, self.strategy.roles, own)
+        if model.copy:
+            check_state(model.copy, manifest(self.network, self.strategy.roles, "shared"), code="E13", what="own copy")
+        self._copy = model.copy
         self.trainer.load_moments(model.moments)
 
     def validate(self, experts: bool) -> dict[str, float]:
@@ -134,7 +174,7 @@ class LocalTraining:
         """
         if experts or self._global_dice is None:
             reset(self.evaluator)
-            with self.network.experts(experts):
+            with self.network.experts(experts), held(self.network, self._copy if experts else {}):
                 self.evaluator.run()
             dice = float(self.evaluator.state.metrics["val_dice"])
             if experts:
@@ -149,6 +189,7 @@ class LocalTraining:
     def train(self, round_number: int) -> RoundResult:
         """One round beside the global model received last."""
         result = self._run(self.strategy.phases, round_number)
+        self._forget_global_dice()
         result.delta = {
             name: tensor - self._received[name]
             for name, tensor in shared_state(self.network, self.strategy.roles).items()
@@ -157,29 +198,42 @@ class LocalTraining:
 
     def finish(self, round_number: int) -> RoundResult:
         """The final personal phase beside the global model received last: nothing is to be sent."""
-        return self._run(self.strategy.final, round_number)
+        result = self._run(self.strategy.final, round_number)
+        self._forget_global_dice()
+        return result
+
+    def _forget_global_dice(self) -> None:
+        """Personal tensors beside the experts also work with the experts off (as FedRep's head)."""
+        if set(self.strategy.personal) - {"experts"}:
+            self._global_dice = None
 
     def model(self, **info: Any) -> SiteModel:
         """The personal part with the shared part *as received*: the pair that was trained together."""
-        model = SiteModel.of(self.network, self.strategy.roles, bundle=self.bundle, strategy=self.strategy.name, **info)
+        told = {"bundle": self.bundle, "strategy": self.strategy.name, "overrides": dict(self.overrides or {}), **info}
+        model = SiteModel.of(self.network, self.strategy.roles, **told)
         model.shared, model.moments = dict(self._received), self.trainer.moments()
+        model.personal |= {COPY + name: tensor for name, tensor in self._copy.items()}
         return model
 
     @contextmanager
     def _theta_of(self, phase: Phase) -> Iterator[None]:
         """A phase that trains personal tensors only does it beside theta *as received*, whatever ran before it.
 
-        So the pair (theta, phi) that is kept is the one that was trained together, in either order of the phases.
+        So the pair (theta, phi) that is kept is the one that was trained together, in either order of the phases. A
+        phase that trains the site's copy of theta has the copy in the place of the shared tensors.
         """
         if "shared" in phase.trains or not self._received:
             yield
             return
-        trained = shared_state(self.network, self.strategy.roles)
-        load_shared_state(self.network, self.strategy.roles, self._received)
+        roles, own = self.strategy.roles, "copy" in phase.trains
+        trained = shared_state(self.network, roles)
+        load_shared_state(self.network, roles, (self._copy or self._received) if own else self._received)
         try:
             yield
+            if own:
+                self._copy = shared_state(self.network, roles)
         finally:
-            load_shared_state(self.network, self.strategy.roles, trained)
+            load_shared_state(self.network, roles, trained)
 
     def _run(self, phases: tuple[Phase, ...], round_number: int) -> RoundResult:
         result = RoundResult({}, {})
@@ -187,7 +241,9 @@ class LocalTraining:
             for layer in self.network.expert_layers().values():
                 layer.forget_usage()
             with self._theta_of(phase):
-                self.trainer.set_phase(phase, self.strategy.roles, round_number, number)
+                resting = self.strategy.resting(round_number) if "shared" in phase.trains else ()
+                roles, anchor = self.strategy.roles, self._received
+                self.trainer.set_phase(phase, roles, round_number, number, resting=resting, anchor=anchor)
                 self.trainer.run()
             report = result.phases[phase.name] = self.trainer.report
             if phase.experts:
@@ -200,5 +256,6 @@ class LocalTraining:
                 report.mean_loss,
                 report.distilled_steps,
             )
-        result.personal = personal_state(self.network, self.strategy.roles)
+        copies = {COPY + name: tensor for name, tensor in self._copy.items()}
+        result.personal = {**personal_state(self.network, self.strategy.roles), **copies}
         return result

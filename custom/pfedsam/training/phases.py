@@ -65,25 +65,40 @@ class Phase(_Settings):
 
     Attributes:
         name: for logs and curves.
-        trains: roles whose parameters are trained.
+        trains: roles whose parameters are trained; `copy` is the site's own copy of the shared tensors, which starts as
+            the global model and is a part of the personal state.
         experts: whether the experts are on in the student.
         epochs: passes over one drawn epoch of slices.
         learning_rate: of the bundle's optimiser in this phase.
         keep_moments: go on with the optimiser's moments of the last round (personal tensors) or start anew (shared).
         warmup_rounds: in these first rounds the learning rate rises linearly from a tenth over the phase's steps.
+        decay: the learning rate is multiplied by this once for every round before.
+        anneal: `cosine`: within the phase the learning rate falls to zero as half a cosine over its steps (SGDR without
+            restarts: Loshchilov and Hutter, arXiv 1608.03983).
         distillation: the extra loss, or None.
         balance: weight of the experts' load-balance loss, where only the top k gates count.
+        proximal: mu of the extra loss `mu / 2 * ||w - theta||^2`, w what is trained of the shared tensors or of their
+            copy, theta as received (FedProx: Li et al., arXiv 1812.06127; Ditto: Li et al., arXiv 2012.04221).
     """
 
     name: str
-    trains: tuple[Literal["shared", "personal"], ...] = Field(min_length=1)
+    trains: tuple[Literal["shared", "personal", "copy"], ...] = Field(min_length=1)
     experts: bool
     epochs: int = Field(1, ge=0)
     learning_rate: float = Field(1e-3, gt=0)
     keep_moments: bool = False
     warmup_rounds: int = Field(0, ge=0)
+    decay: float = Field(1.0, gt=0, le=1)
+    anneal: Literal["none", "cosine"] = "none"
     distillation: Distillation | None = None
     balance: float = Field(0.01, ge=0)
+    proximal: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _copy_alone(self) -> Phase:
+        if "copy" in self.trains and "shared" in self.trains:
+            raise ValueError("a phase trains the shared tensors or the site's copy of them, not both")
+        return self
 
 
 class Strategy(_Settings):
@@ -96,6 +111,9 @@ class Strategy(_Settings):
         phases: the phases of one round, in order.
         final: the phases after the last aggregation; they may train personal tensors only, as nothing is sent.
         validate_every: the global model is validated before the training of every such round; the last theta always is.
+        aggregation: of LoRA's factors: `mean` of A and B; `svd`: the weighted mean of the products, factored again to
+            the same rank; `alternate`: B in even rounds and A in odd ones, so that the mean is exact.
+        weights: of the sites in the mean: by `cases`, or `uniform`, which also keeps the number of cases at the site.
     """
 
     name: str = "pfedsam"
@@ -104,6 +122,8 @@ class Strategy(_Settings):
     phases: tuple[Phase, ...] = ()
     final: tuple[Phase, ...] = ()
     validate_every: int = Field(1, ge=1)
+    aggregation: Literal["mean", "svd", "alternate"] = "mean"
+    weights: Literal["cases", "uniform"] = "cases"
 
     @model_validator(mode="after")
     def _roles_are_possible(self) -> Strategy:
@@ -112,7 +132,7 @@ class Strategy(_Settings):
 
     @model_validator(mode="after")
     def _final_trains_personal_only(self) -> Strategy:
-        wrong = [phase.name for phase in self.final if phase.trains != ("personal",)]
+        wrong = [phase.name for phase in self.final if "shared" in phase.trains]
         if wrong:
             raise ValueError(f"final phase(s) {wrong} train shared tensors, but nothing is sent after them")
         return self
@@ -121,3 +141,14 @@ class Strategy(_Settings):
     def roles(self) -> Roles:
         """The roles of the groups (E16 if they are impossible)."""
         return Roles(self.shared, self.personal)
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether a site keeps a copy of the shared tensors of its own."""
+        return any("copy" in phase.trains for phase in (*self.phases, *self.final))
+
+    def resting(self, round_number: int) -> frozenset[str]:
+        """Groups that are not trained in a round though they are shared."""
+        if self.aggregation != "alternate":
+            return frozenset()
+        return frozenset({"lora_a"} if round_number % 2 == 0 else {"lora_b"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pfedsam.errors import PFedSAMError
+from pfedsam.networks.prompts import training_boxes
 from pfedsam.networks.sam import SegmentAnything
-from pfedsam.parameters import Roles, group_of, held, set_trainable
+from pfedsam.parameters import Role, Roles, group_of, held, set_trainable, trains_encoder
 from pfedsam.training.distillation import QualityGate, TeacherLogits, distillation_loss
 from pfedsam.training.feature_cache import FeatureCache
 from pfedsam.training.phases import Phase
@@ -60,6 +61,8 @@ class PhaseTrainer(SupervisedTrainer):
         amp: bfloat16 autocast on the network's device, CPU or CUDA.
         exclusive: the channels are exclusive classes, the first is the background (softmax); else each is a class of
             its own (sigmoid).
+        box_probability: share of the labelled images that get a box around the label as a prompt, see
+            `pfedsam.networks.prompts.training_boxes`.
         kwargs: of `monai.engines.SupervisedTrainer`; `network` must be a `SegmentAnything`, and batches must hold
             `image`, `label` and `index`.
     """
@@ -73,12 +76,13 @@ class PhaseTrainer(SupervisedTrainer):
         feature_cache: FeatureCache | None = None,
         amp: bool = False,
         exclusive: bool = False,
+        box_probability: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.network: SegmentAnything
         self.autocast, self.exclusive = amp, exclusive
-        self.feature_cache = feature_cache
+        self.feature_cache, self.box_probability = feature_cache, box_probability
         self.should_stop: Callable[[], bool] = lambda: False
         self._template: Optimizer = self.optimizer
         self._moments: dict[str, dict[str, Tensor]] = {}
@@ -87,7 +91,16 @@ class PhaseTrainer(SupervisedTrainer):
         self.add_event_handler(Events.ITERATION_STARTED, PhaseTrainer._poll)
         self.set_phase(Phase.of({"epochs": self.state.max_epochs, **phase}), self.roles)
 
-    def set_phase(self, phase: Phase, roles: Roles, round_number: int = 0, number: int = 0) -> None:
+    def set_phase(
+        self,
+        phase: Phase,
+        roles: Roles,
+        round_number: int = 0,
+        number: int = 0,
+        *,
+        resting: Collection[str] = (),
+        anchor: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Prepare `run` to train one phase.
 
         Args:
@@ -96,11 +109,24 @@ class PhaseTrainer(SupervisedTrainer):
             round_number: of the federation; it seeds the draws.
             number: of the phase in its round; phases of a round draw the same slices when they have the same number of
                 epochs, so that their features are computed once.
+            resting: groups that are not trained this time, whatever their role.
+            anchor: theta as received, for the proximal loss.
         """
         self.phase, self.roles, self.round, self.number = phase, roles, round_number, number
         self.report = PhaseReport()
         self.network.set_experts(phase.experts)
-        parameters = set_trainable(self.network, roles, phase.trains)
+        # a site's copy of the shared tensors is trained in their place
+        trained: set[Role] = {"shared" if role == "copy" else role for role in phase.trains}
+        set_trainable(self.network, roles, trained)
+        for name, parameter in self.network.named_parameters():
+            if group_of(name) in resting:
+                parameter.requires_grad_(False)
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        self._anchors = [
+            (parameter, anchor[name].to(parameter.device))
+            for name, parameter in self.network.named_parameters()
+            if phase.proximal and anchor and parameter.requires_grad and name in anchor
+        ]
         if not parameters:
             raise PFedSAMError(
                 "E16",
@@ -112,7 +138,7 @@ class PhaseTrainer(SupervisedTrainer):
         self.optimizer = type(self._template)(parameters, **{**defaults, "lr": phase.learning_rate})  # type: ignore[call-arg]
         if phase.keep_moments:
             self._restore_moments()
-        self.network.frozen_trunk = not any(group_of(name) == "encoder" for name in self._names())
+        self.network.frozen_trunk = not trains_encoder(self.network, roles)
         self._teacher = TeacherLogits(self._teach) if self._distils() else None
         self._taught_by = self._snapshot() if self._distils() else {}
         self._gate = QualityGate(self.exclusive)
@@ -156,12 +182,18 @@ class PhaseTrainer(SupervisedTrainer):
         return self.feature_cache.features(self.network.trunk, images, [("train", item) for item in items])
 
     def _iteration(self, engine: Any, batchdata: dict[str, Tensor]) -> dict[str, Any]:
-        """One step: features, logits, loss with the phase's extra loss, backward, update."""
+        """One step, with boxes as prompts where the bundle asks for them."""
         images, label = self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
         items = [int(item) for item in batchdata["index"]]
         self.network.train()
-        self._warm_up()
+        self._schedule()
         self.optimizer.zero_grad(set_to_none=True)
+        boxes = training_boxes(label, items, self.box_probability) if self.box_probability else None
+        with self.network.prompted(boxes):
+            return self._step(images, label, items)
+
+    def _step(self, images: Tensor, label: Tensor, items: list[int]) -> dict[str, Any]:
+        """Features, logits, loss with the phase's extra loss, backward, update."""
         with self._autocast():
             features = self.features(images, items)
             prediction = self.network.head(features)
@@ -173,6 +205,9 @@ class PhaseTrainer(SupervisedTrainer):
             loss = loss + self._distil(features, prediction, label, items)
         if balance is not None:
             loss = loss + self.phase.balance * balance
+        if self._anchors:
+            distance = torch.stack([(parameter - theta).square().sum() for parameter, theta in self._anchors]).sum()
+            loss = loss + self.phase.proximal / 2 * distance
         value = float(loss.detach())
         if not math.isfinite(value):
             raise PFedSAMError(
@@ -228,14 +263,20 @@ class PhaseTrainer(SupervisedTrainer):
             if parameter.requires_grad and (settings.teacher == "personal" or group_of(name) != "experts")
         }
 
-    def _warm_up(self) -> None:
-        """Linear rise of the learning rate from a tenth, over the steps of a phase in the first rounds."""
-        if self.round >= self.phase.warmup_rounds:
-            return
-        total = self.phase.warmup_rounds * self.phase.epochs * self.state.epoch_length
-        done = self.round * self.phase.epochs * self.state.epoch_length + self.state.iteration
+    def _schedule(self) -> None:
+        """The learning rate of this step: decay by round, warm-up over the first rounds, annealing in the phase.
+
+        Warm-up is a linear rise from a tenth over the steps of the phase in its first `warmup_rounds` rounds.
+        """
+        phase, steps = self.phase, self.phase.epochs * self.state.epoch_length
+        rate = phase.learning_rate * phase.decay**self.round
+        if self.round < phase.warmup_rounds:
+            done = (self.round * steps + self.state.iteration) / (phase.warmup_rounds * steps)
+            rate *= 0.1 + 0.9 * min(1.0, done)
+        if phase.anneal == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * (self.state.iteration - 1) / steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.phase.learning_rate * (0.1 + 0.9 * min(1.0, done / total))
+            group["lr"] = rate
 
     def _draw(self) -> None:
         sampler: Any = getattr(self.data_loader, "sampler", None)

@@ -1,0 +1,129 @@
+"""`pfedsam compare`: strategies against each other on the same sites, splits and budget."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pfedsam.commands.console import LOOK, Bundle, Overrides, bar, console, literals
+
+app = typer.Typer()
+
+DEFAULT = "local_only,fedavg_lora,fedavg_lora_ft,feddpa,pfedsam"
+
+
+@app.command(rich_help_panel=LOOK)
+def compare(
+    data: Annotated[Path | None, typer.Argument(help="Folder that holds the site folders.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of records and trainings; what is done in it is not repeated.")] = (
+        Path("runs/compare")
+    ),
+    strategies: Annotated[str, typer.Option(help="Names or files, with commas; `all`; `ablations`.")] = DEFAULT,
+    seeds: Annotated[str, typer.Option(help="With commas; the test fold is seed modulo `folds`.")] = "0",
+    rounds: Annotated[int, typer.Option(min=1, help="Of every federation.")] = 6,
+    bundle: Bundle = "brain_lesion_mri",
+    workers: Annotated[int, typer.Option(min=0, help="Runs at a time, one thread each; 0: one a core.")] = 0,
+    validate_every: Annotated[int, typer.Option(min=1, help="Validate the global model every so many rounds.")] = 3,
+    unseen: Annotated[bool, typer.Option("--unseen", help="Leave one site out in turn, as a new hospital.")] = False,
+    nvflare: Annotated[bool, typer.Option("--nvflare", help="Train with NVFlare's simulator.")] = False,
+    reference: Annotated[str, typer.Option(help="Strategy that the others are tested against.")] = "pfedsam",
+    records: Annotated[Path | None, typer.Option(help="File of the records; by default <out>/runs.jsonl.")] = None,
+    table_only: Annotated[bool, typer.Option("--table", help="Run nothing, show the records that are there.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the strategies and ablations, and stop.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Compare strategies on the sites in DATA: train, test once at the end, tables with intervals and tests.
+
+    Every run is one JSON line in <out>/runs.jsonl. Stopped (also by force), it goes on where it was. Learning rates and
+    epochs are in the strategies' files, so that every strategy gets the same passes over the images in a round.
+    """
+    from pfedsam.strategies import ablation_names, find_strategy, strategy_names
+
+    if list_:
+        for name in (*strategy_names(), *ablation_names()):
+            console.print(f"{name:24} {find_strategy(name).description}", highlight=False, soft_wrap=True)
+        return
+    if data is None:
+        raise typer.BadParameter("say where the site folders are", param_hint="DATA")
+    known = {"all": strategy_names(), "ablations": ["pfedsam", *ablation_names()]}
+    names = [name for part in strategies.split(",") for name in known.get(part.strip(), [part.strip()])]
+    with console.status("loading libraries"):
+        from pfedsam.evaluation.compare import Comparison
+        from pfedsam.evaluation.compare import compare as run_all
+
+        overrides = literals(set_ or [])
+        runs = _runs(data, names, seeds, rounds, bundle, validate_every, unseen, nvflare, overrides)
+        comparison = Comparison(runs, out, records)
+        if nvflare:
+            from pfedsam.federated.compared import run_simulated
+
+            comparison.simulator = run_simulated
+        missing = [] if table_only else comparison.missing()
+    workers = workers or os.cpu_count() or 1
+    console.print(f"{len(runs)} runs, {len(runs) - len(missing)} done before; records: {comparison.record_file}")
+    if missing:
+        with bar(f"{len(missing)} runs", sum(run.events() for run in missing)) as advance:
+            done = 0
+
+            def event(line: str, count: int) -> None:
+                nonlocal done
+                done += count
+                advance(done, line)
+
+            run_all(comparison, workers, event)
+    show_comparison(comparison, reference)
+    if comparison.failed:
+        for name, problem in comparison.failed.items():
+            console.print(f"failed: {name}: {problem}", style="red", highlight=False)
+        raise typer.Exit(1)
+
+
+def _runs(
+    data: Path,
+    names: list[str],
+    seeds: str,
+    rounds: int,
+    bundle: str,
+    validate_every: int,
+    unseen: bool,
+    nvflare: bool,
+    overrides: dict[str, Any],
+) -> list[Any]:
+    from pfedsam.evaluation.runs import Run
+    from pfedsam.strategies import find_strategy
+
+    sites = tuple(sorted(path.parent.name for path in data.glob("*/images") if path.is_dir()))
+    if not sites:
+        raise typer.BadParameter(f"{data} holds no site folder (<data>/<site>/images)", param_hint="DATA")
+    for name in names:
+        find_strategy(name)
+    try:
+        chosen = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"'{seeds}' are no numbers", param_hint="--seeds") from None
+    common: dict[str, Any] = {"overrides": overrides, "validate_every": validate_every, "simulator": nvflare}
+    return [
+        Run(str(data.resolve()), sites, bundle, name, seed, rounds, held_out=held_out, **common)
+        for seed in chosen
+        for held_out in (sites if unseen else (None,))
+        for name in names
+    ]
+
+
+def show_comparison(comparison: Any, reference: str) -> None:
+    """Print the tables of what is done and name what is missing; write them as Markdown and JSON beside the records."""
+    from pfedsam.evaluation.comparison_tables import markdown, tables
+
+    records = comparison.records()
+    missing = [run.name for run in comparison.missing()]
+    if records:
+        for table in tables(records, reference):
+            console.print(table)
+        file = comparison.out / "tables.md"
+        file.write_text(markdown(records, reference, missing))
+        console.print(f"the same as Markdown: {file}")
+    if missing:
+        console.print(f"missing: {len(missing)} run(s): {'; '.join(missing)}", style="yellow", highlight=False)

@@ -1,0 +1,161 @@
+"""Many runs in several processes: nothing that is done is done again, and what was stopped goes on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+from pfedsam.errors import PFedSAMError
+from pfedsam.evaluation.runs import Run, Simulator, execute
+
+RECORDS = "runs.jsonl"
+
+
+@dataclass
+class Comparison:
+    """The runs of a comparison and what came of them.
+
+    Attributes:
+        runs: what is to be run.
+        out: folder of trainings, features and logs.
+        file: of the records, one JSON line each; by default `runs.jsonl` in `out`.
+        simulator: a function of a module that trains the runs that ask for NVFlare's simulator.
+        failed: error text by the name of the run.
+    """
+
+    runs: Sequence[Run]
+    out: Path
+    file: Path | None = None
+    simulator: Simulator | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def record_file(self) -> Path:
+        """Where the records are."""
+        return self.file or self.out / RECORDS
+
+    def records(self) -> list[dict[str, Any]]:
+        """Records of the runs that are done; lines of other runs in the file are left alone."""
+        keys = {run.key() for run in self.runs}
+        return [record for record in read_records(self.record_file) if record["key"] in keys]
+
+    def missing(self) -> list[Run]:
+        """Runs without a record."""
+        done = {record["key"] for record in read_records(self.record_file)}
+        return [run for run in self.runs if run.key() not in done]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records in a file; of two with one key the last counts, a line that was cut off is left out."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        found[record["key"]] = record
+    return list(found.values())
+
+
+def compare(comparison: Comparison, workers: int, event: Callable[[str, int], None] | None = None) -> None:
+    """Run what is missing, `workers` runs at a time, with one torch thread each.
+
+    Args:
+        comparison: the runs; failures are noted in it, and do not stop the others.
+        workers: number of processes.
+        event: called with a line and the number of events that it stands for.
+    """
+    tell = event or (lambda line, count: None)
+    waiting = comparison.missing()
+    comparison.out.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    messages: Any = context.Queue()
+    running: dict[int, tuple[Any, Run, int]] = {}
+    number = 0
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                run = waiting.pop(0)
+                told = (number, run, str(comparison.out), messages, comparison.simulator)
+                # NVFlare's simulator starts processes of its own, which a daemon may not
+                process = context.Process(target=_work, args=told, daemon=not run.simulator)
+                process.start()
+                running[number] = (process, run, run.events())
+                number += 1
+            for index, kind, content in _messages(messages, running):
+                process, run, left = running[index]
+                if kind == "event":
+                    running[index] = (process, run, max(0, left - 1))
+                    tell(content, min(1, left))
+                    continue
+                if kind == "record":
+                    _append(comparison.record_file, content)
+                    tell(f"done: {run.name}", left)
+                else:
+                    comparison.failed[run.name] = content
+                    tell(f"failed: {run.name}: {content}", left)
+                process.join()
+                del running[index]
+    finally:
+        for process, _, _ in running.values():
+            process.terminate()
+        for process, _, _ in running.values():
+            process.join()
+
+
+def _messages(messages: Any, running: dict[int, tuple[Any, Run, int]]) -> Iterator[tuple[int, str, Any]]:
+    """The next message; a process that died without one is a failure of its run."""
+    try:
+        yield messages.get(timeout=2.0)
+    except Empty:
+        for index, (process, _, _) in list(running.items()):
+            if not process.is_alive() and messages.empty():
+                yield index, "failure", f"its process ended with exit code {process.exitcode} (memory?)"
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        # a line that was cut off by a crash must not swallow this one
+        if file.tell() and not path.read_text().endswith("\n"):
+            file.write("\n")
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _work(index: int, run: Run, out: str, messages: Any, simulator: Simulator | None) -> None:
+    """A process of its own for one run. It ends by itself when its parent is gone."""
+    import logging
+
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    parent = os.getppid()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    log = Path(out) / "logs"
+    log.mkdir(parents=True, exist_ok=True)
+    os.dup2(os.open(log / f"{run.key()}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
+    os.dup2(1, 2)
+
+    def event(line: str) -> None:
+        if os.getppid() != parent:
+            os._exit(1)
+        messages.put((index, "event", line))
+
+    try:
+        messages.put((index, "record", execute(run, Path(out), event, simulator)))
+    except PFedSAMError as error:
+        messages.put((index, "failure", str(error)))
+    except Exception as error:
+        logging.disable(logging.NOTSET)
+        logging.getLogger(__name__).exception("unexpected error")
+        messages.put((index, "failure", f"{type(error).__name__}: {error} (see {log / (run.key() + '.log')})"))

@@ -1,0 +1,265 @@
+"""One run of a comparison: a strategy on one split of the sites, trained, evaluated on the test cases, as one record.
+
+A record is one JSON line and holds all that the tables need. Cases are named by a hash, so that a record can be kept
+with the code without naming a patient; the same case has the same hash in every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+import pfedsam
+from pfedsam.bundles import folder
+from pfedsam.data.sites import read_split
+from pfedsam.evaluation.site import CaseScore, evaluate_site
+from pfedsam.site_model import write
+from pfedsam.strategies import StrategyFile, find_strategy
+from pfedsam.training.federation import Federation, pooled_site, run_federation
+from pfedsam.training.local import LocalTraining
+
+#: Numbers of labelled cases with which an unseen hospital makes its personal model.
+UNSEEN_CASES = (5, 10, 20)
+#: Trains a run in a folder by other means than this process: the model file of each site, and a note a round and site.
+Simulator = Callable[["Run", Path, Callable[[str], None]], tuple[dict[str, Path], list[dict[str, Any]]]]
+#: Settings that change nothing but speed or memory.
+_INDIFFERENT = ("cache_limit_gb", "val_batch_size", "checkpointing")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is run.
+
+    Args:
+        data: folder that holds the site folders.
+        sites: names of the sites.
+        bundle: name of an installed bundle.
+        strategy: name or path of a strategy, or name of an ablation.
+        seed: fold and draws.
+        rounds: of the federation.
+        overrides: listed ids of the bundle's configuration; a strategy's own come on top.
+        validate_every: validate the global model every so many rounds.
+        held_out: a site that takes no part, for which a personal model is made afterwards.
+        simulator: train with NVFlare's simulator instead of in this process.
+    """
+
+    data: str
+    sites: tuple[str, ...]
+    bundle: str
+    strategy: str
+    seed: int
+    rounds: int
+    overrides: dict[str, Any] = field(default_factory=dict)
+    validate_every: int = 3
+    held_out: str | None = None
+    simulator: bool = False
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        unseen = f", without {self.held_out}" if self.held_out else ""
+        return f"{self.strategy}, seed {self.seed}{unseen}{', simulator' if self.simulator else ''}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All overrides of the bundle."""
+        return {**self.overrides, **self.file.overrides, "seed": self.seed}
+
+    @property
+    def file(self) -> StrategyFile:
+        """The strategy (E16 if there is none)."""
+        return find_strategy(self.strategy)
+
+    def folders(self) -> dict[str, Path]:
+        """Site folders by name."""
+        return {site: Path(self.data) / site for site in self.sites}
+
+    def training_key(self) -> str:
+        """Hash of all that the training depends on: runs with the same key share it."""
+        file = self.file
+        strategy = {**file.strategy, "name": "", "validate_every": self.validate_every}
+        kind = "local" if file.kind == "ensemble" else file.kind
+        settings = {key: value for key, value in self.settings.items() if key not in _INDIFFERENT}
+        told = [self.bundle, self.sites, strategy, kind, settings, self.rounds, self.held_out, self.simulator]
+        return _hash([told, self.split_hash()])[:16]
+
+    def key(self) -> str:
+        """Hash of all that the record depends on: a run with a record is not repeated."""
+        return f"{self.training_key()}-{_hash([self.strategy, self.file.kind])[:8]}"
+
+    def split_hash(self) -> str:
+        """Hash of which case is in which section at which site."""
+        folds = int(self.settings.get("folds", 3))
+        splits = {site: read_split(path, self.seed, folds) for site, path in self.folders().items()}
+        return _hash(
+            {site: {s: [c.name for c in cases] for s, cases in split.items()} for site, split in splits.items()}
+        )[:16]
+
+    def events(self) -> int:
+        """About how many events `execute` tells."""
+        return self.rounds * len(self.sites) + 3 * len(self.sites)
+
+
+def execute(
+    run: Run, out: Path, event: Callable[[str], None] | None = None, simulator: Simulator | None = None
+) -> dict[str, Any]:
+    """Train what is not trained yet, evaluate, and give the record.
+
+    Args:
+        run: what to run.
+        out: folder of the comparison; trainings go to `out/trainings`, shared features to `out/features`.
+        event: called with a line for each thing that a person waits for.
+        simulator: trains the runs that ask for NVFlare's simulator.
+
+    Raises:
+        PFedSAMError: of the first site that fails.
+        ValueError: if the run asks for a simulator and none is given.
+    """
+    if run.simulator and simulator is None:
+        raise ValueError(f"{run.name}: no simulator was given")
+    tell = event or (lambda line: None)
+    folder_ = out / "trainings" / run.training_key()
+    folder_.mkdir(parents=True, exist_ok=True)
+    (folder_ / "run.json").write_text(json.dumps(asdict(run), indent=1) + "\n")
+    started = time.monotonic()
+    with FileLock(folder_ / "lock"):
+        federation = _federation(run, folder_, out / "features")
+        if run.simulator and simulator is not None:
+            models, history = simulator(run, folder_, tell)
+        else:
+            run_federation(federation, tell, aggregated=run.file.kind == "federated")
+            models, history = {site: federation.model_of(site) for site in federation.sites}, federation.history()
+        trained = time.monotonic()
+        test = _unseen(run, federation, tell) if run.held_out else None
+        scores = _test(run, models, out / "features", folder_, tell) if test is None else test
+    phases = [phase for note in history for phase in note["phases"].values()]
+    return {
+        "key": run.key(),
+        "strategy": run.strategy,
+        "kind": run.file.kind,
+        "seed": run.seed,
+        "held_out": run.held_out,
+        "simulator": run.simulator,
+        "rounds": run.rounds,
+        "settings": run.settings,
+        "cases": [_case_row(score) for score in scores],
+        "history": history,
+        "steps": sum(phase["steps"] for phase in phases),
+        "teacher_passes": sum(phase["teacher_passes"] for phase in phases),
+        "bytes_per_round": max((note["bytes"] for note in history), default=0),
+        "seconds": {"training": trained - started, "evaluation": time.monotonic() - trained},
+        "card": run_card(run),
+    }
+
+
+def run_card(run: Run) -> dict[str, str]:
+    """What a reader needs to run it again: code, configuration, split, machine."""
+    import monai
+    import torch
+
+    return {
+        "code": f"{pfedsam.__version__} {_commit()}".strip(),
+        "configuration": run.training_key(),
+        "split": run.split_hash(),
+        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, MONAI {monai.__version__}, {torch.get_num_threads()} thread(s)",
+    }
+
+
+def _federation(run: Run, out: Path, store: Path) -> Federation:
+    file = run.file
+    strategy = file.checked().model_copy(update={"validate_every": run.validate_every})
+    sites = {name: path for name, path in run.folders().items() if name != run.held_out}
+    if file.kind == "pooled":
+        sites = {"pooled": pooled_site(sites, out / "pooled", run.seed, int(run.settings.get("folds", 3)))}
+    settings = {"feature_store": store}
+    return Federation(run.bundle, sites, strategy, out, run.rounds, run.settings, settings)
+
+
+def _test(run: Run, models: Mapping[str, Path], store: Path, out: Path, tell: Callable[[str], None]) -> list[CaseScore]:
+    """Both models of every site on its test cases; without a personal part they are one."""
+    kind, strategy = run.file.kind, run.file.checked()
+    # trained alone, a site has one model; so has a federation that keeps nothing personal
+    one = kind != "federated" or not (strategy.personal or strategy.has_copy)
+    scores: list[CaseScore] = []
+    for site, path in run.folders().items():
+        own = models["pooled" if kind == "pooled" else site]
+        others = [model for name, model in models.items() if name != site] if kind == "ensemble" else []
+        found = evaluate_site(
+            run.bundle,
+            path,
+            own,
+            overrides=run.settings,
+            site=site,
+            models=("personal",) if one else ("global", "personal"),
+            ensemble=others,
+            feature_store=store,
+            output_dir=out / "evaluation",
+        )
+        scores += found.scores
+        tell(f"{run.name}: tested on {site}, Dice {found.mean('personal'):.3f}")
+    return scores
+
+
+def _unseen(run: Run, federation: Federation, tell: Callable[[str], None]) -> list[CaseScore]:
+    """An unseen hospital: the global model as it is, and personal models of some cases beside it."""
+    assert run.held_out is not None
+    site, path = run.held_out, run.folders()[run.held_out]
+    theta, _ = federation.global_model()
+    available = len(read_split(path, run.seed, int(run.settings.get("folds", 3)))["training"])
+    scores: list[CaseScore] = []
+    for cases in (n for n in UNSEEN_CASES if n <= available or n == min(UNSEEN_CASES)):
+        output = federation.out / "sites" / f"{site}-{cases}"
+        local = LocalTraining(
+            run.bundle, path, federation.strategy, run.settings, output, cases=cases, **federation.settings
+        )
+        local.open()
+        local.receive(theta, local.fingerprint)
+        local.finish(run.rounds)
+        file = federation.out / "models" / f"{site}-{cases}.safetensors"
+        write(file, local.model(round=run.rounds, final=True))
+        models = ("global", "personal") if not scores else ("personal",)
+        found = evaluate_site(
+            run.bundle,
+            path,
+            file,
+            overrides=run.settings,
+            site=site,
+            models=models,
+            feature_store=federation.settings["feature_store"],
+            output_dir=output,
+        )
+        for score in found.scores:
+            name = f"personal_{cases}" if score.model == "personal" else "global"
+            scores.append(CaseScore(**{**score.to_dict(), "model": name}))
+        tell(f"{run.name}: {site} with {cases} cases, Dice {found.mean('personal'):.3f}")
+    return scores
+
+
+def _case_row(score: CaseScore) -> dict[str, Any]:
+    return {**score.to_dict(), "case": _hash([score.site, score.case])[:12]}
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _commit() -> str:
+    """Commit of the source tree with a `+` if it was changed, or nothing for an installed package."""
+    root = folder("bundles").parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        told: Sequence[str] = ("git", "describe", "--always", "--dirty=+", "--exclude=*")
+        return subprocess.run(told, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,218 @@
+"""A federation in one process: the same local training, the reference aggregation, no NVFlare.
+
+For comparing methods on one machine. With one torch thread it gives the tensors that the simulator gives; nothing is
+sent anywhere, so there is no filter either. After every round the global model and each site's state are on disk, and a
+run that was stopped goes on with the next round.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pfedsam.bundles import network_of
+from pfedsam.errors import PFedSAMError
+from pfedsam.files import read_safetensors, write_atomically
+from pfedsam.parameters import shared_state
+from pfedsam.site_model import SiteModel, read, write
+from pfedsam.training.aggregation import aggregate
+from pfedsam.training.local import LocalTraining, RoundResult
+from pfedsam.training.phases import Strategy
+
+ROUND_FILE, HISTORY_FILE = "global.safetensors", "history.jsonl"
+
+
+@dataclass
+class Federation:
+    """What to run.
+
+    Args:
+        bundle: name of an installed bundle.
+        sites: site folders by name.
+        strategy: roles and phases.
+        out: run folder; models and history are written here.
+        rounds: number of rounds.
+        overrides: listed ids of the bundle's configuration.
+        settings: of `LocalTraining`, for example `checkpoint`, `device`, `feature_store`.
+    """
+
+    bundle: str
+    sites: Mapping[str, Path]
+    strategy: Strategy
+    out: Path
+    rounds: int
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def model_of(self, site: str) -> Path:
+        """A site's model file."""
+        return self.out / "models" / f"{site}.safetensors"
+
+    def global_model(self) -> tuple[dict[str, Tensor], int]:
+        """The last global model and the number of rounds behind it ({} and 0 before the first)."""
+        path = self.out / ROUND_FILE
+        if not path.exists():
+            return {}, 0
+        theta, metadata = read_safetensors(path)
+        return theta, int(metadata["round"]) + 1
+
+    def finished(self) -> bool:
+        """Whether every site has its final model."""
+        return all(_final_round(self, site) == self.rounds for site in self.sites)
+
+    def history(self) -> list[dict[str, Any]]:
+        """What was noted in each round and site, in order; the last note of a round and site counts."""
+        path = self.out / HISTORY_FILE
+        notes = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return list({(note["round"], note["site"]): note for note in notes}.values())
+
+
+def run_federation(federation: Federation, event: Callable[[str], None] | None = None, aggregated: bool = True) -> None:
+    """Run a federation, or what is left of it.
+
+    Args:
+        federation: what to run.
+        event: called with a line after each round of each site.
+        aggregated: False for sites that train alone beside each other.
+
+    Raises:
+        PFedSAMError: of the first site that fails, with its name.
+    """
+    federation.out.mkdir(parents=True, exist_ok=True)
+    if federation.finished():
+        return
+    strategy, tell = federation.strategy, event or (lambda line: None)
+    sites = {name: _open(federation, name) for name in federation.sites}
+    theta, done = _start(federation, sites)
+    for number in range(done, federation.rounds):
+        results, models = {}, {}
+        for name, local in sites.items():
+            results[name], models[name] = _round(federation, name, local, theta, number)
+            tell(f"{strategy.name}: round {number + 1} of {federation.rounds}, {name}")
+        if aggregated and theta:
+            deltas, weights = [one.delta for one in results.values()], [local.weight for local in sites.values()]
+            theta = aggregate(theta, deltas, weights, strategy.aggregation)
+        # only now: a round is done by all sites or by none
+        for name, model in models.items():
+            write(federation.model_of(name), model)
+        _save_round(federation, theta, number, next(iter(sites.values())).fingerprint)
+    for name, local in sites.items():
+        if _final_round(federation, name) == federation.rounds:
+            continue  # this site's final phase was done before
+        local.receive(theta, local.fingerprint)
+        before = local.validate(experts=False)["val_dice"]
+        result = local.finish(federation.rounds)
+        after = local.validate(experts=True)["val_dice"]
+        write(
+            federation.model_of(name),
+            local.model(round=federation.rounds, final=True, val_dice_global=before, val_dice_personal=after),
+        )
+        _note(federation, name, federation.rounds, result, val_dice_global=before, val_dice_personal=after)
+        tell(f"{strategy.name}: final phase, {name}: global {before:.3f}, personal {after:.3f}")
+
+
+def _open(federation: Federation, name: str) -> LocalTraining:
+    output = federation.out / "sites" / name
+    local = LocalTraining(
+        federation.bundle,
+        federation.sites[name],
+        federation.strategy,
+        federation.overrides,
+        output,
+        **federation.settings,
+    )
+    try:
+        local.open()
+    except PFedSAMError as error:
+        raise PFedSAMError(error.code, f"site '{name}': {error.message}", error.remedy) from error
+    return local
+
+
+def _start(federation: Federation, sites: Mapping[str, LocalTraining]) -> tuple[dict[str, Tensor], int]:
+    """The global model to go on from and the number of rounds done."""
+    theta, done = federation.global_model()
+    if done:
+        for name, local in sites.items():
+            local.restore(read(federation.model_of(name)))
+        return theta, done
+    network = network_of(federation.bundle, federation.overrides, checkpoint=federation.settings.get("checkpoint"))
+    return shared_state(network, federation.strategy.roles), 0
+
+
+def _round(
+    federation: Federation, name: str, local: LocalTraining, theta: Mapping[str, Tensor], number: int
+) -> tuple[RoundResult, SiteModel]:
+    local.receive(theta, local.fingerprint)
+    metrics = {}
+    if local.validates(number):
+        metrics["val_dice_global"] = local.validate(experts=False)["val_dice"]
+    result = local.train(number)
+    _note(federation, name, number, result, **metrics)
+    return result, local.model(round=number, final=False, **metrics)
+
+
+def _note(federation: Federation, site: str, number: int, result: RoundResult, **metrics: float) -> None:
+    """One line of the history: what a curve needs."""
+    phases = {
+        name: {
+            "loss": report.mean_loss if report.steps else None,
+            "steps": report.steps,
+            "teacher_passes": report.teacher_passes,
+            "distilled_steps": report.distilled_steps,
+        }
+        for name, report in result.phases.items()
+    }
+    sent = sum(tensor.numel() * tensor.element_size() for tensor in result.delta.values())
+    note = {"round": number, "site": site, **metrics, "bytes": sent, "phases": phases, "gates": result.gates}
+    with (federation.out / HISTORY_FILE).open("a") as file:
+        file.write(json.dumps(note) + "\n")
+
+
+def _save_round(federation: Federation, theta: Mapping[str, Tensor], number: int, fingerprint: str) -> None:
+    from safetensors.torch import save
+
+    write_atomically(
+        federation.out / ROUND_FILE,
+        save(dict(theta), metadata={"round": str(number), "fingerprint": fingerprint}),
+    )
+
+
+def _final_round(federation: Federation, name: str) -> int | None:
+    path = federation.model_of(name)
+    info = read(path).info if path.exists() else {}
+    return info.get("round") if info.get("final") else None
+
+
+def pooled_site(sites: Mapping[str, Path], out: Path, seed: int, folds: int) -> Path:
+    """One site folder of links to the cases of all sites, each case in the section that it has at its own site.
+
+    Args:
+        sites: site folders by name.
+        out: folder to make.
+        seed: of the split.
+        folds: of the split.
+
+    Returns:
+        `out`. Cases are named `<site>__<case>`.
+    """
+    from pfedsam.data.sites import SECTIONS, read_split
+
+    listed: dict[str, Sequence[Any]] = {section: [] for section in SECTIONS}
+    for name, folder in sites.items():
+        for section, cases in read_split(folder, seed, folds).items():
+            for case in cases:
+                new = f"{name}__{case.name}"
+                assert case.label is not None
+                for kind, path in (("images", case.image), ("labels", case.label)):
+                    link = out / kind / path.name.replace(case.name, new, 1)
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    if not link.is_symlink():
+                        link.symlink_to(path.resolve())
+                listed[section] = [*listed[section], new]
+    (out / "datalist.json").write_text(json.dumps(listed, indent=1) + "\n")
+    return out

@@ -1,0 +1,185 @@
+"""`pfedsam compare`: what is done is kept, what was killed goes on, what fails is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pfedsam.data.phantom import write_phantom
+from pfedsam.evaluation.compare import Comparison, _append, read_records
+from pfedsam.evaluation.runs import Run
+
+SETTINGS = {"backbone": "vit_test", "image_size": 32, "batch_size": 4, "positives_per_case": 2, "negatives_per_case": 1}
+SITES = ("site-1", "site-2")
+ROUNDS = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare") / "data"
+    write_phantom(folder, sites=2, cases=6, shape=(32, 32, 6))
+    return folder
+
+
+def command(data: Path, out: Path, strategies: str = "fedavg_lora,pfedsam", *more: str) -> list[str]:
+    pairs = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
+    options = ["--strategies", strategies, "--rounds", str(ROUNDS), "--workers", "2", "--validate-every", "1", *more]
+    return [sys.executable, "-m", "pfedsam.cli", "compare", str(data), "--out", str(out), *options, *pairs]
+
+
+def run(data: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(data, out, *more), capture_output=True, text=True, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(data: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A comparison that was killed in its second round or later, then started again; and what was there at the kill."""
+    out = tmp_path_factory.mktemp("killed")
+    process = subprocess.Popen(command(data, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 300
+    try:
+        while not list(out.glob("trainings/*/global.safetensors")):
+            assert process.poll() is None, "it ended before a round was done"
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = {path.parent.name: path.read_bytes() for path in out.glob("trainings/*/history.jsonl")}
+    time.sleep(8)  # the orphans end with their next event
+    done = run(data, out)
+    return out, before, done
+
+
+def test_a_killed_comparison_goes_on_with_the_next_round(killed_and_resumed) -> None:
+    out, before, done = killed_and_resumed
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = {record["strategy"]: record for record in read_records(out / "runs.jsonl")}
+    assert set(records) == {"fedavg_lora", "pfedsam"}
+    assert before
+    for key, text in before.items():
+        # what was noted before the kill is still there: nothing began anew
+        assert (out / "trainings" / key / "history.jsonl").read_bytes().startswith(text)
+    for record in records.values():
+        assert [(n["round"], n["site"]) for n in record["history"]] == [
+            (number, site) for number in range(ROUNDS + 1) for site in SITES
+        ]
+
+
+@pytest.mark.slow
+def test_it_gives_the_numbers_of_a_run_that_was_not_killed(killed_and_resumed, data: Path, tmp_path: Path) -> None:
+    out, *_ = killed_and_resumed
+    whole = run(data, tmp_path, "pfedsam")
+    assert whole.returncode == 0, whole.stderr
+    (wanted,) = read_records(tmp_path / "runs.jsonl")
+    (got,) = [one for one in read_records(out / "runs.jsonl") if one["strategy"] == "pfedsam"]
+    assert got["key"] == wanted["key"]
+    for mine, theirs in zip(got["cases"], wanted["cases"], strict=True):
+        assert mine["case"] == theirs["case"]
+        assert mine["dice"] == pytest.approx(theirs["dice"], abs=1e-5)
+
+
+def test_what_is_done_is_not_done_again(killed_and_resumed, data: Path) -> None:
+    out, *_ = killed_and_resumed
+    records = (out / "runs.jsonl").read_bytes()
+    again = run(data, out)
+    assert again.returncode == 0
+    assert "2 runs, 2 done before" in again.stdout
+    assert (out / "runs.jsonl").read_bytes() == records
+    assert "Strategies on the test cases" in again.stdout
+    assert "Missing" not in (out / "tables.md").read_text()
+
+
+def test_another_setting_is_another_run(data: Path, tmp_path: Path) -> None:
+    common = {"data": str(data), "sites": SITES, "bundle": "brain_lesion_mri", "strategy": "pfedsam", "rounds": 2}
+    base = Run(**common, seed=0, overrides=SETTINGS)
+    others = [
+        Run(**common, seed=1, overrides=SETTINGS),
+        Run(**common, seed=0, overrides={**SETTINGS, "image_size": 48}),
+        Run(**{**common, "rounds": 3}, seed=0, overrides=SETTINGS),
+        Run(**{**common, "strategy": "feddpa"}, seed=0, overrides=SETTINGS),
+        Run(**common, seed=0, overrides=SETTINGS, held_out="site-1"),
+        Run(**common, seed=0, overrides=SETTINGS, simulator=True),
+    ]
+    assert len({one.key() for one in (base, *others)}) == 7
+    same = Run(**common, seed=0, overrides={**SETTINGS, "val_batch_size": 2})
+    assert same.key() == base.key()
+    assert Comparison([base], tmp_path).missing() == [base]
+
+
+def test_ensemble_and_local_only_share_their_training(data: Path) -> None:
+    keys = [
+        Run(str(data), SITES, "brain_lesion_mri", name, 0, 2, dict(SETTINGS))
+        for name in ("local_only", "ensemble_local")
+    ]
+    assert keys[0].training_key() == keys[1].training_key()
+    assert keys[0].key() != keys[1].key()
+
+
+def test_a_line_that_was_cut_off_costs_only_itself(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    _append(file, {"key": "a"})
+    with file.open("a") as out:
+        out.write('{"key": "b", "cas')
+    _append(file, {"key": "c"})
+    assert [one["key"] for one in read_records(file)] == ["a", "c"]
+
+
+def test_a_failing_run_is_named_and_the_others_are_done(data: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.json"
+    phase = {"name": "train", "trains": ["shared"], "experts": False, "learning_rate": 1e30}
+    strategy = {"name": "wrong", "shared": ["lora_a", "lora_b", "decoder_subset"], "personal": [], "phases": [phase]}
+    wrong.write_text(json.dumps({"description": "Diverges.", "strategy": strategy, "overrides": {"experts": 0}}))
+    done = run(data, tmp_path / "out", f"{wrong},fedavg_lora")
+    assert done.returncode == 1
+    assert "E17" in done.stdout
+    assert [one["strategy"] for one in read_records(tmp_path / "out" / "runs.jsonl")] == ["fedavg_lora"]
+    assert "missing: 1 run(s)" in done.stdout
+
+
+@pytest.mark.slow
+def test_an_unseen_hospital_is_scored_with_its_global_and_personal_models(data: Path, tmp_path: Path) -> None:
+    done = run(data, tmp_path, "pfedsam", "--unseen")
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = read_records(tmp_path / "runs.jsonl")
+    assert {one["held_out"] for one in records} == set(SITES)
+    for record in records:
+        assert {note["site"] for note in record["history"]} == set(SITES) - {record["held_out"]}
+        assert {row["site"] for row in record["cases"]} == {record["held_out"]}
+        assert {row["model"] for row in record["cases"]} == {"global", "personal_5"}
+    assert "Unseen hospital" in done.stdout
+
+
+def test_records_name_no_case(killed_and_resumed, data: Path) -> None:
+    out, *_ = killed_and_resumed
+    text = (out / "runs.jsonl").read_text()
+    names = [path.name.split(".")[0] for path in data.glob("*/images/*")]
+    assert names
+    assert not [name for name in names if name in text]
+    assert str(data) not in text
+    assert os.uname().nodename not in text or len(os.uname().nodename) < 4
+
+
+@pytest.mark.slow
+def test_phantom_with_three_strategies(tmp_path: Path) -> None:
+    """Bar: on the phantom, 3 strategies and 1 seed finish in under 10 minutes on 2 cores (printed, not asserted)."""
+    root = Path(__file__).resolve().parents[2]
+    started = time.monotonic()
+    names = "local_only,fedavg_lora,pfedsam"
+    subprocess.run(
+        [sys.executable, "-m", "pfedsam.cli", "phantom", tmp_path / "data", "--cases", "9", "--slices", "12"],
+        check=True,
+    )
+    pairs = ["image_size=64", "batch_size=2", "augmentations=1", "adapted_blocks=1", "positives_per_case=4"]
+    options = [word for pair in pairs for word in ("--set", pair)]
+    line = [sys.executable, "-m", "pfedsam.cli", "compare", tmp_path / "data", "--out", tmp_path / "out"]
+    subprocess.run([*line, "--strategies", names, "--rounds", "4", *options], check=True, cwd=root)
+    print(f"3 strategies on the phantom: {(time.monotonic() - started) / 60:.1f} minutes")
+    assert len(read_records(tmp_path / "out" / "runs.jsonl")) == 3

@@ -1,0 +1,207 @@
+"""Every strategy: its defining property, its checked-in job, and how one is added."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pfedsam.bundles import folder, network_of
+from pfedsam.cli import app
+from pfedsam.errors import PFedSAMError
+from pfedsam.federated.jobs import make_job, plan_settings
+from pfedsam.federated.plan import Plan
+from pfedsam.parameters import COPY, group_of
+from pfedsam.strategies import ablation_names, find_strategy, strategy_names
+
+TINY = {"backbone": "vit_test", "image_size": 64}
+SERVERLESS = {"centralised", "local_only", "ensemble_local"}
+ALL = {
+    *SERVERLESS, "fedsam", "fedmsa", "fedavg_lora", "fedavg_lora_ft", "fedprox", "fedln", "fedrep", "ditto", "feddpa",
+    "fedsa", "ffa_lora", "pfedsam",
+}  # fmt: skip
+SUBSET = {"lora_a", "lora_b", "decoder_subset"}
+
+
+def plan_of(name: str) -> Plan:
+    file = find_strategy(name)
+    return Plan("test", "brain_lesion_mri", file.strategy, {**file.overrides, **TINY})
+
+
+def groups(names) -> set[str]:
+    return {group_of(name) for name in names}
+
+
+def test_there_are_fifteen() -> None:
+    assert set(strategy_names()) == ALL
+    assert {name for name in ALL if find_strategy(name).kind != "federated"} == SERVERLESS
+
+
+#: strategy, groups that leave, groups that stay; a copy of what is shared is told apart below
+TRAVELS = [
+    ("fedsam", {"encoder", "decoder_subset", "decoder_rest"}, set()),
+    ("fedmsa", SUBSET | {"decoder_rest"}, set()),
+    ("fedavg_lora", SUBSET, set()),
+    ("fedavg_lora_ft", SUBSET, set()),
+    ("fedprox", SUBSET, set()),
+    ("fedrep", {"lora_a", "lora_b"}, {"decoder_subset"}),
+    ("ditto", SUBSET, set()),
+    ("feddpa", SUBSET, {"experts"}),
+    ("fedsa", {"lora_a", "decoder_subset"}, {"lora_b"}),
+    ("ffa_lora", {"lora_b", "decoder_subset"}, set()),
+    ("pfedsam", SUBSET, {"experts"}),
+]
+
+
+@pytest.mark.parametrize(("name", "leaves", "stays"), TRAVELS, ids=[name for name, *_ in TRAVELS])
+def test_what_leaves_and_what_stays(name: str, leaves: set[str], stays: set[str]) -> None:
+    plan = plan_of(name)
+    shared, personal = plan.shared(), plan.personal()
+    assert groups(shared) == leaves
+    own = {name for name in personal if not name.startswith(COPY)}
+    assert groups(own) == stays
+    assert not set(shared) & set(personal)
+    network = network_of("brain_lesion_mri", plan.overrides, weights=False)
+    for group in leaves:  # a group leaves whole
+        assert {n for n in network.state_dict() if group_of(n) == group} <= set(shared)
+
+
+@pytest.mark.parametrize("name", ["fedavg_lora_ft", "ditto"])
+def test_a_personal_copy_is_a_copy_of_all_that_is_shared_and_is_never_shared(name: str) -> None:
+    plan = plan_of(name)
+    copies = {one for one in plan.personal() if one.startswith(COPY)}
+    assert copies == {COPY + one for one in plan.shared()}
+    strategy = plan.checked()
+    assert all(phase.trains == ("copy",) for phase in strategy.final)
+    (copying,) = [phase for phase in (*strategy.phases, *strategy.final)[-1:]]
+    assert (copying.proximal > 0) == (name == "ditto")
+
+
+def test_in_fedln_no_layer_norm_leaves() -> None:
+    plan = plan_of("fedln")
+    shared, personal = plan.shared(), plan.personal()
+    network = network_of("brain_lesion_mri", plan.overrides, weights=False)
+    from segment_anything.modeling.common import LayerNorm2d
+    from torch import nn
+
+    norms = {
+        f"{name}.{kind}"
+        for name, module in network.named_modules()
+        # the encoder of mask prompts is never run
+        if isinstance(module, (nn.LayerNorm, LayerNorm2d)) and not name.startswith("prompt_encoder.")
+        for kind in ("weight", "bias")
+    }
+    assert set(personal) == norms
+    assert not norms & set(shared)
+    assert set(shared) == set(plan_of("fedavg_lora").shared()) - norms
+
+
+def test_fedprox_is_fedavg_with_a_proximal_term() -> None:
+    one, other = find_strategy("fedprox").checked(), find_strategy("fedavg_lora").checked()
+    assert one.phases[0].proximal > 0
+    assert one.phases[0].model_copy(update={"proximal": 0.0}) == other.phases[0]
+    assert one.roles == other.roles
+
+
+def test_in_ffa_lora_the_first_factor_is_frozen() -> None:
+    strategy = find_strategy("ffa_lora").checked()
+    assert strategy.roles.of("image_encoder.layers.3.blocks.0.attn.qkv.lora_a") == "frozen"
+
+
+def test_in_fedrep_the_head_is_trained_first() -> None:
+    first, second = find_strategy("fedrep").checked().phases
+    assert (first.trains, second.trains) == (("personal",), ("shared",))
+
+
+def test_feddpa_is_pfedsam_with_one_expert_and_no_teacher() -> None:
+    control, ours = find_strategy("feddpa"), find_strategy("pfedsam")
+    assert control.overrides == {"experts": 1}
+    assert control.checked().roles == ours.checked().roles
+    for a, b in zip(
+        (*control.checked().phases, *control.checked().final),
+        (*ours.checked().phases, *ours.checked().final),
+        strict=True,
+    ):
+        assert a.distillation is None
+        assert a == b.model_copy(update={"distillation": None})
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_every_strategy_passes_over_the_images_as_often_in_a_round(name: str) -> None:
+    strategy = find_strategy(name).checked()
+    assert sum(phase.epochs for phase in strategy.phases) == 3
+    assert sum(phase.epochs for phase in strategy.final) in (0, 4)
+
+
+# ---- jobs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(ALL - SERVERLESS))
+def test_the_checked_in_job_is_what_job_make_writes(name: str, tmp_path: Path) -> None:
+    made, kept = make_job(name, tmp_path / name), folder("jobs") / name
+    files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(kept) for path in kept.rglob("*") if path.is_file())
+    for path in files:
+        read = json.loads if path.suffix == ".json" else str
+        assert read((made / path).read_text()) == read((kept / path).read_text()), path
+
+
+@pytest.mark.parametrize("name", sorted(SERVERLESS))
+def test_a_strategy_without_a_server_has_no_job(name: str, tmp_path: Path) -> None:
+    with pytest.raises(PFedSAMError, match="needs no server"):
+        make_job(name, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ablation_names())
+def test_every_ablation_is_a_possible_strategy(name: str) -> None:
+    plan = plan_of(name)
+    assert plan.checked().name == name
+    assert plan.shared()
+    assert not {group for group in groups(plan.shared())} & {"experts"}
+
+
+def test_svd_gets_the_aggregator_of_products(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    settings = json.loads((folder("jobs") / "strategies" / "fedavg_lora.json").read_text())
+    settings["strategy"] |= {"name": "mine", "aggregation": "svd"}
+    file.write_text(json.dumps(settings))
+    job = make_job(str(file), tmp_path / "job")
+    config = json.loads((job / "app/config/config_fed_server.json").read_text())
+    (aggregator,) = [one for one in config["components"] if one["id"] == "aggregator"]
+    assert aggregator["path"].endswith("ProductAggregator")
+
+
+def test_a_strategy_is_added_with_one_file_and_one_job(tmp_path: Path) -> None:
+    """The worked example of the README."""
+    file = tmp_path / "only_lora.json"
+    phase = {"name": "train", "trains": ["shared"], "experts": False, "epochs": 3, "learning_rate": 1e-3}
+    strategy = {"name": "only_lora", "shared": ["lora_a", "lora_b"], "personal": [], "phases": [phase]}
+    file.write_text(json.dumps({"description": "LoRA alone.", "strategy": strategy, "overrides": {"experts": 0}}))
+    result = CliRunner().invoke(app, ["job", "make", str(file), str(tmp_path / "job")])
+    assert result.exit_code == 0, result.output
+    assert plan_settings(tmp_path / "job")["strategy"]["shared"] == ["lora_a", "lora_b"]
+    assert find_strategy(str(file)).checked().name == "only_lora"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is no strategy"),
+        ('{"description": "x", "strategy": {}, "kind": "other"}', "'kind'"),
+        ('{"description": "x", "strategy": {"shared": ["experts"]}}', "may never be shared"),
+        ('{"description": "x", "strategy": {}, "overrides": {"checkpoint": "/etc/passwd"}}', "checkpoint"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, content: str, words: str) -> None:
+    file = tmp_path / "wrong.json"
+    file.write_text(content)
+    with pytest.raises(PFedSAMError, match=words):
+        find_strategy(str(file))
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(PFedSAMError) as caught:
+        find_strategy("fedbest")
+    assert "fedavg_lora" in str(caught.value)
