@@ -14,6 +14,10 @@ from pfedsam.networks.weights import CHECKPOINTS
 #: Path of the base weights on this machine, for all sites and the server that run on it.
 CHECKPOINT_VARIABLE = "PFEDSAM_CHECKPOINT"
 
+#: Folder of this machine's own bundles. No job can set it.
+BUNDLES_VARIABLE = "PFEDSAM_BUNDLES"
+_METADATA = "*/configs/metadata.json"
+
 #: Ids of a bundle's configuration that a job may override, and the types of literal it may give. Paths never.
 OVERRIDES: dict[str, tuple[type, ...]] = {
     "backbone": (str,),
@@ -38,6 +42,7 @@ OVERRIDES: dict[str, tuple[type, ...]] = {
     "negatives_per_case": (int,),
     "augmentations": (int,),
     "amp": (bool,),
+    "box_probability": (int, float),
     "cache_limit_gb": (int, float),
     "cache_dtype": (str,),
 }
@@ -50,17 +55,31 @@ def folder(kind: str) -> Path:
     return installed if installed.is_dir() else here.parents[1] / kind
 
 
+def own_bundles() -> Path:
+    """Where this machine's own bundles are: `PFEDSAM_BUNDLES`, else `~/.pfedsam/bundles`."""
+    return Path(os.environ.get(BUNDLES_VARIABLE) or Path.home() / ".pfedsam" / "bundles")
+
+
+def installed_bundles() -> dict[str, Path]:
+    """Folders of the packaged bundles and of this machine's own, by name; a packaged one comes first."""
+    found = [path.parent.parent for root in (folder("bundles"), own_bundles()) for path in root.glob(_METADATA)]
+    return {path.name: path for path in reversed(found)}
+
+
 def find_bundle(name: str) -> Path:
     """The folder of an installed bundle, by name.
 
     Raises:
         PFedSAMError: E16 if there is no such bundle. A path is never accepted: a job could point it anywhere.
     """
-    root = folder("bundles")
-    known = sorted(path.parent.parent.name for path in root.glob("*/configs/metadata.json"))
+    known = installed_bundles()
     if name not in known:
-        raise PFedSAMError("E16", f"there is no installed bundle '{name}'.", f"Installed bundles: {known}.")
-    return root / name
+        raise PFedSAMError(
+            "E16",
+            f"there is no installed bundle '{name}'.",
+            f"Installed bundles: {sorted(known)}; one of your own goes into {own_bundles()}.",
+        )
+    return known[name]
 
 
 def checked_overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -149,6 +168,17 @@ def _parser(bundle: str, settings: Mapping[str, Any]) -> Any:
     return parser
 
 
-def metadata(bundle: str) -> dict[str, Any]:
-    """The bundle's metadata."""
-    return json.loads((find_bundle(bundle) / "configs" / "metadata.json").read_text())
+def metadata(folder: Path) -> dict[str, Any]:
+    """The metadata of a bundle's folder."""
+    return json.loads((folder / "configs" / "metadata.json").read_text())
+
+
+def class_names(folder: Path) -> list[str]:
+    """Names of a bundle's classes, by channel; label value n is the n-th name."""
+    channels = metadata(folder)["network_data_format"]["outputs"]["pred"]["channel_def"]
+    return [channels[str(number)] for number in range(len(channels))]
+
+
+def is_rgb(folder: Path) -> bool:
+    """Whether a bundle takes colour pictures."""
+    return metadata(folder)["network_data_format"]["inputs"]["image"]["format"] == "RGB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from monai.inferers import SliceInferer
 from torch import Tensor
 
@@ -41,3 +42,35 @@ class CachedSliceInferer(SliceInferer):
             return network.head(self.cache.features(network.trunk, slices, keys))
 
         return super().__call__(inputs, cached)
+
+
+class PromptedSliceInferer(SliceInferer):
+    """MONAI's slice inferer with a box for each slice; a slice without a box is background.
+
+    Args:
+        boxes: `(D, 4)` in pixels of the network's input, NaN for a slice without a box.
+        kwargs: of `monai.inferers.SliceInferer`.
+    """
+
+    #: Logit of background.
+    NOTHING = -20.0
+
+    def __init__(self, boxes: Tensor, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.boxes = boxes
+
+    def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
+        """Logits `(1, C, H, W, D)` of a volume `(1, 3, H, W, D)`."""
+        position = 0
+
+        def prompted(slices: Tensor, *_: Any, **__: Any) -> Tensor:
+            # windows come in the order of the slices
+            nonlocal position
+            boxes = self.boxes[position : position + len(slices)]
+            position += len(slices)
+            with network.prompted(boxes):
+                logits = network(slices)
+            inside = ~boxes.isnan().any(dim=1).to(logits.device)
+            return torch.where(inside.view(-1, 1, 1, 1), logits, logits.new_full((), self.NOTHING))
+
+        return super().__call__(inputs, prompted)

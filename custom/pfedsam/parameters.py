@@ -37,12 +37,21 @@ _GROUPS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("prompt", r"prompt_encoder\.(pe_layer|point_embeddings|not_a_point_embed|mask_downscaling|no_mask_embed)\..+"),
     )
 )
-GROUPS: tuple[str, ...] = tuple(group for group, _ in _GROUPS)
+#: Layer norms lie across the groups: a strategy may keep them personal (as FedBN keeps batch norms), never share them
+#: as a group of their own.
+LAYER_NORM = "layer_norm"
+_LAYER_NORMS = re.compile(
+    r"(image_encoder\.(blocks\.\d+\.norm[12]|neck\.[13]|layers\.\d+\.blocks\.\d+\.(attn|mlp)\.norm)"
+    r"|mask_decoder\.(transformer\.(layers\.\d+\.norm[1-4]|norm_final_attn)|output_upscaling\.1))\.(weight|bias)"
+)
+GROUPS: tuple[str, ...] = (*(group for group, _ in _GROUPS), LAYER_NORM)
+#: Prefix of a site's own copy of a shared tensor.
+COPY = "personal."
 
 #: Groups that a strategy may share. Code, not configuration: a job or a site file can only narrow it.
 CEILING: frozenset[str] = frozenset({"lora_a", "lora_b", "decoder_subset", "decoder_rest", "encoder"})
 #: Groups that a strategy may keep personal.
-MAY_BE_PERSONAL: frozenset[str] = CEILING | {"experts", "personal_copy"}
+MAY_BE_PERSONAL: frozenset[str] = CEILING | {"experts", "personal_copy", LAYER_NORM}
 #: Groups that are added to the base model and are therefore no part of `W0`.
 ADDED: frozenset[str] = frozenset({"experts", "lora_a", "lora_b", "personal_copy"})
 
@@ -95,9 +104,17 @@ class Roles:
     def of(self, name: str) -> Role:
         """The role of one tensor name (E12 if the name is unknown)."""
         group = group_of(name)
+        if LAYER_NORM in self.personal and _LAYER_NORMS.fullmatch(name):
+            return "personal"
         if group in self.shared:
             return "shared"
         return "personal" if group in self.personal else "frozen"
+
+
+def trains_encoder(network: nn.Module, roles: Roles) -> bool:
+    """Whether base weights of the encoder are shared or personal: then its features cannot be cached."""
+    names = [name for name in tensors(network) if group_of(name) == "encoder"]
+    return any(roles.of(name) != "frozen" for name in names)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.files import read_safetensors, write_atomically
 from pfedsam.networks.sam import SegmentAnything
 from pfedsam.parameters import (
+    COPY,
     Roles,
     check_state,
     load_personal_state,
@@ -26,6 +27,7 @@ from pfedsam.parameters import (
     manifest,
     personal_state,
     shared_state,
+    trains_encoder,
 )
 
 SCHEMA = 1
@@ -80,10 +82,26 @@ class SiteModel:
                 f"this network has {str(network.base_fingerprint)[:12]}.",
                 "Use the same backbone, image size and checkpoint as in training.",
             )
-        # both are checked before one is loaded: half a model is no model
-        check_state(self.personal, manifest(network, self.roles, "personal"), code="E13", what="personal state")
+        # all is checked before a part is loaded: half a model is no model
+        own = {name: tensor for name, tensor in self.personal.items() if not name.startswith(COPY)}
+        check_state(own, manifest(network, self.roles, "personal"), code="E13", what="personal state")
+        if self.copy:
+            expected = manifest(network, self.roles, "shared")
+            check_state(self.copy, expected, code="E13", what="personal copy of the shared tensors")
+        network.frozen_trunk = not trains_encoder(network, self.roles)
         load_shared_state(network, self.roles, self.shared)
-        load_personal_state(network, self.roles, self.personal)
+        load_personal_state(network, self.roles, own)
+
+    @property
+    def copy(self) -> dict[str, Tensor]:
+        """The site's own copy of the shared tensors, by their shared names; empty if the strategy has none."""
+        named = self.personal.items()
+        return {name.removeprefix(COPY): tensor for name, tensor in named if name.startswith(COPY)}
+
+    def use(self, network: SegmentAnything, personal: bool) -> None:
+        """After `load_into`: make the network the personal model, or the global one (experts off, no copy)."""
+        network.set_experts(personal)
+        load_shared_state(network, self.roles, self.copy if personal and self.copy else self.shared)
 
 
 def write(path: str | Path, model: SiteModel) -> None:

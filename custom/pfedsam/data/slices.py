@@ -19,10 +19,10 @@ Grey = Literal["neighbours", "same"]
 
 
 def slice_channels(volume: Tensor, index: int | None = None, grey: Grey = "neighbours") -> Tensor:
-    """The three input channels of a grey volume.
+    """The three input channels of a grey volume; a volume of three channels has them already.
 
     Args:
-        volume: `(1, H, W, D)`.
+        volume: `(1, H, W, D)`, or `(3, H, W, D)` in colour.
         index: of one slice, or None for all.
         grey: `neighbours` for the slice before, the slice and the slice after (the outermost slices are repeated),
             `same` for the slice three times.
@@ -30,6 +30,8 @@ def slice_channels(volume: Tensor, index: int | None = None, grey: Grey = "neigh
     Returns:
         `(3, H, W)` for one slice, `(3, H, W, D)` for all.
     """
+    if len(volume) == 3:
+        return volume if index is None else volume[..., index]
     depth = volume.shape[-1]
     offsets = (-1, 0, 1) if grey == "neighbours" else (0, 0, 0)
     centre = torch.arange(depth) if index is None else torch.tensor([index])

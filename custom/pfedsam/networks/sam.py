@@ -1,8 +1,9 @@
-"""The network: Segment Anything without prompts, with LoRA (shared) and a mixture of experts (personal)."""
+"""The network: Segment Anything, without prompts or with boxes, with LoRA (shared) and experts (personal)."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,16 +19,17 @@ from pfedsam.networks.adaptation import ADAPTATION, adapt
 from pfedsam.networks.backbones import build_parts, get_backbone
 from pfedsam.networks.loading import load_base, read_checkpoint
 from pfedsam.networks.moe import LMoE
+from pfedsam.networks.prompts import box_tokens
 from pfedsam.networks.weights import locate
-from pfedsam.parameters import base_fingerprint
+from pfedsam.parameters import ADDED, base_fingerprint, group_of, tensors
 
 
 class SegmentAnything(nn.Module):
     """`(B, 3, H, W)` in [0, 1] to logits `(B, C, H, W)`.
 
-    Normalisation happens inside. There is no prompt: the dense prompt is SAM's `no_mask_embed`, and there are no sparse
-    tokens. `forward` is `head(trunk(images))`: `trunk` is the frozen part before the first adapted block and can be
-    cached, `head` is all the rest.
+    Normalisation happens inside. There is no prompt by default: the dense prompt is SAM's `no_mask_embed`, and there
+    are no sparse tokens but inside `prompted`. `forward` is `head(trunk(images))`: `trunk` is the frozen part before
+    the first adapted block and can be cached, `head` is all the rest.
 
     Args:
         backbone: a name of the registry.
@@ -43,6 +45,7 @@ class SegmentAnything(nn.Module):
     frozen_trunk: bool = True
     checkpointing: bool = False
     neck_is_adapted: bool = False
+    boxes: Tensor | None = None
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -73,6 +76,15 @@ class SegmentAnything(nn.Module):
                 x = step(x)
         return x
 
+    def trunk_fingerprint(self) -> str:
+        """SHA-256 over what `trunk` computes with: where it ends, the normalisation and the encoder's base weights."""
+        digest = hashlib.sha256(f"{self.image_size}|{self._split()}".encode())
+        encoder = {name: t for name, t in tensors(self).items() if name.startswith("image_encoder.")}
+        base = [tensor for name, tensor in sorted(encoder.items()) if group_of(name) not in ADDED]
+        for tensor in (self.pixel_mean, self.pixel_std, *base):
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     def head(self, features: Tensor) -> Tensor:
         """Features of `trunk` to logits `(B, C, H, W)`."""
         again = self.checkpointing and torch.is_grad_enabled()
@@ -82,16 +94,25 @@ class SegmentAnything(nn.Module):
 
     def decode(self, embedding: Tensor) -> Tensor:
         """Image embedding `(B, D, h, w)` to logits `(B, C, H, W)`."""
+        if self.boxes is None:
+            # a batch of one prompt, broadcast inside; a batch of B prompts would be paired with B images each
+            masks = self._masks(embedding, embedding.new_zeros(1, 0, embedding.shape[1]))
+        else:
+            tokens = box_tokens(self.prompt_encoder, self.boxes.to(embedding.device)).to(embedding.dtype)
+            pairs = zip(embedding.split(1), tokens.split(1), strict=True)
+            masks = torch.cat([self._masks(one, token) for one, token in pairs])
+        size = (self.image_size, self.image_size)
+        return masks if masks.shape[-2:] == size else F.interpolate(masks, size, mode="bilinear", align_corners=False)
+
+    def _masks(self, embedding: Tensor, tokens: Tensor) -> Tensor:
         prompt: Any = self.prompt_encoder
         masks, _ = self.mask_decoder.predict_masks(
             image_embeddings=embedding,
             image_pe=prompt.get_dense_pe(),
-            # a batch of one prompt, broadcast inside; a batch of B prompts would be paired with B images each
-            sparse_prompt_embeddings=embedding.new_zeros(1, 0, embedding.shape[1]),
+            sparse_prompt_embeddings=tokens,
             dense_prompt_embeddings=prompt.no_mask_embed.weight.view(1, -1, 1, 1),
         )
-        size = (self.image_size, self.image_size)
-        return masks if masks.shape[-2:] == size else F.interpolate(masks, size, mode="bilinear", align_corners=False)
+        return masks
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of a batch of images."""
@@ -105,6 +126,15 @@ class SegmentAnything(nn.Module):
         """Turn all experts on (personal model) or off (global model)."""
         for layer in self.expert_layers().values():
             layer.enabled = on
+
+    @contextmanager
+    def prompted(self, boxes: Tensor | None) -> Iterator[None]:
+        """Boxes for the next batches, see `pfedsam.networks.prompts.box_tokens`; None for no prompt."""
+        before, self.boxes = self.boxes, boxes
+        try:
+            yield
+        finally:
+            self.boxes = before
 
     @contextmanager
     def experts(self, on: bool) -> Iterator[None]:

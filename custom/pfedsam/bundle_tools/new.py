@@ -1,0 +1,97 @@
+"""A bundle for the user's own task, made of one of ours: configuration and a page, no code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pfedsam.bundles import folder
+from pfedsam.errors import PFedSAMError
+
+Modality = Literal["mri", "rgb"]
+
+#: What a bundle for a modality is made of.
+TEMPLATES: dict[str, str] = {"mri": "brain_lesion_mri", "rgb": "fundus_disc_cup"}
+_CONFIGS = ("train.json", "inference.json", "evaluate.json", "multi_gpu_train.json")
+
+
+def new_bundle(name: str, classes: Sequence[str], modality: Modality, out: Path, nested: bool = False) -> Path:
+    """Write a bundle.
+
+    Args:
+        name: of the bundle; it becomes the folder's name.
+        classes: names of the classes; label value n is the n-th, 0 is background.
+        modality: `mri` for grey volumes, `rgb` for colour pictures.
+        out: folder to write `<name>` into.
+        nested: each class lies inside the one before (disc and cup); else they are beside each other.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        PFedSAMError: E16 for a name that is no identifier, double classes, an unknown modality or a folder that exists.
+    """
+    words = [name, *classes]
+    if modality not in TEMPLATES:
+        raise PFedSAMError("E16", f"there is no modality '{modality}'.", f"Modalities: {sorted(TEMPLATES)}.")
+    if not classes or len(set(classes)) < len(classes) or not all(word.isidentifier() for word in words):
+        raise PFedSAMError("E16", f"name and classes are {words}.", "Give plain, different words: letters, digits, _.")
+    target = out / name
+    if target.exists():
+        raise PFedSAMError("E16", f"{target} exists.", "Choose another name, or remove it.")
+    source = folder("bundles") / TEMPLATES[modality]
+    (target / "configs").mkdir(parents=True)
+    (target / "docs").mkdir()
+    shutil.copy(source / "LICENSE", target / "LICENSE")
+    last = len(classes)
+    values = [list(range(n, last + 1)) if nested else [n] for n in range(1, last + 1)]
+    for config in _CONFIGS:
+        content = json.loads((source / "configs" / config).read_text())
+        if "class_names" in content:
+            content["class_names"] = list(classes)
+        if "class_values" in content:
+            content["class_values"] = values
+        if config == "inference.json":
+            content["postprocessing"]["transforms"][-1]["output_postfix"] = "label"
+        (target / "configs" / config).write_text(pretty(content))
+    metadata = _metadata(json.loads((source / "configs" / "metadata.json").read_text()), name, classes, nested)
+    (target / "configs" / "metadata.json").write_text(pretty(metadata))
+    page = Environment(loader=PackageLoader("pfedsam.bundle_tools", "."), undefined=StrictUndefined, autoescape=False)
+    told = {"name": name, "classes": list(classes), "modality": modality, "nested": nested, "metadata": metadata}
+    (target / "docs" / "README.md").write_text(page.get_template("README.md.j2").render(told) + "\n")
+    return target
+
+
+def _metadata(found: dict[str, Any], name: str, classes: Sequence[str], nested: bool) -> dict[str, Any]:
+    task = f"Segmentation of {', '.join(classes)} by a personalised, federated Segment Anything Model"
+    found |= {
+        "version": "0.1.0",
+        "changelog": {"0.1.0": "first version"},
+        "name": name,
+        "task": task,
+        "data_source": "site folders of the user",
+        "label_classes": ", ".join(f"{n}: {one}" for n, one in enumerate(["background", *classes])),
+        "pred_classes": f"{len(classes)} channel(s) of logits, one a class"
+        + (", each inside the last" if nested else ""),
+        "eval_metrics": {},
+    }
+    output = found["network_data_format"]["outputs"]["pred"]
+    output |= {"num_channels": len(classes), "channel_def": {str(n): one for n, one in enumerate(classes)}}
+    return found
+
+
+def pretty(content: Any) -> str:
+    """JSON as people write it: short lists on one line."""
+    short = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")
+
+    def joined(found: re.Match[str]) -> str:
+        line = "[" + re.sub(r"\s*\n\s*", " ", found.group(1)) + "]"
+        return line if len(line) < 100 else found.group(0)
+
+    return short.sub(joined, json.dumps(content, indent=4, ensure_ascii=False)) + "\n"

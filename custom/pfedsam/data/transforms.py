@@ -1,0 +1,128 @@
+"""Dictionary transforms that bundles need beside MONAI's: labels as classes, pictures as volumes of one slice."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.transforms import MapTransform
+from torch import Tensor
+
+from pfedsam.errors import PFedSAMError
+
+#: A picture's foreground, where a mask was stored as black and white.
+WHITE = 255
+
+
+class ClassChannelsd(MapTransform):
+    """Integer labels `(1, ...)` to one channel of 0 and 1 for each class, `(C, ...)`.
+
+    Args:
+        keys: of the labels.
+        values: for each class the numbers that belong to it: `[[1, 2], [2]]` for two nested classes.
+        names: of the classes; number n is the n-th name.
+        label_map: what a site's own values mean, for example `{"3": "disc", "4": "cup", "9": "background"}`; None if
+            the site's labels hold the class numbers.
+    """
+
+    def __init__(
+        self,
+        keys: Any,
+        values: Sequence[Sequence[int]],
+        names: Sequence[str],
+        label_map: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(keys)
+        self.values = [list(numbers) for numbers in values]
+        self.numbers = class_numbers(names, label_map)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Apply to every key.
+
+        Raises:
+            PFedSAMError: E07 naming the file for a value that is no class.
+        """
+        return {**data, **{key: self._channels(data[key]) for key in self.key_iterator(dict(data))}}
+
+    def _channels(self, label: Tensor) -> Tensor:
+        label = label[:1].round()
+        found = set(label.unique().tolist())
+        if WHITE not in self.numbers and found <= {0, WHITE}:
+            label, found = label / WHITE, {value / WHITE for value in found}
+        wrong = sorted(found - set(self.numbers))
+        if wrong:
+            source = getattr(label, "meta", {}).get("filename_or_obj", "a label")
+            known = list(self.numbers)
+            raise PFedSAMError("E07", f"{source} holds {wrong[:5]}, expected only {known}.", "Correct or map it.")
+        numbered = torch.zeros_like(label)
+        for value, number in self.numbers.items():
+            numbered[label == value] = number
+        return torch.cat([torch.isin(numbered, torch.tensor(numbers)) for numbers in self.values]).to(label.dtype)
+
+
+class ClassNumbersd(MapTransform):
+    """Probabilities `(C, ...)` to class numbers `(1, ...)`, see `class_map`."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Apply to every key."""
+        return {**data, **{key: class_map(data[key])[None] for key in self.key_iterator(dict(data))}}
+
+
+class PictureAsVolumed(MapTransform):
+    """A picture `(C, H, W)` to a volume of one slice, `(C, H, W, 1)`.
+
+    Args:
+        keys: of the pictures.
+        colour: make three channels: grey is repeated, an alpha channel is left out.
+    """
+
+    def __init__(self, keys: Any, colour: bool = False) -> None:
+        super().__init__(keys)
+        self.colour = colour
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Apply to every key."""
+        found = dict(data)
+        for key in self.key_iterator(found):
+            picture = found[key]
+            if self.colour:
+                picture = picture[:3] if len(picture) > 2 else torch.cat([picture[:1]] * 3)
+            found[key] = picture.unsqueeze(-1)
+        return found
+
+
+class VolumeAsPictured(MapTransform):
+    """A volume of one slice `(C, H, W, 1)` back to a picture `(C, H, W)`, before its other transforms are inverted."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Apply to every key."""
+        return {**data, **{key: data[key].squeeze(-1) for key in self.key_iterator(dict(data))}}
+
+
+def class_map(probabilities: Tensor, threshold: float = 0.5) -> Tensor:
+    """Class numbers `(...)` of probabilities `(C, ...)`: the last class above a threshold (if nested: the inner)."""
+    shape = (-1, *[1] * (probabilities.ndim - 1))
+    numbers = torch.arange(1, len(probabilities) + 1, dtype=torch.uint8, device=probabilities.device).reshape(shape)
+    return ((probabilities > threshold) * numbers).amax(dim=0)
+
+
+def class_numbers(names: Sequence[str], label_map: Mapping[str, str] | None = None) -> dict[int, int]:
+    """Class number by label value.
+
+    Args:
+        names: of the classes.
+        label_map: name of a class or `background` by value; None for values that are the class numbers.
+
+    Raises:
+        PFedSAMError: E01 for a value that is no number or a name that is no class.
+    """
+    known = ["background", *names]
+    if label_map is None:
+        return {number: number for number in range(len(known))}
+    found = {0: 0}
+    for value, name in label_map.items():
+        if name not in known or not str(value).isdigit():
+            raise PFedSAMError("E01", f"the label map says {value!r}: {name!r}.", f"Value: one of {known}.")
+        found[int(value)] = known.index(name)
+    return found

@@ -1,0 +1,137 @@
+"""A site's model for use: one file without moments, and the personal network as TorchScript or ONNX."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pfedsam.bundles import class_names, find_bundle, network_of, settings_of
+from pfedsam.errors import PFedSAMError
+from pfedsam.inference.predict import model_settings
+from pfedsam.site_model import read, write
+
+#: Largest difference of logits between eager, TorchScript and ONNX.
+TOLERANCE = 1e-4
+
+
+def export_model(
+    source: str | Path, out: str | Path, bundle: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the pair of shared and personal tensors with all that `infer` needs to know, and no moments.
+
+    Args:
+        source: state or model of a site.
+        out: file to write (safetensors with JSON metadata). It holds personal tensors: it stays at the site.
+        bundle: name of an installed bundle; by default what the model names.
+        overrides: of the bundle, as in training; by default what the model was trained with.
+
+    Returns:
+        What the file tells of itself.
+
+    Raises:
+        PFedSAMError: E10 to E13 if the model does not fit the bundle's network, E16 or E18 for wrong settings.
+    """
+    name, settings = model_settings(source, bundle, overrides or {})
+    model = read(source)
+    model.load_into(network_of(name, settings))  # what cannot be loaded is not written
+    model.moments = {}
+    model.info |= {
+        "bundle": name,
+        "overrides": settings,
+        "settings": settings_of(name, settings),
+        "labels": class_names(find_bundle(name)),
+        "use": "Research only. Not for diagnostic use.",
+    }
+    write(out, model)
+    return model.info
+
+
+def personal_network(
+    source: str | Path,
+    bundle: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    experts: bool = True,
+) -> nn.Module:
+    """The network of a model, in evaluation mode: `(B, 3, H, W)` in [0, 1] to logits `(B, C, H, W)`."""
+    name, settings = model_settings(source, bundle, overrides or {})
+    network, model = network_of(name, settings), read(source)
+    model.load_into(network)
+    model.use(network, experts)
+    return network.eval()
+
+
+def export_torchscript(network: Any, out: str | Path) -> float:
+    """Trace the network for any batch size and write it.
+
+    Returns:
+        The largest difference of its logits from the network's, on a batch of another size than it was traced with.
+
+    Raises:
+        PFedSAMError: E16 if it exceeds `TOLERANCE`; nothing is written then.
+    """
+    first, other = _examples(network)
+    with torch.no_grad(), warnings.catch_warnings():
+        # constants of a fixed image size: that is what is wanted
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(network, first, check_trace=False)
+        difference = float((traced(other) - network(other)).abs().max())
+    _require("TorchScript", difference)
+    traced.save(str(out))
+    return difference
+
+
+def export_onnx(network: Any, out: str | Path) -> float:
+    """Write the network as ONNX for any batch size, and run it with onnxruntime.
+
+    Returns:
+        The largest difference of its logits from the network's, on a batch of another size than it was exported with.
+
+    Raises:
+        PFedSAMError: E16 if it exceeds `TOLERANCE`, or if onnx and onnxruntime are not installed.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise PFedSAMError("E16", f"ONNX needs {error.name}.", "pip install 'pfedsam[export]'") from None
+    first, other = _examples(network)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    torch.onnx.export(
+        network,
+        (first,),
+        str(out),
+        input_names=["image"],
+        output_names=["pred"],
+        dynamic_shapes=({0: batch},),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"image": other.numpy()})
+    with torch.no_grad():
+        difference = float(np.abs(found - network(other).numpy()).max())
+    if difference > TOLERANCE:
+        Path(out).unlink()
+    _require("ONNX", difference)
+    return difference
+
+
+def _examples(network: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batches of 2 and of 3 images."""
+    random = torch.Generator().manual_seed(0)
+    side = network.image_size
+    return torch.rand(2, 3, side, side, generator=random), torch.rand(3, 3, side, side, generator=random)
+
+
+def _require(kind: str, difference: float) -> None:
+    if not difference <= TOLERANCE:
+        raise PFedSAMError(
+            "E16", f"{kind} differs from the network by {difference:.2e}, more than {TOLERANCE:.0e}.", "Do not use it."
+        )

@@ -1,0 +1,61 @@
+"""A personal model for a hospital that took no part in the federation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pfedsam.bundles import class_names, find_bundle
+from pfedsam.data.checks import check_site, require_valid
+from pfedsam.data.transforms import class_numbers
+from pfedsam.global_model import read_global_model, round_of
+from pfedsam.parameters import manifest
+from pfedsam.site_model import write
+from pfedsam.strategies import find_strategy
+from pfedsam.training.local import LocalTraining
+
+
+def fit_personal(
+    bundle: str,
+    site: Path,
+    global_model: Path,
+    out: Path,
+    strategy: str = "pfedsam",
+    overrides: Mapping[str, Any] | None = None,
+    cases: int | None = None,
+    checkpoint: str | None = None,
+) -> Path:
+    """Run a strategy's final personal phase beside a global model.
+
+    Args:
+        bundle: name of an installed bundle.
+        site: site folder; its training section is trained on.
+        global_model: file of the shared tensors.
+        out: folder to write `model.safetensors` to.
+        strategy: name of a strategy with a final phase.
+        overrides: of the bundle, as in the federation.
+        cases: at most so many training cases.
+        checkpoint: path of the base weights on this machine.
+
+    Returns:
+        The model file.
+
+    Raises:
+        PFedSAMError: what is wrong with the site (E02 to E09, among them a label that the bundle does not know), E10 to
+            E12 if the global model does not fit, E16 to E18 for wrong settings.
+    """
+    settings = dict(overrides or {})
+    labels = class_numbers(class_names(find_bundle(bundle)))
+    require_valid(check_site(site, list(labels), seed=int(settings.get("seed", 0))))
+    local = LocalTraining(
+        bundle, site, find_strategy(strategy).checked(), settings, out, checkpoint=checkpoint, cases=cases
+    )
+    local.open()
+    theta, fingerprint = read_global_model(global_model, manifest(local.network, local.strategy.roles, "shared"))
+    local.receive(theta, fingerprint)
+    number = round_of(global_model) + 1
+    local.finish(number)
+    path = out / "model.safetensors"
+    write(path, local.model(round=number, final=True))
+    return path

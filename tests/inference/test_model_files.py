@@ -1,0 +1,168 @@
+"""Model files that do not fit or are broken are refused with an error of ours, and nothing in them runs."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from pfedsam.bundles import network_of
+from pfedsam.cli import app
+from pfedsam.errors import PFedSAMError
+from pfedsam.global_model import write_global_model
+from pfedsam.inference.export import export_model, export_onnx, export_torchscript, personal_network
+from pfedsam.inference.pair import pair
+from pfedsam.inference.predict import model_settings
+from pfedsam.parameters import TensorSpec
+from pfedsam.site_model import read, write
+
+TINY = {"backbone": "vit_test", "image_size": 64}
+
+
+def test_an_exported_model_is_self_contained_and_has_no_moments(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.safetensors"
+    done = CliRunner().invoke(app, ["export-model", str(model), str(out)])
+    assert done.exit_code == 0, done.output
+    kept = read(out)
+    assert kept.moments == {}
+    assert kept.info["labels"] == ["lesion"]
+    assert kept.info["settings"]["backbone"] == "vit_test"
+    assert kept.info["round"] == 3
+    assert model_settings(out, None, {}) == ("brain_lesion_mri", TINY)
+    image = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(personal_network(out)(image), personal_network(model)(image))
+    assert all(name.split("/")[0] in ("shared", "personal") for name in load_file(out))
+
+
+def test_another_network_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(PFedSAMError) as caught:
+        export_model(model, tmp_path / "out", overrides={"image_size": 96})
+    assert caught.value.code == "E11"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["shared", "personal"])
+def test_a_missing_tensor_is_refused(model: Path, tmp_path: Path, part: str) -> None:
+    kept = read(model)
+    name = sorted(getattr(kept, part))[0]
+    del getattr(kept, part)[name]
+    write(tmp_path / "less", kept)
+    with pytest.raises(PFedSAMError, match=name.replace(".", r"\.")):
+        personal_network(tmp_path / "less")
+
+
+def test_another_bundle_is_refused(model: Path, tmp_path: Path) -> None:
+    kept = read(model)
+    kept.info["bundle"] = "knee"
+    write(tmp_path / "other", kept)
+    with pytest.raises(PFedSAMError, match="there is no installed bundle 'knee'"):
+        personal_network(tmp_path / "other")
+
+
+def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+    class Bad:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    for name, data in (("plain", pickle.dumps(Bad())), ("torch", None)):
+        if data is None:
+            torch.save({"x": Bad()}, tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(data)
+        with pytest.raises(PFedSAMError) as caught:
+            personal_network(tmp_path / name)
+        assert caught.value.code == "E13"
+    assert not (tmp_path / "executed").exists()
+
+
+def test_two_thousand_corrupted_files(model: Path, tmp_path: Path) -> None:
+    """Bytes changed, cut off, put in, in header and data: ours or nothing, and never a crash."""
+    data = model.read_bytes()
+    network = network_of("brain_lesion_mri", TINY)
+    random = np.random.default_rng(0)
+    header = 8 + int.from_bytes(data[:8], "little")
+    path = tmp_path / "model.safetensors"
+    refused = 0
+    for number in range(2000):
+        broken = bytearray(data)
+        kind = number % 4
+        place = int(random.integers(header if number % 3 else len(data)))
+        if kind == 0:
+            for _ in range(int(random.integers(1, 8))):
+                broken[int(random.integers(header))] = int(random.integers(256))
+        elif kind == 1:
+            del broken[place:]
+        elif kind == 2:
+            broken[place:place] = random.bytes(int(random.integers(1, 64)))
+        else:
+            end = min(len(broken), place + int(random.integers(1, 64)))
+            broken[place:end] = random.bytes(end - place)
+        path.write_bytes(bytes(broken))
+        try:
+            found = read(path)
+            found.load_into(network)
+        except PFedSAMError:
+            refused += 1
+    assert refused > 1000
+
+
+def test_torchscript_and_onnx_equal_the_network(model: Path, tmp_path: Path) -> None:
+    network = personal_network(model)
+    assert export_torchscript(network, tmp_path / "model.pt") <= 1e-4
+    pytest.importorskip("onnxscript")
+    assert export_onnx(network, tmp_path / "model.onnx") <= 1e-4
+    image = torch.rand(4, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(image), network(image), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "size"), [("vit_b", 224), ("lite_medsam", 128)])
+def test_exports_of_the_real_backbones(backbone: str, size: int, tmp_path: Path) -> None:
+    from pfedsam.networks.sam import build_network
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if backbone == "lite_medsam":
+            network = build_network(backbone, size)
+        else:
+            # no weights of vit_b on a fresh machine: random ones from a seed
+            with torch.device("meta"):
+                network = build_network(backbone, size, checkpoint=None)
+            network = network.to_empty(device="cpu")
+            for tensor in (*network.parameters(), *network.buffers()):
+                tensor.data.normal_(0, 0.02)
+        for layer in network.expert_layers().values():
+            for parameter in layer.parameters():
+                parameter.data.normal_(0, 0.05)
+    network.set_experts(True)
+    network.eval()
+    for write_one, name in ((export_torchscript, "model.pt"), (export_onnx, "model.onnx")):
+        difference = write_one(network, tmp_path / name)
+        print(f"{backbone} at {size} px: {name} differs by {difference:.1e}")
+        assert difference <= 1e-4
+
+
+def test_experts_are_paired_only_with_the_global_model_that_they_were_trained_beside(
+    model: Path, tmp_path: Path
+) -> None:
+    state = read(model)
+    expected = {n: TensorSpec(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in state.shared.items()}
+    fingerprint = str(state.info["fingerprint"])
+    write_global_model(tmp_path / "same.safetensors", state.shared, fingerprint, expected, 3)
+    paired = pair(tmp_path / "same.safetensors", model)
+    assert paired.moments == {} and not paired.info["mixed"]
+    other = {name: tensor + 1 for name, tensor in state.shared.items()}
+    write_global_model(tmp_path / "other.safetensors", other, fingerprint, expected, 2)
+    with pytest.raises(PFedSAMError, match=r"E12.*round 3.*round 2"):
+        pair(tmp_path / "other.safetensors", model)
+    assert pair(tmp_path / "other.safetensors", model, mix=True).info["mixed"]
+    write_global_model(tmp_path / "foreign.safetensors", state.shared, "0" * 64, expected, 3)
+    with pytest.raises(PFedSAMError, match="E11"):
+        pair(tmp_path / "foreign.safetensors", model)
