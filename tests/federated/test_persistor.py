@@ -26,9 +26,9 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.federated import persistor as module
 from pfedsam.federated.boundary import FINGERPRINT_KEY
 from pfedsam.federated.final_phase import FinalPersonalPhase
-from pfedsam.federated.global_model import read_global_model, write_global_model
 from pfedsam.federated.persistor import BEST_GLOBAL_MODEL_FILE, GLOBAL_MODEL_FILE, SharedStatePersistor
 from pfedsam.federated.plan import PLAN_ID, Plan
+from pfedsam.global_model import read_global_model, write_global_model
 from pfedsam.parameters import Roles, TensorSpec
 
 A, D = "image_encoder.blocks.0.lora_a", "mask_decoder.mask_tokens.weight"

@@ -27,6 +27,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override of the bundle, as key=value; may be repeated (see `pfedsam describe`)."),
 ]
+Admin = Annotated[Path, typer.Option(help="Startup kit of an administrator.")]
 StateRoot = Annotated[Path | None, typer.Option(help="State root; by default as in training.")]
 
 
@@ -50,8 +51,10 @@ def quiet_libraries() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", message=".*NvImgCodec.*")
+    warnings.filterwarnings("ignore", message=".*always_return_as_numpy.*")
     for name in ("monai.bundle.workflows", "monai.data.nvimgcodec_pydicom_plugin"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        # a filter, not a level: MONAI sets the level when it is imported
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 class Advance:

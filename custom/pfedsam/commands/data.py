@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pfedsam.commands.console import DATA, bar, console
+from pfedsam.commands.console import DATA, Bundle, bar, console
 
 app = typer.Typer()
 
@@ -31,22 +31,53 @@ def phantom(
 @app.command(rich_help_panel=DATA)
 def validate(
     site: Annotated[Path, typer.Argument(help="Site folder with images/ and labels/.")],
-    labels: Annotated[str, typer.Option(help="Label values that the bundle knows, comma-separated.")] = "0,1",
+    bundle: Bundle = "brain_lesion_mri",
+    labels: Annotated[
+        str | None, typer.Option(help="Values that the labels may hold, with commas; by default the bundle's.")
+    ] = None,
     minimum_cases: Annotated[int, typer.Option(min=1, help="Fewer cases are an error.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the split, if there is no datalist.json.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Check a site folder before it joins: pairs, shapes, labels, geometry, duplicates, splits. Changes nothing."""
+    from pfedsam.bundles import class_names, find_bundle
     from pfedsam.data.check_report import print_report
     from pfedsam.data.checks import check_site
 
+    values = labels.split(",") if labels else range(len(class_names(find_bundle(bundle))) + 1)
     with console.status("reading all cases"):
-        report = check_site(site, [int(v) for v in labels.split(",")], minimum_cases=minimum_cases, seed=seed)
+        report = check_site(site, [int(v) for v in values], minimum_cases=minimum_cases, seed=seed)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
         print_report(report, console)
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command(rich_help_panel=DATA)
+def prepare(
+    kind: Annotated[str, typer.Argument(help="images, fundus or prostate.")],
+    source: Annotated[Path, typer.Option(help="Folder as it was downloaded and unpacked.")],
+    out: Annotated[Path, typer.Option(help="Folder for the site folders.")],
+) -> None:
+    """Lay out downloaded data as site folders. The source is not changed.
+
+    images: <site>/images/<case>.png|jpg|tif|nii.gz and <site>/masks or labels/<case>[_mask].png|tif|nii.gz
+
+    fundus: <domain>/<train or test>/ROIs/image/*.png and .../ROIs/mask/*.png (DoFE); or Training400/<group>/*.jpg and
+    Annotation-Training400/Disc_Cup_Masks/<group>/*.bmp (REFUGE). Never tried on the original downloads.
+
+    prostate: <site>/<case>.nii.gz and <site>/<case>_segmentation.nii.gz (RUNMC, BMC, I2CVB, UCL, BIDMC, HK). Never
+    tried on the original download.
+    """
+    from pfedsam.data.prepare import prepare as write
+
+    with bar("copying", 1) as advance:
+        counts = write(kind, source, out, advance.total)
+    for site, cases in counts.items():
+        console.print(f"{out / site}: {cases} cases", highlight=False)
+    bundle = {"fundus": " --bundle fundus_disc_cup", "prostate": " --bundle prostate_mri"}.get(kind, "")
+    console.print(f"Next: pfedsam validate {out / next(iter(counts))}{bundle}", highlight=False)
 
 
 def make_phantom(out: Path, sites: int, cases: int, shape: tuple[int, int, int], seed: int) -> list[Path]:

@@ -26,6 +26,20 @@ def evaluate(
     show_evaluation({site.name: (site, model)}, bundle, literals(set_ or []), out, {}, section)
 
 
+@app.command(rich_help_panel=LOOK)
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder of `pfedsam demo` or `pfedsam simulate`.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file; <run>/report.html by default.")] = None,
+) -> None:
+    """One self-contained page about a run: tables, curves, pictures, warnings. It names sites, never cases."""
+    with console.status("writing the report"):
+        quiet_libraries()
+        from pfedsam.evaluation.report import write_report
+
+        path = write_report(run, out)
+    console.print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB; open it in a browser)")
+
+
 def show_evaluation(
     models: dict[str, tuple[Path, Path]], bundle: str, overrides: Any, out: Path, sent: Any, section: str = "test"
 ) -> None:
@@ -39,24 +53,23 @@ def show_evaluation(
         sent: bytes that left each site, by round.
         section: of the split.
     """
-    from monai.transforms import LoadImage
-
     quiet_libraries()
-    from pfedsam.evaluation.pictures import site_picture
+    from pfedsam.data.pictures import load_picture
+    from pfedsam.evaluation.pictures import case_picture
     from pfedsam.evaluation.site import evaluate_site
     from pfedsam.evaluation.tables import results, site_table
 
     evaluations = []
     for site, (data, model) in models.items():
         with bar(f"evaluating {site}", 1) as advance:
-            found = evaluate_site(
-                bundle, data, model, overrides=overrides, section=section, output_dir=out, progress=advance.total
-            )
+            how: dict[str, Any] = {"overrides": overrides, "section": section, "site": site, "output_dir": out}
+            found = evaluate_site(bundle, data, model, progress=advance.total, **how)
         evaluations.append(found)
-        if found.shown is not None:
-            image = LoadImage(image_only=True)(_image_of(data, found.shown.case)).numpy()
-            site_picture(found, image, out / "pictures" / f"{site}.png")
-    table = results(evaluations, sent)
+        for name, example in found.examples.items():
+            image = load_picture(_image_of(data, example.case)).values
+            case_picture(found, name, image, out / "pictures" / f"{site}-{name}.png")
+    about = {"bundle": bundle, "overrides": dict(overrides), "section": section}
+    table = {"about": about, **results(evaluations, sent)}
     (out / "results.json").write_text(json.dumps(table, indent=2) + "\n")
     console.print(site_table(table, f"{bundle}: {section} cases"))
     console.print(f"pictures: {out / 'pictures'}    all numbers: {out / 'results.json'}")

@@ -9,7 +9,7 @@ import typer
 
 from pfedsam.commands.console import TRAIN, Job, Overrides, RunFolder, bar, console, literals
 from pfedsam.commands.data import make_phantom
-from pfedsam.commands.evaluation import show_evaluation
+from pfedsam.commands.evaluation import report, show_evaluation
 
 app = typer.Typer()
 
@@ -32,9 +32,13 @@ def simulate(
     data: Annotated[Path, typer.Argument(help="Folder that holds the site folders.")],
     out: RunFolder = Path("runs/simulation"),
     job: Job = "pfedsam",
+    strategy: Annotated[
+        str | None, typer.Option(help="Strategy, ablation or .json file in the job's place (`pfedsam compare --list`).")
+    ] = None,
     federation: Annotated[str, typer.Option(help="Name of the federation: the state of the sites is keyed by it.")] = (
         "simulation"
     ),
+    bundle: Annotated[str | None, typer.Option(help="Name of an installed bundle; by default the job's.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds in all; by default the job's.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws, and the test fold: seed modulo 3.")] = 0,
     validate_every: Annotated[int | None, typer.Option(min=1, help="Validate every so many rounds only.")] = None,
@@ -42,10 +46,17 @@ def simulate(
 ) -> None:
     """Simulate a federation of the site folders in DATA with NVFlare, and show what each site gained."""
     from pfedsam.federated.simulation import Simulation
+    from pfedsam.strategies import find_strategy
 
-    overrides = {"seed": seed, **literals(set_ or [])}
-    strategy = {} if validate_every is None else {"validate_every": validate_every}
-    federate(Simulation(data, out, job, federation, rounds, overrides, strategy))
+    chosen: dict[str, Any] = {}
+    if strategy is not None:
+        file = find_strategy(strategy)
+        if file.kind != "federated":
+            raise typer.BadParameter(f"'{strategy}' needs no server: use `pfedsam compare`", param_hint="--strategy")
+        chosen = {**file.checked().model_dump(mode="json")}
+    every = {} if validate_every is None else {"validate_every": validate_every}
+    overrides = {**(file.overrides if chosen else {}), "seed": seed, **literals(set_ or [])}
+    federate(Simulation(data, out, job, federation, bundle, rounds, overrides, {**chosen, **every}))
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -63,7 +74,7 @@ def demo(
     make_phantom(data, 4, DEMO_CASES, DEMO_SHAPE, seed)
     overrides = {"seed": seed, "image_size": image_size, **DEMO_OVERRIDES}
     strategy = {"validate_every": 2}
-    federate(Simulation(data, out, "pfedsam", "phantom-demo", DEMO_ROUNDS, overrides, strategy))
+    federate(Simulation(data, out, "pfedsam", "phantom-demo", None, DEMO_ROUNDS, overrides, strategy))
     console.print("Next, with data of your own, one folder for each site, <data>/<site>/images and labels:")
     console.print("  pfedsam validate <data>/<site>\n  pfedsam simulate <data> --out runs/mine")
 
@@ -93,5 +104,8 @@ def federate(simulation: Any) -> None:
             console.print("this federation has finished before; its sites are evaluated again")
     states = simulation.states()
     models = {site: (simulation.data / site, states[site].file) for site in simulation.sites}
-    show_evaluation(models, plan_settings(job)["bundle"], simulation.overrides, out, sent_bytes(simulation))
+    show_evaluation(
+        models, simulation.bundle or plan_settings(job)["bundle"], simulation.overrides, out, sent_bytes(simulation)
+    )
+    report(out)
     console.print(f"personal state: {simulation.state_root} (pfedsam state list --root {simulation.state_root})")

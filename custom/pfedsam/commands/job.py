@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pfedsam.commands.console import Job, console
+from pfedsam.commands.console import Admin, Job, console
+from pfedsam.errors import PFedSAMError
 
 app = typer.Typer(help="NVFlare jobs.", no_args_is_help=True)
 
@@ -20,10 +21,17 @@ def job_export(
     federation: Annotated[str | None, typer.Option(help="Name of the federation.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1)] = None,
     min_clients: Annotated[int | None, typer.Option(min=1)] = None,
+    clip: Annotated[float | None, typer.Option(help="Clip each site's update to this L2 norm.")] = None,
+    noise: Annotated[float, typer.Option(help="Gaussian noise, as a multiple of --clip; epsilon is printed.")] = 0.0,
+    precision: Annotated[str, typer.Option(help="Of the payload: fp32, fp16 or int8 (with error feedback).")] = "fp32",
 ) -> None:
     """Write a job folder that can be submitted as it is."""
-    from pfedsam.federated.jobs import export_job, find_job
+    from pfedsam.federated.jobs import Privacy, export_job, find_job, server_settings
 
+    if noise and clip is None:
+        raise typer.BadParameter("noise needs --clip: it is a multiple of it", param_hint="--noise")
+    if precision not in ("fp32", "fp16", "int8"):
+        raise typer.BadParameter(f"'{precision}' is not fp32, fp16 or int8", param_hint="--precision")
     server = {"num_rounds": rounds, "min_clients": min_clients}
     export_job(
         find_job(job),
@@ -31,8 +39,80 @@ def job_export(
         locked=locked,
         plan={"federation": federation} if federation else {},
         server={key: value for key, value in server.items() if value is not None},
+        privacy=Privacy(clip, noise, precision),
     )
     console.print(f"{out} written" + (", locked: it carries no code" if locked else ""))
+    if noise:
+        from pfedsam.federated.privacy import DELTA, epsilon
+
+        count = int(server_settings(out)["num_rounds"])
+        value = epsilon(noise, count)
+        console.print(
+            f"one site's updates over {count} rounds: epsilon {value:.1f} at delta {DELTA:g}"
+            + (" - so large an epsilon guarantees little" if value > 10 else "")
+        )
+
+
+@app.command("submit")
+def job_submit(
+    job: Annotated[Path, typer.Argument(help="Job folder, see `pfedsam job export --locked`.")],
+    admin: Admin,
+    out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("runs/jobs"),
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow it and fetch its result.")] = True,
+) -> None:
+    """Submit a job as an administrator, follow it, fetch its result."""
+    with console.status("connecting"):
+        from pfedsam.federated.admin import connect, submit
+
+    with connect(admin) as session:
+        _until_done(session, submit(session, job), out, wait)
+
+
+@app.command("resume")
+def job_resume(
+    job: Annotated[Path, typer.Argument(help="The job folder as it was submitted.")],
+    admin: Admin,
+    global_model: Annotated[
+        Path, typer.Option(help="Its last global_model.safetensors, in <server's kit>/<job id>/app_server.")
+    ],
+    rounds: Annotated[int, typer.Option(min=1, help="Of the whole federation.")],
+    out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("runs/jobs"),
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow it and fetch its result.")] = True,
+) -> None:
+    """Go on after the server was lost: from the last global round, each site from its own personal state.
+
+    The global model travels in the job, beside the configuration: a job that carries it is still one without code.
+    """
+    with console.status("connecting"):
+        from pfedsam.federated.admin import connect, resume
+
+    with connect(admin) as session:
+        _until_done(session, resume(session, job, global_model, rounds), out, wait)
+
+
+def _until_done(session: Any, job_id: str, out: Path, wait: bool) -> None:
+    from pfedsam.federated.admin import fetch, follow
+
+    console.print(f"job {job_id}", highlight=False)
+    if not wait:
+        return
+    with console.status("waiting") as shown:
+        follow(session, job_id, shown.update)
+        result = fetch(session, job_id, out)
+    console.print(f"{result.status}; result: {result.folder}", highlight=False, soft_wrap=True)
+    if not result.completed:
+        raise PFedSAMError("E22", f"the job ended as {result.status}: {result.problem()}.", f"See {result.folder}.")
+
+
+@app.command("make")
+def job_make(
+    strategy: Annotated[str, typer.Argument(help="Name of a strategy (`pfedsam compare --list`), or its .json file.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Write the job of a strategy: roles and phases from its file, everything else as in the job `pfedsam`."""
+    from pfedsam.federated.jobs import make_job
+
+    console.print(f"{make_job(strategy, out)} written; next: pfedsam simulate <data> --job {out}")
 
 
 @app.command("allow")

@@ -93,8 +93,8 @@ def init_global(
     """Write theta_0, the first global model, for a server without SAM weights (persistor setting `theta0`)."""
     with console.status("building the network"):
         from pfedsam.bundles import network_of
-        from pfedsam.federated.global_model import write_global_model
         from pfedsam.federated.jobs import find_job, plan_settings
+        from pfedsam.global_model import write_global_model
         from pfedsam.parameters import manifest, shared_state
         from pfedsam.training.phases import Strategy
 

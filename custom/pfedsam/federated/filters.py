@@ -6,17 +6,15 @@ Both apply the rules of `boundary` to every result and record what passed. Neith
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from nvflare.apis.client import Client
 from nvflare.apis.dxo import MetaKey
 from nvflare.apis.event_type import EventType
-from nvflare.apis.filter import Filter
+from nvflare.apis.filter import Filter, FilterContextKey, FilterSource
 from nvflare.apis.fl_constant import FilterKey, FLContextKey, ServerCommandKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
@@ -27,16 +25,16 @@ from nvflare.app_common.app_constant import AppConstants
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY, Passed, check_headers, check_result
 from pfedsam.federated.plan import plan_of
+from pfedsam.federated.records import RECEIVED_FILE, SENT_FILE, append_record
 from pfedsam.federated.settings import SITE_SETTINGS, site_settings
 from pfedsam.parameters import Manifest, group_of
 
-#: Records in the job's run folder, one JSON object a line.
-SENT_FILE = "pfedsam_sent.jsonl"
-RECEIVED_FILE = "pfedsam_received.jsonl"
 #: The number of training cases of a site may change by this factor between rounds.
 LARGEST_CHANGE = 10
 
 _RESULT_FILTERS = "task_result_filters"
+#: Personal tensors that filters of ours have taken out of the result on its way.
+_EXCLUDED = "pfedsam_excluded"
 
 
 class PersonalisedFilter(Filter):
@@ -70,38 +68,41 @@ class PersonalisedFilter(Filter):
         shared = plan.shared()
         check_site_ceiling(shared, site_settings(fl_ctx).may_share)
         passed = check_result(shareable, task, shared=shared, personal=plan.personal(), code="E19")
-        if self._is_last_of_ours(fl_ctx, task):
-            self._record(passed, task, fl_ctx)
+        # a site may apply this filter by its privacy.json and the job once more: the first takes the experts out, the
+        # last writes down what leaves
+        excluded = passed.excluded + int(fl_ctx.get_prop(_EXCLUDED, 0))
+        last = self._is_last_of_ours(fl_ctx, task)
+        fl_ctx.set_prop(_EXCLUDED, 0 if last else excluded, private=True, sticky=False)
+        if last:
+            self._record(passed, excluded, task, fl_ctx)
         return passed.shareable
 
-    def _record(self, passed: Passed, task: str, fl_ctx: FLContext) -> None:
+    def _record(self, passed: Passed, excluded: int, task: str, fl_ctx: FLContext) -> None:
         by_group = passed.bytes_by_group
         record = {
-            "time": _now(),
             "task": task,
             "reply": passed.shareable.get_return_code(),
             "round": passed.metadata.get(ROUND_KEY),
             "tensors": len(passed.tensors),
             "bytes": sum(by_group.values()),
             "by_group": by_group,
-            "excluded": passed.excluded,
+            "excluded": excluded,
             "sha256": passed.sha256(),
         }
         _append(fl_ctx, SENT_FILE, record)
         self.logger.info(
             f"task {task}: {record['tensors']} tensors with {record['bytes']} bytes leave the site {by_group}, "
-            f"{passed.excluded} personal tensors stay"
+            f"{excluded} personal tensors stay"
         )
 
     def _refused(self, error: PFedSAMError, fl_ctx: FLContext) -> Shareable:
         self.logger.error(f"result refused, only its code leaves the site: {error}")
         with suppress(Exception):
             task = str(fl_ctx.get_prop(FLContextKey.TASK_NAME))
-            _append(fl_ctx, SENT_FILE, {"time": _now(), "task": task, "reply": error.as_reply(), "bytes": 0})
+            _append(fl_ctx, SENT_FILE, {"task": task, "reply": error.as_reply(), "bytes": 0})
         return make_reply(error.as_reply())
 
     def _is_last_of_ours(self, fl_ctx: FLContext, task: str) -> bool:
-        # a site may apply this filter by its privacy.json and the job once more: count what leaves once
         ours = [one for one in outgoing_filters(fl_ctx, task) if type(one) is PersonalisedFilter]
         return not ours or ours[-1] is self
 
@@ -147,7 +148,7 @@ class IncomingGuard(Filter):
         self.logger.error(f"result of site {client} refused: {refusal}")
         with suppress(Exception):
             task = str(fl_ctx.get_prop(FLContextKey.TASK_NAME))
-            refused = {"time": _now(), "client": client, "task": task, "accepted": False, "code": refusal.code}
+            refused = {"client": client, "task": task, "accepted": False, "code": refusal.code}
             _append(fl_ctx, RECEIVED_FILE, refused)
         raise refusal
 
@@ -161,7 +162,6 @@ class IncomingGuard(Filter):
         for key, value in headers.items():
             passed.shareable.set_header(key, value)
         record = {
-            "time": _now(),
             "client": client,
             "task": task,
             "round": passed.metadata.get(ROUND_KEY),
@@ -207,14 +207,15 @@ def require_outgoing_filter(fl_ctx: FLContext, tasks: Iterable[str]) -> None:
     """
     for task in tasks:
         chain = outgoing_filters(fl_ctx, task)
-        if not chain or type(chain[0]) is not PersonalisedFilter:
+        # a site's own filter does not excuse a job that left it out
+        of_job = [one for one in chain if one.get_prop(FilterContextKey.SOURCE) != FilterSource.SITE]
+        if not of_job or type(of_job[0]) is not PersonalisedFilter or type(chain[0]) is not PersonalisedFilter:
             name = f"{PersonalisedFilter.__module__}.{PersonalisedFilter.__name__}"
             found = [type(one).__name__ for one in chain]
             raise PFedSAMError(
                 "E15",
                 f"the first outgoing filter of task '{task}' is not {name}: {found}.",
-                "Name it first, with this task, in the task_result_filters of the job's config_fed_client.json "
-                "or of the site's local/privacy.json.",
+                "Name it first, with this task, in the task_result_filters of the job's config_fed_client.json.",
             )
 
 
@@ -246,11 +247,4 @@ def _check_identity(result: Shareable, claimed: str) -> None:
 
 
 def _append(fl_ctx: FLContext, file_name: str, record: dict[str, Any]) -> None:
-    folder = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / file_name).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    append_record(Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())), file_name, record)

@@ -13,13 +13,15 @@ from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.abstract.model_learner import ModelLearner
 from nvflare.app_common.app_constant import AppConstants
 
+from pfedsam.bundles import class_names, find_bundle
 from pfedsam.data.checks import check_site, require_valid
+from pfedsam.data.transforms import class_numbers
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
 from pfedsam.federated.filters import require_outgoing_filter
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.federated.scalars import ListedScalars
-from pfedsam.federated.settings import site_folder, site_settings
+from pfedsam.federated.settings import require_agreed, site_folder, site_settings
 from pfedsam.state import SiteState, state_root
 from pfedsam.training.local import LocalTraining, RoundResult
 
@@ -94,12 +96,16 @@ class PFedSAMLearner(ModelLearner):
         require_outgoing_filter(self.fl_ctx, FILTERED_TASKS)
         plan = plan_of(self.fl_ctx)
         strategy, site = plan.checked(), site_settings(self.fl_ctx)
+        require_agreed(plan.federation, site)
         self._set_threads(site.threads or self.threads)
         folder = site_folder(site.data_root or self.data_root, self.site_name)
-        require_valid(check_site(folder, seed=int((plan.overrides or {}).get("seed", 0))))
+        labels = class_numbers(class_names(find_bundle(plan.bundle)), site.labels)
+        seed, folds = (int((plan.overrides or {}).get(key, value)) for key, value in (("seed", 0), ("folds", 3)))
+        require_valid(check_site(folder, list(labels), seed=seed, folds=folds))
         output = Path(self.workspace.get_run_dir(self.job_id)) / "bundle"
         device = site.device or self.device
-        self._local = LocalTraining(plan.bundle, folder, strategy, plan.overrides, output, device, site.checkpoint)
+        told: dict[str, Any] = {"device": device, "checkpoint": site.checkpoint, "label_map": site.labels}
+        self._local = LocalTraining(plan.bundle, folder, strategy, plan.overrides, output, **told)
         self._local.open()
         self._open_state(plan, site.state_root)
         self._scalars = ListedScalars(self.engine.get_component(self.tb_writer_id) if self.tb_writer_id else None)
@@ -139,7 +145,7 @@ class PFedSAMLearner(ModelLearner):
             params_type=ParamsType.DIFF,
             params={name: np.ascontiguousarray(t.numpy()) for name, t in {**result.delta, **result.personal}.items()},
             meta={
-                MetaKey.NUM_STEPS_CURRENT_ROUND: len(self._local.cases),
+                MetaKey.NUM_STEPS_CURRENT_ROUND: self._local.weight,
                 ROUND_KEY: int(self.current_round),
                 FINGERPRINT_KEY: self._local.fingerprint,
             },

@@ -16,12 +16,14 @@ from torch import Tensor
 from pfedsam.bundles import network_of
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY
-from pfedsam.federated.global_model import read_global_model, write_global_model
 from pfedsam.federated.plan import Plan, plan_of
+from pfedsam.global_model import read_global_model, write_global_model
 from pfedsam.parameters import Manifest, shared_state
 
 GLOBAL_MODEL_FILE = "global_model.safetensors"
 BEST_GLOBAL_MODEL_FILE = "best_global_model.safetensors"
+#: Folders of a job's app that may hold theta0; a file in `config` is no code, so a locked job can carry it.
+_CARRIED_IN = ("config", WorkspaceConstants.CUSTOM_FOLDER_NAME)
 
 
 class SharedStatePersistor(PTFileModelPersistor):
@@ -32,7 +34,7 @@ class SharedStatePersistor(PTFileModelPersistor):
 
     Args:
         theta0: file made by `pfedsam init-global`, for a server without SAM weights; a relative path is looked up in
-            the job's `app/custom`.
+            the job's `app/config`, then in its `app/custom`.
         source_ckpt_file_full_name: global model of an earlier run to go on from.
         global_model_file_name: of the last global model, in the server's app folder.
         best_global_model_file_name: of the best global model, in the server's app folder.
@@ -111,8 +113,9 @@ class SharedStatePersistor(PTFileModelPersistor):
     def _theta0(self, plan: Plan, fl_ctx: FLContext) -> tuple[dict[str, Tensor], str]:
         for given in (self.source_ckpt_file_full_name, self.theta0):
             if given:
-                folder = Path(fl_ctx.get_prop(FLContextKey.APP_ROOT) or "") / WorkspaceConstants.CUSTOM_FOLDER_NAME
+                app = Path(fl_ctx.get_prop(FLContextKey.APP_ROOT) or "")
                 # an absolute path stays as it is
-                return read_global_model(folder / given, self._expected)
+                places = [app / name / given for name in _CARRIED_IN]
+                return read_global_model(next((p for p in places if p.is_file()), places[-1]), self._expected)
         network = network_of(plan.bundle, plan.overrides)
         return shared_state(network, plan.checked().roles), network.base_fingerprint

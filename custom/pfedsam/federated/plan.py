@@ -13,7 +13,7 @@ from nvflare.apis.fl_context import FLContext
 
 from pfedsam.bundles import checked_overrides, find_bundle, network_of
 from pfedsam.errors import PFedSAMError
-from pfedsam.parameters import Manifest, manifest
+from pfedsam.parameters import COPY, Manifest, manifest
 from pfedsam.training.phases import Strategy
 
 PLAN_ID = "plan"
@@ -70,7 +70,9 @@ class Plan:
         if not self._manifests:
             strategy = self.checked()
             network = network_of(self.bundle, self.overrides, weights=False)
-            self._manifests = {role: manifest(network, strategy.roles, role) for role in ("shared", "personal")}
+            shared, personal = (manifest(network, strategy.roles, role) for role in ("shared", "personal"))
+            copies = {COPY + name: spec for name, spec in shared.items()} if strategy.has_copy else {}
+            self._manifests = {"shared": shared, "personal": {**personal, **copies}}
         return self._manifests[role]
 
 

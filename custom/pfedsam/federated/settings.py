@@ -28,6 +28,8 @@ class SiteSettings(BaseModel):
             else the weights folder (see `pfedsam models`).
         device: `auto` or a torch device.
         threads: of torch; by default the cores divided by the sites that are simulated on this machine.
+        labels: what this site's label values mean, for example {"3": "disc", "4": "cup"}; None: the bundle's numbers.
+        federations: names of the federations that this site has agreed to; None for any.
         may_share: parameter groups that this site is willing to share; None sets no limit but the code's.
     """
 
@@ -38,6 +40,8 @@ class SiteSettings(BaseModel):
     checkpoint: str | None = None
     device: str | None = None
     threads: int | None = Field(None, ge=1)
+    labels: dict[str, str] | None = None
+    federations: tuple[str, ...] | None = None
     may_share: tuple[str, ...] | None = None
 
 
@@ -47,7 +51,15 @@ def site_settings(fl_ctx: FLContext) -> SiteSettings:
     Raises:
         PFedSAMError: E01 naming the file and the wrong key.
     """
-    path = Path(fl_ctx.get_engine().get_workspace().get_site_config_dir()) / SITE_SETTINGS
+    return read_settings(Path(fl_ctx.get_engine().get_workspace().get_site_config_dir()) / SITE_SETTINGS)
+
+
+def read_settings(path: Path) -> SiteSettings:
+    """The settings in a file; all defaults if there is none.
+
+    Raises:
+        PFedSAMError: E01 naming the file and the wrong key.
+    """
     if not path.exists():
         return SiteSettings()
     try:
@@ -63,6 +75,20 @@ def site_settings(fl_ctx: FLContext) -> SiteSettings:
     if unknown:
         raise PFedSAMError("E01", f"{path}: 'may_share' names {unknown}.", f"Give some of {list(GROUPS)}.")
     return settings
+
+
+def require_agreed(federation: str, settings: SiteSettings) -> None:
+    """Refuse a federation that the site has not agreed to.
+
+    Raises:
+        PFedSAMError: E21 naming it.
+    """
+    if settings.federations is not None and federation not in settings.federations:
+        raise PFedSAMError(
+            "E21",
+            f"the job is of federation '{federation}', this site has agreed to {list(settings.federations)}.",
+            f"Ask who submitted it, or add the name to 'federations' in local/{SITE_SETTINGS}.",
+        )
 
 
 def site_folder(data_root: str | None, site: str) -> Path:

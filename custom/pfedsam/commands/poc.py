@@ -1,0 +1,218 @@
+"""`pfedsam poc`: a federation of real processes with mutual TLS on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pfedsam.commands.console import Job, Overrides, console, literals, quiet_libraries
+from pfedsam.errors import PFedSAMError
+
+app = typer.Typer(help="A federation of real processes with mutual TLS on this machine.", no_args_is_help=True)
+
+FEDERATION = "poc"
+ROUNDS = 2
+#: As small as it can be: this shows that the deployment works, not how good the method is.
+SETTINGS: dict[str, Any] = {
+    "image_size": 64,
+    "adapted_blocks": 1,
+    "batch_size": 2,
+    "augmentations": 1,
+    "positives_per_case": 2,
+    "negatives_per_case": 1,
+    "cache_limit_gb": 1,
+}
+_CASES, _SHAPE = 4, (64, 64, 8)
+
+Runtime = Annotated[Path, typer.Option("--runtime", help="Folder of everything that is generated.")]
+Project = Annotated[Path, typer.Option(help="NVFlare project file.")]
+Port = Annotated[int | None, typer.Option(help="Of the server; by default the project's.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Folder that holds the site folders, named as the sites; by default a phantom.")
+]
+RUNTIME, PROJECT = Path("poc_workspace/.runtime"), Path("poc_workspace/project.yml")
+
+
+@app.command("run")
+def run(
+    runtime: Runtime = RUNTIME,
+    project: Project = PROJECT,
+    port: Port = None,
+    data: Data = None,
+    job: Job = "pfedsam",
+    rounds: Annotated[int, typer.Option(min=1)] = ROUNDS,
+    set_: Overrides = None,
+) -> None:
+    """Everything from provisioning to the table. In the end, also after Ctrl-C or an error, nothing is left running."""
+    deployment = _deployment(runtime, project, port)
+    deployment.require_free_port()
+    sites = _up(deployment, data)
+    try:
+        _submit(deployment, job, rounds, set_, data is None)
+    finally:
+        _down(deployment)
+    _show(deployment, sites, job, _settings(set_, data is None))
+
+
+@app.command("up")
+def up(runtime: Runtime = RUNTIME, project: Project = PROJECT, port: Port = None, data: Data = None) -> None:
+    """Provision the project, write each site's policy, start server and sites."""
+    _up(_deployment(runtime, project, port), data)
+    console.print("Next: pfedsam poc submit; in the end: pfedsam poc down")
+
+
+@app.command("submit")
+def submit(
+    runtime: Runtime = RUNTIME,
+    job: Job = "pfedsam",
+    rounds: Annotated[int, typer.Option(min=1)] = ROUNDS,
+    set_: Overrides = None,
+) -> None:
+    """Submit a job to the running deployment, follow it, fetch its result."""
+    deployment = _deployment(runtime, runtime / "project.yml", None)
+    _submit(deployment, job, rounds, set_, (runtime / "phantom").is_dir())
+
+
+@app.command("status")
+def status(runtime: Runtime = RUNTIME) -> None:
+    """What runs, and the state of each site."""
+    from pfedsam.state import list_states
+
+    deployment = _deployment(runtime, runtime / "project.yml", None)
+    for name in (deployment.server, *deployment.sites):
+        running = [process.pid for process in deployment.processes(name)]
+        console.print(f"{name}: {f'running {running}' if running else 'not running'}; log: {deployment.log(name)}")
+    for site in deployment.sites:
+        for entry in list_states(deployment.state_root(site)):
+            console.print(f"{site}: state of federation '{entry.federation}', round {entry.info.get('round')}")
+
+
+@app.command("down")
+def down(runtime: Runtime = RUNTIME) -> None:
+    """Stop everything that was started here. States and logs stay."""
+    _down(_deployment(runtime, runtime / "project.yml", None))
+
+
+def _deployment(runtime: Path, project: Path, port: int | None) -> Any:
+    with console.status("loading libraries"):
+        quiet_libraries()
+        from pfedsam.federated.processes import Deployment
+    if not project.is_file():
+        raise PFedSAMError("E22", f"there is no {project}.", "Start with `pfedsam poc up` in the project's folder.")
+    return Deployment(runtime, project, port)
+
+
+def _up(deployment: Any, data: Path | None) -> dict[str, Path]:
+    from pfedsam.federated.admin import connect
+
+    deployment.stop()
+    deployment.require_free_port()
+    sites = _site_folders(deployment, data)
+    with console.status("provisioning"):
+        deployment.provision()
+        deployment.init(sites, {"federations": [FEDERATION]})
+    console.print(f"startup kits: {deployment.kit(deployment.server).parent}", highlight=False, soft_wrap=True)
+    try:
+        with console.status(f"starting {deployment.server} and {', '.join(deployment.sites)}"):
+            deployment.start()
+            with connect(deployment.admin()) as session:
+                deployment.wait(session)
+    except BaseException:
+        _down(deployment)
+        raise
+    console.print(f"running: server on port {deployment.port}, {len(deployment.sites)} sites, mutual TLS")
+    return sites
+
+
+def _site_folders(deployment: Any, data: Path | None) -> dict[str, Path]:
+    if data is not None:
+        return {site: data / site for site in deployment.sites}
+    from pfedsam.commands.data import make_phantom
+
+    folder = deployment.root / "phantom"
+    count = max(2, len(deployment.sites))
+    made = sorted(folder.glob("site-*")) or make_phantom(folder, count, _CASES, _SHAPE, 0)
+    return dict(zip(deployment.sites, made, strict=False))
+
+
+def _settings(set_: list[str] | None, phantom: bool) -> dict[str, Any]:
+    return {**(SETTINGS if phantom else {}), **literals(set_ or [])}
+
+
+def _submit(deployment: Any, job: str, rounds: int, set_: list[str] | None, phantom: bool) -> None:
+    from pfedsam.federated.admin import connect, fetch, follow, submit
+    from pfedsam.federated.jobs import export_job, find_job
+
+    folder = export_job(
+        find_job(job),
+        deployment.root / "job",
+        locked=True,
+        plan={"federation": FEDERATION, "overrides": _settings(set_, phantom)},
+        server={"num_rounds": rounds, "min_clients": len(deployment.sites)},
+    )
+    with connect(deployment.admin()) as session:
+        job_id = submit(session, folder)
+        console.print(f"submitted, without code: job {job_id}", highlight=False)
+        with console.status("training") as shown:
+            news = _News(deployment, job_id, shown.update)
+            result = follow(session, job_id, shown.update, look=news)
+        found = fetch(session, job_id, deployment.root / "results")
+    if not result.completed:
+        raise PFedSAMError("E22", f"the job ended as {result.status}: {found.problem()}.", f"See {found.folder}.")
+    model = found.file("global_model.safetensors")
+    console.print(f"{result.status}; global model: {model}", highlight=False, soft_wrap=True)
+
+
+def _down(deployment: Any) -> None:
+    with console.status("stopping"):
+        left = deployment.stop()
+    console.print("nothing is left running" if not left else f"still running: {left}", highlight=False)
+
+
+def _show(deployment: Any, sites: dict[str, Path], job: str, overrides: dict[str, Any]) -> None:
+    """The per-site table, from each site's own state."""
+    from pfedsam.commands.evaluation import show_evaluation
+    from pfedsam.federated.jobs import find_job, plan_settings
+    from pfedsam.state import list_states
+
+    models = {}
+    for site in deployment.sites:
+        (entry,) = [one for one in list_states(deployment.state_root(site)) if one.federation == FEDERATION]
+        models[site] = (sites[site], entry.file)
+    bundle = plan_settings(find_job(job))["bundle"]
+    console.print("Few short rounds: this shows that the deployment works, not how good the method is.")
+    show_evaluation(models, bundle, overrides, deployment.root / "results", _sent(deployment))
+
+
+def _sent(deployment: Any) -> dict[str, list[int]]:
+    """Bytes that left each site in the rounds of its last job, by its own records."""
+    from pfedsam.federated.records import SENT_FILE, bytes_by_round
+
+    found = {}
+    for site in deployment.sites:
+        files = sorted(deployment.kit(site).glob(f"*/{SENT_FILE}"), key=lambda path: path.stat().st_mtime)
+        found[site] = bytes_by_round(files[-1]) if files else []
+    return found
+
+
+class _News:
+    """Shows the lines of the sites' logs that a person waits for."""
+
+    def __init__(self, deployment: Any, job_id: str, show: Any) -> None:
+        self.logs = {site: deployment.kit(site) / job_id / "log.txt" for site in deployment.sites}
+        self.read = dict.fromkeys(self.logs, 0)
+        self.show = show
+
+    def __call__(self) -> None:
+        """Look once."""
+        from pfedsam.federated.records import NEWS
+
+        for site, log in self.logs.items():
+            text = log.read_text(errors="replace") if log.exists() else ""
+            found = NEWS.findall(text)
+            for line in found[self.read[site] :]:
+                console.print(f"  {site}: {line}", highlight=False)
+                self.show(f"{site}: {line}")
+            self.read[site] = len(found)

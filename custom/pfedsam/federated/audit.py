@@ -1,0 +1,125 @@
+"""What left a site in a job, from its own records, checked against NVFlare's audit log; and what may ever leave."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import pfedsam
+from pfedsam.errors import CODES, PFedSAMError
+from pfedsam.federated import boundary, scalars
+from pfedsam.federated.records import SENT_FILE, read_records
+from pfedsam.parameters import CEILING, MAY_BE_PERSONAL
+
+_SUBMITTED = re.compile(r"\[S:(?P<scope>[^\]]*)\].*\[A:(?P<task>\w+)#[^\]]*\]submit result (?P<reply>\S+)")
+_ACTION = re.compile(r"\[U:(?P<user>[^\]]*)\]\[A:(?P<action>[^\]]*)\]")
+
+
+@dataclass
+class Audit:
+    """What is known of a job at a site.
+
+    Attributes:
+        job: its id.
+        results: what the outgoing filter wrote of each result.
+        submitted: results by NVFlare's own audit log: task, privacy scope, reply.
+        actions: who did what, by NVFlare's audit log of the site.
+        hashes: SHA-256 of each file of the job's app and of the site's policy, and of the installed package.
+        problems: what does not fit together.
+    """
+
+    job: str
+    results: list[dict[str, Any]]
+    submitted: list[dict[str, str]]
+    actions: list[dict[str, str]]
+    hashes: dict[str, str]
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def audit(workspace: Path, job: str) -> Audit:
+    """Read the records of a job.
+
+    Args:
+        workspace: of the site: its startup kit's folder.
+        job: the job's id, or the beginning of it.
+
+    Raises:
+        PFedSAMError: E02 if there is no such job, or more than one.
+    """
+    found = [path for path in workspace.glob(f"{job}*") if (path / "meta.json").is_file()]
+    if len(found) != 1:
+        known = sorted(path.parent.name for path in workspace.glob("*/meta.json"))
+        raise PFedSAMError("E02", f"{len(found)} jobs in {workspace} start with '{job}'.", f"Jobs: {known}.")
+    run = found[0]
+    log = (run / "audit.log").read_text() if (run / "audit.log").exists() else ""
+    site_log = (workspace / "audit.log").read_text() if (workspace / "audit.log").exists() else ""
+    files = [*sorted(run.glob("app_*/**/*")), *sorted((workspace / "local").glob("*.json"))]
+    result = Audit(
+        run.name,
+        read_records(run / SENT_FILE),
+        [one.groupdict() for one in _SUBMITTED.finditer(log)],
+        [one.groupdict() for one in _ACTION.finditer(site_log) if one["user"]],
+        {
+            str(path.relative_to(workspace)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files
+            if path.is_file()
+        },
+    )
+    result.hashes[f"installed package pfedsam {pfedsam.__version__}"] = _package_hash()
+    result.problems = list(_problems(result))
+    return result
+
+
+def _package_hash() -> str:
+    """SHA-256 over names and contents of the package's Python files."""
+    root, digest = Path(pfedsam.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _problems(found: Audit) -> list[str]:
+    problems = []
+    unpacked = [one for one in found.results if not one.get("packed")]
+    if len(found.submitted) != len(unpacked):
+        problems.append(
+            f"NVFlare says that {len(found.submitted)} results were submitted, the filter saw {len(unpacked)}"
+        )
+    outside = sorted({one["scope"] for one in found.submitted} - {"pfedsam"})
+    if outside:
+        problems.append(f"results left under the privacy scope {outside}, not under the site's own 'pfedsam'")
+    for number, one in enumerate(found.results, 1):
+        above = sorted(set(one.get("by_group", {})) - CEILING)
+        if above:
+            problems.append(f"result {number}: group(s) {above} may never leave")
+    carried = [name for name in found.hashes if "/custom/" in name and not name.endswith("README.md")]
+    if carried:
+        problems.append(f"the job carried code: {carried[:3]}")
+    return problems
+
+
+def statement() -> str:
+    """The data-flow statement for a privacy officer, as Markdown: every list in it is read from the code."""
+    page = Environment(loader=PackageLoader("pfedsam.federated", "."), undefined=StrictUndefined, autoescape=False)
+    metadata: Sequence[str] = (boundary.MetaKey.NUM_STEPS_CURRENT_ROUND, boundary.ROUND_KEY, boundary.FINGERPRINT_KEY)
+    return page.get_template("statement.md.j2").render(
+        version=pfedsam.__version__,
+        shared=sorted(CEILING),
+        personal=sorted(MAY_BE_PERSONAL - CEILING),
+        metadata=metadata,
+        metrics=boundary.METRICS,
+        tags=scalars.LISTED.pattern,
+        tasks=boundary.MODEL_TASKS,
+        codes=CODES,
+        largest=boundary.LARGEST_VALUE,
+    )

@@ -1,0 +1,226 @@
+"""Server and sites as real processes on this machine: provisioned, with mutual TLS on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from nvflare.fuel.flare_api.flare_api import Session
+
+from pfedsam.errors import PFedSAMError
+from pfedsam.federated.kits import init_kit
+from pfedsam.federated.settings import SiteSettings
+
+_GRACE_SECONDS = 10
+OUTCOME_VARIABLE = "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT"
+
+
+@dataclass
+class Deployment:
+    """A provisioned project whose participants all run on this machine.
+
+    Args:
+        root: folder of everything that is generated: kits, HOME, logs, states, pids.
+        project: NVFlare project file.
+        port: of the server, in place of the project's own.
+    """
+
+    root: Path
+    project: Path
+    port: int | None = None
+    _content: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.root = self.root.resolve()
+        self._content = yaml.safe_load(self.project.read_text())
+        server = self._of("server")[0]
+        self.port = self.port or int(server["fed_learn_port"])
+        server["fed_learn_port"] = self.port
+
+    @property
+    def server(self) -> str:
+        """Name of the server."""
+        return str(self._of("server")[0]["name"])
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites."""
+        return [str(one["name"]) for one in self._of("client")]
+
+    def admin(self, role: str = "project_admin") -> Path:
+        """Kit of the first administrator with a role."""
+        return self.kit(next(str(one["name"]) for one in self._of("admin") if one["role"] == role))
+
+    def kit(self, name: str) -> Path:
+        """Startup kit of a participant."""
+        return self.root / "kits" / self._content["name"] / "prod_00" / name
+
+    def state_root(self, site: str) -> Path:
+        """Where a site keeps its personal state: each has a root of its own."""
+        return self.root / "states" / site
+
+    def log(self, name: str) -> Path:
+        """What a process printed."""
+        return self.root / "logs" / f"{name}.log"
+
+    def provision(self) -> None:
+        """Make the startup kits anew.
+
+        Raises:
+            PFedSAMError: E22 with NVFlare's last line if it fails.
+        """
+        shutil.rmtree(self.root / "kits", ignore_errors=True)
+        for name in ("home", "logs"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        project = self.root / "project.yml"
+        project.write_text(yaml.safe_dump(self._content, sort_keys=False))
+        command = ["-m", "nvflare.cli", "provision", "-p", str(project), "-w", str(self.root / "kits"), "--force"]
+        done = subprocess.run([sys.executable, *command], env=self._environment(), capture_output=True, text=True)
+        if done.returncode or not self.kit(self.server).is_dir():
+            said = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            raise PFedSAMError("E22", f"provisioning of {self.project} failed: {said}.", "Mend the project file.")
+
+    def init(self, data: Mapping[str, Path], settings: Mapping[str, Any] | None = None, byoc: bool = False) -> None:
+        """Write the policy of the server and of every site.
+
+        Args:
+            data: site folder of each site.
+            settings: more of `SiteSettings`, for every site.
+            byoc: let jobs carry code.
+        """
+        init_kit(self.kit(self.server), SiteSettings(), byoc=byoc)
+        for site in self.sites:
+            told = {
+                "data_root": str(data[site].resolve()),
+                "state_root": str(self.state_root(site)),
+                **(settings or {}),
+            }
+            init_kit(self.kit(site), SiteSettings.model_validate(told), byoc=byoc)
+
+    def require_free_port(self) -> None:
+        """Refuse to start on a port that is taken.
+
+        Raises:
+            PFedSAMError: E22 naming the port.
+        """
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", int(self.port or 0)))
+            except OSError:
+                raise PFedSAMError(
+                    "E22", f"port {self.port} is taken.", "Stop what uses it, or choose another with --port."
+                ) from None
+
+    def start(self, names: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> None:
+        """Start participants, by default the server and all sites. They go on when this process ends.
+
+        Raises:
+            PFedSAMError: E22 if the server is to be started and its port is taken.
+        """
+        names = [self.server, *self.sites] if names is None else names
+        if self.server in names:
+            self.require_free_port()
+        for name in names:
+            self._remember(name, self._start(name, environment or {}))
+
+    def wait(self, session: Session, timeout: float = 90.0) -> None:
+        """Wait until every site is connected.
+
+        Raises:
+            PFedSAMError: E22 naming the sites that are missing.
+        """
+        until = time.monotonic() + timeout
+        while True:
+            missing = set(self.sites) - {client.name for client in session.get_connected_client_list()}
+            if not missing:
+                return
+            if time.monotonic() > until:
+                logs = ", ".join(str(self.log(name)) for name in sorted(missing))
+                raise PFedSAMError("E22", f"not connected after {timeout:.0f} s: {sorted(missing)}.", f"See {logs}.")
+            time.sleep(0.5)
+
+    def processes(self, name: str | None = None) -> list[psutil.Process]:
+        """What runs: the process of a participant, or of all, with the job processes below it."""
+        found = []
+        for who, pid in self._pids().items():
+            if name in (None, who) and psutil.pid_exists(pid):
+                process = psutil.Process(pid)
+                if process.status() != psutil.STATUS_ZOMBIE and str(self.root) in " ".join(process.cmdline()):
+                    found += [process, *process.children(recursive=True)]
+        return found
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """End a participant and its job processes at once, as a power cut would."""
+        for process in self.processes(name):
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(self.processes(name), timeout=_GRACE_SECONDS)
+
+    def stop(self) -> list[int]:
+        """End everything that this deployment started: politely, then by force.
+
+        Returns:
+            Pids that are still there (none, if all went well).
+        """
+        running = self.processes()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in running:
+                try:
+                    process.send_signal(number)
+                except psutil.NoSuchProcess:
+                    continue
+            _, running = psutil.wait_procs(running, timeout=_GRACE_SECONDS)
+            if not running:
+                break
+        (self.root / "processes.json").unlink(missing_ok=True)
+        return [process.pid for process in running]
+
+    def _of(self, kind: str) -> list[dict[str, Any]]:
+        return [one for one in self._content["participants"] if one["type"] == kind]
+
+    def _start(self, name: str, environment: Mapping[str, str]) -> int:
+        kit = self.kit(name)
+        server = name == self.server
+        kind, module = ("server", "server_train") if server else ("client", "client_train")
+        org = next(one["org"] for one in self._content["participants"] if one["name"] == name)
+        told = ["secure_train=true", f"org={org}", "config_folder=config", *([] if server else [f"uid={name}"])]
+        (kit / "transfer").mkdir(exist_ok=True)
+        command = [sys.executable, "-u", "-m", f"nvflare.private.fed.app.{kind}.{module}"]
+        command += ["-m", str(kit), "-s", f"fed_{kind}.json", "--set", *told]
+        with self.log(name).open("a") as log:
+            # a session of its own: Ctrl-C in the terminal is for us, who then stop them in order
+            how: dict[str, Any] = {"env": self._environment(environment), "start_new_session": True}
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **how).pid
+
+    def _environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
+        # a job ends so many seconds after its last workflow when a site is gone for good; NVFlare's own value is 900
+        told = {OUTCOME_VARIABLE: "60"}
+        told |= {"HOME": str(self.root / "home"), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": self._threads()}
+        # NVFlare starts the job processes with the python of the path
+        told["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        return {**os.environ, **told, **(more or {})}
+
+    def _threads(self) -> str:
+        return str(max(1, (os.cpu_count() or 1) // max(1, len(self.sites))))
+
+    def _pids(self) -> dict[str, int]:
+        path = self.root / "processes.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _remember(self, name: str, pid: int) -> None:
+        (self.root / "processes.json").write_text(json.dumps({**self._pids(), name: pid}))

@@ -1,0 +1,95 @@
+"""What the tests of this folder do with a deployment of real processes."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvflare.fuel.flare_api.flare_api import Session
+
+from pfedsam.federated.admin import JobResult, fetch, follow, submit
+from pfedsam.federated.jobs import Privacy, export_job, find_job
+from pfedsam.federated.processes import Deployment
+from pfedsam.state import StateEntry, list_states
+
+PROJECT = Path(__file__).resolve().parents[2] / "poc_workspace" / "project.yml"
+FEDERATION = "tests"
+TINY: dict[str, Any] = {
+    "backbone": "vit_test",
+    "image_size": 64,
+    "batch_size": 2,
+    "augmentations": 1,
+    "positives_per_case": 2,
+    "negatives_per_case": 1,
+}
+
+
+def free_port() -> int:
+    """A port that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Federation:
+    """A running deployment, and what the tests do with it."""
+
+    deployment: Deployment
+    data: dict[str, Path]
+    session: Session
+    folder: Path
+
+    def job(
+        self,
+        name: str = "job",
+        *,
+        rounds: int = 2,
+        min_clients: int = 2,
+        privacy: Privacy | None = None,
+        **plan: Any,
+    ) -> Path:
+        """A locked job on tiny settings."""
+        told = {"federation": FEDERATION, "overrides": TINY, **plan}
+        server = {"num_rounds": rounds, "min_clients": min_clients}
+        server |= {"validation_timeout": 15, "final_phase_timeout": 20}
+        how: dict[str, Any] = {"plan": told, "server": server, "privacy": privacy}
+        return export_job(find_job("pfedsam"), self.folder / name, locked=True, **how)
+
+    def run(self, job: Path, timeout: float = 180) -> JobResult:
+        """Submit, wait, fetch."""
+        job_id = submit(self.session, job)
+        follow(self.session, job_id, timeout=timeout)
+        return fetch(self.session, job_id, self.folder / "results")
+
+    def start(self, job: Path, until: Callable[[str], bool]) -> str:
+        """Submit and wait until a log says something; returns the job's id."""
+        job_id = submit(self.session, job)
+        wait_for(lambda: until(job_id), 120)
+        return job_id
+
+    def log_of(self, site: str, job_id: str) -> str:
+        """A site's own log of a job."""
+        path = self.deployment.kit(site) / job_id / "log.txt"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def states(self) -> Mapping[str, StateEntry]:
+        """State of every site; reading it checks that it is whole."""
+        found = {}
+        for site in self.deployment.sites:
+            for entry in list_states(self.deployment.state_root(site)):
+                assert entry.site == site and not entry.problem, entry
+                found[site] = entry
+        return found
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until something is so."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it took too long"
+        time.sleep(0.3)

@@ -1,0 +1,190 @@
+"""Server and sites as real processes with mutual TLS: a locked job runs, and what must be refused is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deployed import PROJECT, TINY, Federation, free_port
+
+from pfedsam.errors import PFedSAMError
+from pfedsam.federated.audit import audit, statement
+from pfedsam.federated.jobs import CLIENT, SERVER, Privacy
+from pfedsam.federated.kits import check_kit
+from pfedsam.federated.processes import Deployment
+from pfedsam.inference.pair import pair
+from pfedsam.site_model import read
+
+
+def test_a_locked_job_runs_and_personal_models_are_in_each_sites_state_only(federation: Federation) -> None:
+    result = federation.run(federation.job())
+    assert result.completed, result.problem()
+    states = federation.states()
+    assert set(states) == {"hospital-a", "hospital-b"}
+    for site, entry in states.items():
+        assert entry.info["final"] and entry.info["round"] == 2
+        assert federation.deployment.state_root(site) in entry.file.parents
+        assert any("experts" in name or "moe" in name for name in read(entry.file).personal)
+    # neither the server nor a kit holds a personal model
+    kits = federation.deployment.kit(federation.deployment.server).parent
+    assert not [path for path in kits.rglob("*.safetensors") if "global_model" not in path.name]
+    assert result.file("global_model.safetensors") is not None
+    last = result.file("global_model.safetensors")
+    assert last is not None
+    paired = pair(last, states["hospital-a"].file)
+    assert not paired.info["mixed"] and not paired.moments and paired.personal
+    found = audit(federation.deployment.kit("hospital-a"), result.job_id)
+    assert found.problems == [] and len(found.results) >= 3
+    trained = [one for one in found.results if one["task"] == "train"]
+    assert all(one["bytes"] > 0 and one["excluded"] > 0 for one in trained)
+
+
+def test_a_whole_chain_of_allow_list_noise_and_int8_runs(federation: Federation) -> None:
+    """Model selection and metrics files read the packed result; the audit shows what it was packed to."""
+    # two rounds: NVFlare selects no model in the first
+    job = federation.job("private", rounds=2, privacy=Privacy(clip=10.0, noise_multiplier=1e-4, precision="int8"))
+    result = federation.run(job)
+    assert result.completed, result.problem()
+    assert result.file("best_global_model.safetensors") is not None and result.file("metrics_summary.json") is not None
+    found = audit(federation.deployment.kit("hospital-a"), result.job_id)
+    assert found.problems == []
+    trained = [one for one in found.results if one["task"] == "train" and not one.get("packed")]
+    packed = [one for one in found.results if one.get("packed")]
+    assert len(trained) == len(packed) == 2
+    assert [one["bytes"] for one in packed] == [one["bytes"] / 4 for one in trained]
+
+
+def test_site_check_finds_nothing_wrong_and_then_what_was_made_wrong(federation: Federation, tmp_path: Path) -> None:
+    kit = federation.deployment.kit("hospital-a")
+    assert [one for one in check_kit(kit) if not one.fine] == []
+    copy = Path(shutil.copytree(kit, tmp_path / "hospital-a", ignore=shutil.ignore_patterns("*-*-*")))
+    resources = json.loads((copy / "local" / "resources.json").read_text())
+    resources |= {"allow_log_streaming": True, "class_allow_list": ["pfedsam."]}
+    (copy / "local" / "resources.json").write_text(json.dumps(resources))
+    (copy / "local" / "privacy.json").unlink()
+    shutil.copy(copy / "local" / "authorization.json.default", copy / "local" / "authorization.json")
+    wrong = {one.name for one in check_kit(copy) if not one.fine}
+    assert wrong == {"classes", "log streaming", "outgoing filter", "code in jobs"}
+
+
+def with_code(job: Path) -> None:
+    (job / "app" / "custom").mkdir()
+    (job / "app" / "custom" / "mine.py").write_text("print('hello')\n")
+
+
+def config(job: Path, name: str, change: Callable[[Any], None]) -> None:
+    path = job / "app" / "config" / name
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def without_filter(job: Path) -> None:
+    config(job, CLIENT, lambda c: c.update(task_result_filters=[]))
+
+
+def with_another_class(job: Path) -> None:
+    other = {"id": "spy", "path": "pfedsam.federated.simulation.Simulation", "args": {}}
+    for side in (SERVER, CLIENT):
+        config(job, side, lambda c: c["components"].append(other))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, str]] = {
+    "code in the job": ({}, with_code, "(?i)byoc|not authorized"),
+    "another federation": ({"federation": "somebody-else"}, None, "E21"),
+    "an expression": ({"overrides": {**TINY, "batch_size": "$__import__('os').getpid()"}}, None, "E18"),
+    "no filter": ({}, without_filter, "E15"),
+    "experts declared shared": (
+        {
+            "strategy": {
+                "name": "x",
+                "shared": ["lora_a", "lora_b", "decoder_subset", "experts"],
+                "personal": [],
+                "phases": [{"name": "one", "trains": ["shared"], "epochs": 1, "learning_rate": 1e-3}],
+            }
+        },
+        None,
+        r"E\d\d",
+    ),
+    "a class that is not listed": ({}, with_another_class, "(?i)not authorized|NotAuthorized|not allowed|allow"),
+}
+
+
+def assert_refused(federation: Federation, name: str) -> None:
+    plan, change, reason = REFUSED[name]
+    before = {site: entry.file.read_bytes() for site, entry in federation.states().items()}
+    job = federation.job("bad", rounds=1, **plan)
+    if change:
+        change(job)
+    try:
+        result = federation.run(job)
+    except PFedSAMError as error:
+        said = str(error)
+    else:
+        assert not result.completed
+        said = result.problem()
+    assert re.search(reason, said), said
+    # and no site has trained
+    assert {site: entry.file.read_bytes() for site, entry in federation.states().items()} == before
+
+
+@pytest.mark.parametrize("name", ["code in the job", "another federation"])
+def test_a_bad_job_is_refused_with_a_reason(federation: Federation, name: str) -> None:
+    assert_refused(federation, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in REFUSED if name not in ("code in the job", "another federation")])
+def test_other_bad_jobs_are_refused_with_a_reason(federation: Federation, name: str) -> None:
+    assert_refused(federation, name)
+
+
+def test_a_job_of_the_project_passes_nvflares_own_checks(federation: Federation, tmp_path: Path) -> None:
+    from nvflare.fuel.utils.zip_utils import zip_directory_to_bytes
+    from nvflare.private.fed.server.job_meta_validator import JobMetaValidator
+
+    job = federation.job()
+    valid, error, _ = JobMetaValidator().validate(job.name, zip_directory_to_bytes(str(job.parent), job.name))
+    assert valid, error
+    kit = federation.deployment.kit("hospital-b")
+    command = [sys.executable, "-m", "nvflare.cli", "preflight-check", "-p", str(kit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "PASSED" in done.stdout and "FAILED" not in done.stdout.replace("NOT FAILED", ""), done.stdout
+
+
+def test_a_taken_port_is_an_error_before_anything_starts(federation: Federation, tmp_path: Path) -> None:
+    second = Deployment(tmp_path, PROJECT, federation.deployment.port)
+    with pytest.raises(PFedSAMError, match=rf"E22.*{federation.deployment.port}"):
+        second.start()
+    assert second.processes() == []
+
+
+def test_the_statement_names_what_leaves_and_what_stays() -> None:
+    text = statement()
+    for word in ("lora_a", "val_dice", "E21", "experts", "can leak", "Not for diagnostic use"):
+        assert word in text
+    assert "provabl" not in text
+
+
+def test_make_poc_s_command_leaves_nothing_running(tmp_path: Path, phantom: list[Path]) -> None:
+    """What `make poc` calls, smaller: real processes from provisioning to the table, and states at each site only."""
+    for site, folder in zip(("hospital-a", "hospital-b"), phantom, strict=True):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / site).symlink_to(folder)
+    settings = [word for key, value in TINY.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    command = [sys.executable, "-m", "pfedsam.cli", "poc", "run", "--runtime", str(tmp_path / "runtime")]
+    command += ["--project", str(PROJECT), "--port", str(free_port()), "--data", str(tmp_path / "data"), *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing is left running" in done.stdout and "hospital-b" in done.stdout
+    assert Deployment(tmp_path / "runtime", PROJECT).processes() == []
+    root = tmp_path / "runtime" / "states"
+    states = sorted(str(path.relative_to(root)) for path in tmp_path.rglob("state.safetensors"))
+    assert [state.split("/")[:3] for state in states] == [[s, "poc", s] for s in ("hospital-a", "hospital-b")]

@@ -1,0 +1,194 @@
+"""What goes wrong in a hospital, with real processes: every surviving personal state is whole and loadable afterwards.
+
+`Federation.states` reads every state file, so calling it is the check.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from deployed import FEDERATION, PROJECT, Federation, free_port, wait_for
+
+from pfedsam.federated.admin import connect, fetch, follow, resume, submit
+from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
+from pfedsam.global_model import round_of
+from pfedsam.site_model import read
+
+SITES = ("hospital-a", "hospital-b")
+
+
+@pytest.fixture
+def own(tmp_path: Path, phantom: list[Path]) -> Iterator[Federation]:
+    """A deployment for one test, which may kill its processes."""
+    yield from _deployed(tmp_path, phantom, free_port())
+
+
+def _deployed(folder: Path, phantom: list[Path], port: int, client_port: int | None = None) -> Iterator[Federation]:
+    deployment = Deployment(folder / "runtime", PROJECT, port)
+    data = dict(zip(deployment.sites, phantom, strict=True))
+    deployment.provision()
+    deployment.init(data, {"federations": [FEDERATION]})
+    if client_port is not None:
+        # one site reaches the server through a proxy
+        config = deployment.kit("hospital-b") / "startup" / "fed_client.json"
+        config.write_text(config.read_text().replace(f"localhost:{port}", f"localhost:{client_port}"))
+    try:
+        deployment.start(environment={OUTCOME_VARIABLE: "10"})
+        with connect(deployment.admin()) as session:
+            deployment.wait(session)
+            yield Federation(deployment, data, session, folder)
+    finally:
+        assert deployment.stop() == []
+
+
+def rounds_done(federation: Federation, job_id: str, rounds: int) -> bool:
+    """Whether every site has finished so many rounds."""
+    said = f"round {rounds - 1}, phase 'global'"
+    return all(said in federation.log_of(site, job_id) for site in SITES)
+
+
+def test_abort_from_the_console_in_the_middle_of_a_job(federation: Federation) -> None:
+    job_id = submit(federation.session, federation.job("long", rounds=200))
+    wait_for(lambda: rounds_done(federation, job_id, 2), 120)
+    federation.session.abort_job(job_id)
+    assert not follow(federation.session, job_id, timeout=60).completed
+    wait_for(lambda: all(entry.info["round"] >= 1 for entry in federation.states().values()), 10)
+    # the lock was given back: the next job of this federation runs
+    again = federation.run(federation.job("after", rounds=1))
+    assert again.completed, again.problem()
+
+
+def test_a_server_that_was_killed_goes_on_from_its_last_round_by_resume(own: Federation) -> None:
+    job = own.job("long", rounds=200)
+    job_id = submit(own.session, job)
+    wait_for(lambda: rounds_done(own, job_id, 2), 120)
+    server = own.deployment.server
+    own.deployment.kill(server)
+    model = next(own.deployment.kit(server).glob(f"{job_id}/**/global_model.safetensors"))
+    done = round_of(model) + 1
+    before = {site: int(entry.info["round"]) for site, entry in own.states().items()}
+    assert done >= 1 and min(before.values()) >= done - 1
+    kept = own.folder / "kept.safetensors"
+    kept.write_bytes(model.read_bytes())
+    for site in SITES:
+        own.deployment.kill(site)
+    own.deployment.start()
+    with connect(own.deployment.admin()) as session:
+        own.deployment.wait(session)
+        again = resume(session, job, kept, rounds=done + 2)
+        follow(session, again, timeout=180)
+        result = fetch(session, again, own.folder / "results")
+    assert result.completed, result.problem()
+    for site, entry in own.states().items():
+        assert entry.info["final"] and entry.info["round"] == done + 2
+        log = own.log_of(site, again)
+        assert "personal state of round" in log and f"round {done}, phase" in log and "round 0, phase" not in log
+
+
+def test_a_site_that_is_killed_for_good_does_not_stop_the_others(own: Federation) -> None:
+    job_id = submit(own.session, own.job("long", rounds=4, min_clients=1))
+    wait_for(lambda: rounds_done(own, job_id, 1), 120)
+    own.deployment.kill("hospital-b")
+    result = follow(own.session, job_id, timeout=300)
+    assert result.completed
+    states = own.states()
+    assert states["hospital-a"].info["final"]
+    assert read(states["hospital-b"].file).personal
+    # it comes back, and takes part in the next job from its own state
+    own.deployment.start(["hospital-b"])
+    own.deployment.wait(own.session)
+    again = own.run(own.job("after", rounds=1))
+    assert again.completed, again.problem()
+    assert "personal state of round" in own.log_of("hospital-b", again.job_id)
+
+
+class Proxy:
+    """A loopback proxy that can cut all its connections."""
+
+    def __init__(self, target: int) -> None:
+        self.target, self.open = target, True
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.pairs: list[tuple[socket.socket, socket.socket]] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """End every connection and refuse new ones."""
+        self.open = False
+        for pair in self.pairs:
+            for side in pair:
+                side.close()
+        self.pairs.clear()
+
+    def mend(self) -> None:
+        """Let connections through again."""
+        self.open = True
+
+    def _accept(self) -> None:
+        while True:
+            near, _ = self.listener.accept()
+            if not self.open:
+                near.close()
+                continue
+            try:
+                far = socket.create_connection(("127.0.0.1", self.target))
+            except ConnectionRefusedError:
+                # the server is not there yet: the site will come again
+                near.close()
+                continue
+            self.pairs.append((near, far))
+            for one, other in ((near, far), (far, near)):
+                threading.Thread(target=self._pass, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def _pass(one: socket.socket, other: socket.socket) -> None:
+        try:
+            while data := one.recv(65536):
+                other.sendall(data)
+        except OSError:
+            pass
+        finally:
+            for side in (one, other):
+                side.close()
+
+
+@pytest.mark.slow
+def test_a_connection_that_is_cut_for_half_a_minute(tmp_path: Path, phantom: list[Path]) -> None:
+    port = free_port()
+    proxy = Proxy(port)
+    for federation in _deployed(tmp_path, phantom, port, proxy.port):
+        job_id = submit(federation.session, federation.job("long", rounds=12))
+        wait_for(lambda f=federation, j=job_id: rounds_done(f, j, 2), 120)  # type: ignore[misc]
+        proxy.cut()
+        time.sleep(30)
+        proxy.mend()
+        result = follow(federation.session, job_id, timeout=400)
+        assert result.completed
+        assert all(entry.info["final"] for entry in federation.states().values())
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_while_saving_keeps_the_last_state(own: Federation) -> None:
+    """A limit on the size of files stands for the disk: a state cannot be written, the one before stays whole."""
+    first = own.run(own.job("first", rounds=1))
+    assert first.completed, first.problem()
+    kept = {site: entry.file.read_bytes() for site, entry in own.states().items()}
+    own.deployment.kill("hospital-b")
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept["hospital-b"]) // 2, hard))
+    try:
+        own.deployment.start(["hospital-b"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    own.deployment.wait(own.session)
+    second = own.run(own.job("second", rounds=1, min_clients=1), timeout=300)
+    assert second.job_id
+    assert own.states()["hospital-b"].file.read_bytes() == kept["hospital-b"]
+    assert "E13" in own.log_of("hospital-b", second.job_id)
