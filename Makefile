@@ -4,16 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint lgg bench wheel clean
+.PHONY: demo poc test test-slow lint lgg bench bench-lgg bench-phantom wheel clean
 
 demo: $(STAMP)
 	$(BIN)/pfedsam demo
+
+# Server and two hospitals as real processes with mutual TLS on this machine
+poc: $(STAMP)
+	$(BIN)/pfedsam poc run
 
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow --durations=15
@@ -26,14 +30,31 @@ lint: $(STAMP)
 # Real data: make lgg LGG=<folder with the four site folders>
 lgg: $(STAMP)
 	@test -n "$(LGG)" || { echo "say where the data is: make lgg LGG=<folder>"; exit 2; }
-	$(BIN)/pfedsam simulate "$(LGG)" --federation lgg --rounds 8 --seed 0 --out runs/lgg --validate-every 4 \
+	$(BIN)/pfedsam simulate "$(LGG)" --federation lgg --strategy annealed --rounds 18 --seed 0 --out runs/lgg --validate-every 6 \
 		--set image_size=64 --set batch_size=4 --set augmentations=2 \
 		--set positives_per_case=4 --set negatives_per_case=2 $(LGG_SETTINGS)
+
+# Tables of the README. Runs that are in the records are not repeated; stopped, it goes on.
+STRATEGIES := pfedsam,fedavg_lora,fedavg_lora_ft,feddpa,local_only,ensemble_local,centralised,fedrep,ditto,fedprox,fedmsa,fedsam
+SEEDS ?= 0,1,2
+bench-lgg: $(STAMP)
+	@test -n "$(LGG)" || { echo "say where the data is: make bench-lgg LGG=<folder>"; exit 2; }
+	$(BIN)/pfedsam compare "$(LGG)" --out runs/bench-lgg --records tests/benchmarks/results/lgg.jsonl \
+		--strategies $(STRATEGIES) --seeds $(SEEDS) --rounds 8 --set image_size=64 --set batch_size=4 \
+		--set augmentations=2 --set positives_per_case=3 --set negatives_per_case=1
+
+bench-phantom: $(STAMP)
+	test -d runs/bench-phantom/data || $(BIN)/pfedsam phantom runs/bench-phantom/data --cases 9 --slices 12
+	$(BIN)/pfedsam compare runs/bench-phantom/data --out runs/bench-phantom \
+		--records tests/benchmarks/results/phantom.jsonl --strategies local_only,fedavg_lora,pfedsam --seeds 0 \
+		--rounds 4 --set image_size=64 --set batch_size=2 --set augmentations=1 --set adapted_blocks=1 \
+		--set positives_per_case=4 --set negatives_per_case=2
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_cache.py
 	$(BIN)/python tests/benchmarks/bench_payload.py
 	$(BIN)/python tests/benchmarks/bench_memory.py
+	$(BIN)/python tests/benchmarks/bench_infer.py
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel

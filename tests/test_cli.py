@@ -39,7 +39,8 @@ def test_a_simulation_ends_with_numbers_pictures_and_the_state_of_every_site(run
     results = json.loads((run / "results.json").read_text())
     assert set(results["sites"]) == {"site-1", "site-2"}
     assert all(site["bytes_per_round"] > 0 for site in results["sites"].values())
-    assert {path.stem for path in (run / "pictures").glob("*.png")} == {"site-1", "site-2"}
+    pictures = {path.stem.split("-")[1] for path in (run / "pictures").glob("*.png")}
+    assert pictures == {"1", "2"} and (run / "report.html").exists()
     assert len(list((run / "state").glob("simulation/*/*/state.safetensors"))) == 2
 
 

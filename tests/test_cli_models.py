@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from pfedsam.bundles import OVERRIDES, checked_overrides, network_of
 from pfedsam.cli import app
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.global_model import read_global_model
+from pfedsam.global_model import read_global_model
 from pfedsam.networks.weights import CHECKPOINTS
 from pfedsam.parameters import Roles, manifest
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from pfedsam import __version__
-from pfedsam.commands import data, evaluation, federation, job, models, state
+from pfedsam.commands import bundle, compare, data, evaluation, federation, inference, job, models, poc, site, state
 from pfedsam.commands.console import OPERATE, console
 from pfedsam.errors import PFedSAMError
 
@@ -17,10 +17,13 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for part in (data.app, models.app, federation.app, evaluation.app):
+for part in (data.app, bundle.app, models.app, federation.app, evaluation.app, compare.app, inference.app):
     app.add_typer(part)
 app.add_typer(state.app, name="state", rich_help_panel=OPERATE)
 app.add_typer(job.app, name="job", rich_help_panel=OPERATE)
+app.add_typer(poc.app, name="poc", rich_help_panel=OPERATE)
+app.add_typer(site.app, name="site", rich_help_panel=OPERATE)
+app.add_typer(site.audit_app)
 
 
 def main() -> None:

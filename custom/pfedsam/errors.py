@@ -30,6 +30,8 @@ CODES: dict[str, str] = {
     "E18": "override not allowed",
     "E19": "result refused by the site's outgoing filter",
     "E20": "result refused by the server's guard",
+    "E21": "federation not agreed with the site",
+    "E22": "the deployment does not answer or refuses",
     "E99": "unexpected error",
 }
 
