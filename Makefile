@@ -40,8 +40,8 @@ SEEDS ?= 0,1,2
 bench-lgg: $(STAMP)
 	@test -n "$(LGG)" || { echo "say where the data is: make bench-lgg LGG=<folder>"; exit 2; }
 	$(BIN)/pfedsam compare "$(LGG)" --out runs/bench-lgg --records tests/benchmarks/results/lgg.jsonl \
-		--strategies $(STRATEGIES) --seeds $(SEEDS) --rounds 8 --set image_size=64 --set batch_size=4 \
-		--set augmentations=2 --set positives_per_case=3 --set negatives_per_case=1
+		--strategies $(STRATEGIES) --seeds $(SEEDS) --rounds 8 --set image_size=128 --set amp=true --set batch_size=4 \
+		--set augmentations=2 --set positives_per_case=2 --set negatives_per_case=1
 
 bench-phantom: $(STAMP)
 	test -d runs/bench-phantom/data || $(BIN)/pfedsam phantom runs/bench-phantom/data --cases 9 --slices 12

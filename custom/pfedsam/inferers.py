@@ -16,21 +16,27 @@ class CachedSliceInferer(SliceInferer):
 
     Args:
         cache: of the frozen trunk.
+        amp: bfloat16 autocast on the device of the volume, CPU or CUDA, as in training (MONAI's evaluator offers it on
+            CUDA alone).
         kwargs: of `monai.inferers.SliceInferer`.
     """
 
-    def __init__(self, cache: FeatureCache, **kwargs: Any) -> None:
+    def __init__(self, cache: FeatureCache, amp: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.cache = cache
+        self.cache, self.amp = cache, amp
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
-        """Logits `(1, C, H, W, D)` of a volume `(1, 3, H, W, D)`.
+        """Logits `(1, C, H, W, D)` of a volume `(1, 3, H, W, D)`, in float32.
 
         Features are cached for a volume with a file name and a frozen trunk.
         """
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            return self._logits(inputs, network).float()
+
+    def _logits(self, inputs: Tensor, network: Any) -> Any:
         names = getattr(inputs, "meta", {}).get("filename_or_obj")
         if not names or not network.frozen_trunk:
-            return super().__call__(inputs, network, *args, **kwargs)
+            return super().__call__(inputs, network)
         case = names if isinstance(names, str) else names[0]
         position = 0
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pfedsam.inferers import CachedSliceInferer
 from pfedsam.networks.sam import build_network
 from pfedsam.training.feature_cache import GIB, FeatureCache
+from pfedsam.training.feature_store import FeatureStore
 
 torch.set_num_threads(1)
 ROW = 2 * 3 * 4  # values of one row
@@ -157,3 +158,21 @@ def test_inference_with_the_cache_equals_inference_without_it(folder, kind):
             assert torch.allclose(torch.as_tensor(found), expected, atol=1e-5)
     # a volume without a name cannot be told from another one
     assert (len(cache), cache.hits) == ((11, 11) if kind == "meta tensor" else (0, 0))
+
+
+@torch.no_grad()
+def test_inference_under_autocast_agrees_with_the_exact_one_and_the_store_keeps_both(tmp_path):
+    network = build_network("vit_test", 32)
+    settings = {"roi_size": (32, 32), "sw_batch_size": 2, "spatial_dim": 2}
+    volume = torch.rand(1, 3, 32, 32, 4, generator=torch.Generator().manual_seed(0))
+    named = MetaTensor(volume, meta={"filename_or_obj": ["a.nii.gz"]})
+    expected, store = SliceInferer(**settings)(volume, network), FeatureStore(str(tmp_path))
+    for amp in (True, False):
+        for inputs in (volume, named, named):
+            found = torch.as_tensor(CachedSliceInferer(store, amp=amp, **settings)(inputs, network))
+            assert found.dtype == torch.float32
+            # bfloat16 has 8 bits of precision
+            assert torch.allclose(found, expected, atol=0.05 * float(expected.abs().max()) if amp else 1e-5)
+            assert torch.equal(found, expected) or amp or inputs is named
+    assert (store.misses, store.hits) == (8, 8)
+    assert len(list(tmp_path.rglob("*.npy"))) == 8

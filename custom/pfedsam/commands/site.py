@@ -54,7 +54,7 @@ def init(
 
 @app.command("check")
 def check(kit: Kit) -> None:
-    """Look at data, state, disk, memory, certificates, versions and policy files. Exit code 1 if something is wrong."""
+    """Look at policy, certificates, disk, memory, versions, network, data and state. Exit code 1 if one is wrong."""
     with console.status("looking"):
         from pfedsam.federated.kits import check_kit
 

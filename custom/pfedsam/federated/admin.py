@@ -13,14 +13,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvflare.apis.dxo import DXO
 from nvflare.apis.job_def import JobMetaKey, RunStatus
+from nvflare.apis.shareable import Shareable
+from nvflare.apis.utils.decomposers import flare_decomposers
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+from nvflare.fuel.utils.fobs import fobs as serialiser
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.jobs import export_job
 from pfedsam.global_model import round_of
 
 _OURS = re.compile(r"\bE\d\d\b")
+#: Tokens, signatures and keys; no path or host name has so long a part.
+_SECRET = re.compile(r"[A-Za-z0-9+_=-]{48,}")
+_LONGEST_REASON = 200
 NO_REASON = "no reason reached the server; a site may have refused to start it, see its error_log.txt"
 #: Name of the global model that a resumed job carries.
 CARRIED = "theta0.safetensors"
@@ -57,10 +64,7 @@ class JobResult:
         lines = log.read_text(errors="replace").splitlines() if log else []
         errors = [line.split(" - ERROR - ", 1)[-1] for line in lines if " - ERROR - " in line]
         ours = [line for line in errors if _OURS.search(line)]
-        return next(
-            iter([*ours, *self.refusals, *errors]),
-            "no reason reached the server; a site may have refused to start it, see its error_log.txt",
-        )
+        return next(iter([*ours, *self.refusals, *errors]), NO_REASON)
 
 
 @contextmanager
@@ -72,13 +76,14 @@ def connect(kit: Path, timeout: float = 60.0) -> Iterator[Session]:
         timeout: seconds to wait for the server.
 
     Raises:
-        PFedSAMError: E01 if it is no administrator's kit, E22 if the server does not answer.
+        PFedSAMError: E01 if it is no administrator's kit, E22 with the last reason if the server does not answer.
     """
     if not (kit / "startup" / "fed_admin.json").is_file():
         raise PFedSAMError("E01", f"{kit} is no startup kit of an administrator.", "Give the folder above startup/.")
     kit = kit.resolve()
     # the shell script makes this folder; the API does not
     (kit / "transfer").mkdir(exist_ok=True)
+    _register_types()
     until = time.monotonic() + timeout
     while True:
         try:
@@ -88,13 +93,32 @@ def connect(kit: Path, timeout: float = 60.0) -> Iterator[Session]:
         except Exception as error:
             if time.monotonic() > until:
                 raise PFedSAMError(
-                    "E22", f"the server does not answer {kit.name}: {type(error).__name__}.", "Is it running?"
+                    "E22", f"the server does not answer {kit.name}: {reason_of(error)}.", "Is it running?"
                 ) from None
             time.sleep(1)
     try:
         yield session
     finally:
         session.close()
+
+
+def reason_of(error: BaseException) -> str:
+    """Class and first line of an error, without anything that looks like a token or a key."""
+    line = next(iter(str(error).strip().splitlines()), "no message")
+    return f"{type(error).__name__}: {_SECRET.sub('...', line)[:_LONGEST_REASON].rstrip('.')}"
+
+
+def _register_types() -> None:
+    """Tell NVFlare's serialiser how its own types are written, whatever this process did before.
+
+    NVFlare registers them when a session connects. If the process has serialised a `Shareable` before that, the
+    serialiser has already taken it for a plain class, keeps that, and loses what is in it: the server's certificate
+    arrives as None and every login ends in a TypeError.
+    """
+    if not getattr(flare_decomposers.register, "registered", False):
+        for known in (Shareable, DXO):
+            getattr(serialiser, "_decomposers", {}).pop(f"{known.__module__}.{known.__qualname__}", None)
+        flare_decomposers.register()
 
 
 def submit(session: Session, job: Path) -> str:

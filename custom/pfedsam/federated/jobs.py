@@ -75,6 +75,8 @@ def export_job(
     if out.exists():
         if not (out / "meta.json").is_file():
             raise PFedSAMError("E16", f"{out} exists and is no job folder.", "Choose another folder.")
+        if out.resolve() == source.resolve():
+            raise PFedSAMError("E16", f"{out} is the job that is copied.", "Choose another folder.")
         shutil.rmtree(out)
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("__pycache__"))
     if locked:

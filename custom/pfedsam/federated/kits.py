@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ _LOG_SENDERS = ("SiteLogStreamer", "JobLogStreamer", "JobLogReceiver")
 _EXPIRES_SOON_DAYS = 30
 _SILENT_SECONDS = 120
 _LEAST_DISK_GIB, _LEAST_MEMORY_GIB = 5, 4
+_CONNECT_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def check_kit(kit: Path) -> Iterator[Finding]:
     yield from _check_policy(kit, server)
     yield from _check_certificate(kit)
     yield from _check_machine(kit)
+    yield _check_port(kit) if server else _check_reachable(kit)
     if not server:
         yield from _check_data(kit)
 
@@ -184,6 +187,47 @@ def _check_certificate(kit: Path) -> Iterator[Finding]:
         days = (expires - datetime.now(timezone.utc)).days
         message = f"{path.name} expires {expires:%Y-%m-%d}, in {days} days"
         yield Finding("certificate", days >= _EXPIRES_SOON_DAYS, message)
+
+
+def _target(content: Any) -> tuple[str, int]:
+    """Host and port of the server, as NVFlare's configuration names them."""
+    host, _, port = str(content["servers"][0]["service"]["target"]).rpartition(":")
+    return host, int(port)
+
+
+def _check_reachable(kit: Path) -> Finding:
+    """Whether the server's port answers from this machine."""
+    try:
+        host, port = _target(_read(kit / "startup" / "fed_client.json"))
+    except (KeyError, IndexError, TypeError, ValueError):
+        return Finding("server", False, f"{kit / 'startup' / 'fed_client.json'} names no server")
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
+            return Finding("server", True, f"{host} port {port} answers")
+    except OSError as error:
+        why = f"{type(error).__name__}: {error}"
+        return Finding("server", False, f"{host} port {port} does not answer ({why}): not running, or a firewall")
+
+
+def _check_port(kit: Path) -> Finding:
+    """Whether the port that the server will open is free, or the server's own."""
+    import psutil
+
+    try:
+        _, port = _target(_read(kit / "startup" / "fed_server.json"))
+    except (KeyError, IndexError, TypeError, ValueError):
+        return Finding("port", False, f"{kit / 'startup' / 'fed_server.json'} names no port")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            return Finding("port", True, f"port {port} is free")
+        except OSError:
+            pass
+    for process in psutil.process_iter(["cmdline"]):
+        if str(kit.resolve()) in (process.info["cmdline"] or ()):
+            return Finding("port", True, f"port {port} is this server's, which runs as process {process.pid}")
+    return Finding("port", False, f"port {port} is taken by something else")
 
 
 def _check_machine(kit: Path) -> Iterator[Finding]:

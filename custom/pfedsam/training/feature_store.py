@@ -18,9 +18,9 @@ from pfedsam.training.feature_cache import FeatureCache
 class FeatureStore(FeatureCache):
     """A feature cache in files that runs with the same frozen trunk share, also at the same time.
 
-    A file's name is the hash of the trunk's weights and of the image as the network gets it, so nothing stale is ever
-    read, whatever the strategy, the split or the augmentation. The files are features of patients' images: keep the
-    folder where the images are, and delete it when the comparison is done.
+    A file's name is the hash of the trunk's weights, of the image as the network gets it, and of whether autocast is
+    on, so nothing stale is ever read, whatever the strategy, the split or the augmentation. The files are features of
+    patients' images: keep the folder where the images are, and delete it when the comparison is done.
 
     Args:
         folder: of the files; made if need be.
@@ -54,7 +54,8 @@ class FeatureStore(FeatureCache):
         if id(network) not in self._trunks:
             self._trunks[id(network)] = network.trunk_fingerprint()
         content = hashlib.sha256(np.ascontiguousarray(image.detach().cpu().numpy()).tobytes())
-        content.update(str((tuple(image.shape), image.dtype, self.dtype)).encode())
+        reduced = torch.is_autocast_enabled(image.device.type)
+        content.update(str((tuple(image.shape), image.dtype, self.dtype, reduced)).encode())
         name = content.hexdigest()
         return self.store / self._trunks[id(network)][:16] / name[:2] / f"{name}.npy"
 
