@@ -10,7 +10,7 @@ from deployed import FEDERATION, PROJECT, Federation, free_port
 
 from pfedsam.data.phantom import write_phantom
 from pfedsam.federated.admin import connect
-from pfedsam.federated.processes import Deployment
+from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
 
 
 @pytest.fixture(scope="package")
@@ -26,7 +26,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory, phantom: list[Path]) ->
     deployment.provision()
     deployment.init(data, {"federations": [FEDERATION]})
     try:
-        deployment.start()
+        deployment.start(environment={OUTCOME_VARIABLE: "10"})
         with connect(deployment.admin()) as session:
             deployment.wait(session)
             yield Federation(deployment, data, session, folder)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 from nvflare.fuel.flare_api.flare_api import Session
 
 from pfedsam.federated.admin import JobResult, fetch, follow, submit
-from pfedsam.federated.jobs import Privacy, export_job, find_job
+from pfedsam.federated.jobs import SERVER, Privacy, export_job, find_job
 from pfedsam.federated.processes import Deployment
 from pfedsam.state import StateEntry, list_states
 
@@ -51,14 +53,23 @@ class Federation:
         rounds: int = 2,
         min_clients: int = 2,
         privacy: Privacy | None = None,
+        wait: float = 2,
+        code: Sequence[Path] = (),
         **plan: Any,
     ) -> Path:
-        """A locked job on tiny settings."""
+        """A locked job on tiny settings, or one that carries these files of code.
+
+        After `min_clients` answers a round waits so many seconds for the others.
+        """
         told = {"federation": FEDERATION, "overrides": TINY, **plan}
         server = {"num_rounds": rounds, "min_clients": min_clients}
         server |= {"validation_timeout": 15, "final_phase_timeout": 20}
         how: dict[str, Any] = {"plan": told, "server": server, "privacy": privacy}
-        return export_job(find_job("pfedsam"), self.folder / name, locked=True, **how)
+        job = export_job(find_job("pfedsam"), self.folder / name, locked=not code, **how)
+        for file in code:
+            shutil.copy(file, job / "app" / "custom")
+        change_config(job, SERVER, lambda c: c["workflows"][0]["args"].update(wait_time_after_min_received=wait))
+        return job
 
     def run(self, job: Path, timeout: float = 180) -> JobResult:
         """Submit, wait, fetch."""
@@ -85,6 +96,14 @@ class Federation:
                 assert entry.site == site and not entry.problem, entry
                 found[site] = entry
         return found
+
+
+def change_config(job: Path, name: str, change: Callable[[Any], None]) -> None:
+    """Change a configuration file of an exported job."""
+    path = job / "app" / "config" / name
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from deployed import PROJECT, TINY, Federation, free_port
+from deployed import PROJECT, TINY, Federation, change_config, free_port, wait_for
 
 from pfedsam.errors import PFedSAMError
+from pfedsam.federated.admin import connect, reason_of
 from pfedsam.federated.audit import audit, statement
 from pfedsam.federated.jobs import CLIENT, SERVER, Privacy
 from pfedsam.federated.kits import check_kit
@@ -74,26 +78,74 @@ def test_site_check_finds_nothing_wrong_and_then_what_was_made_wrong(federation:
     assert wrong == {"classes", "log streaming", "outgoing filter", "code in jobs"}
 
 
+def test_site_check_names_host_and_port_of_a_server_that_does_not_answer(
+    federation: Federation, tmp_path: Path
+) -> None:
+    kit, port = federation.deployment.kit("hospital-a"), free_port()
+    copy = Path(shutil.copytree(kit, tmp_path / "hospital-a", ignore=shutil.ignore_patterns("*-*-*")))
+    config = copy / "startup" / "fed_client.json"
+    config.write_text(config.read_text().replace(f"localhost:{federation.deployment.port}", f"localhost:{port}"))
+    (found,) = [one for one in check_kit(copy) if one.name == "server"]
+    assert not found.fine and "localhost" in found.message and str(port) in found.message
+
+
+def test_site_check_of_the_server_knows_its_own_port_from_a_taken_one(federation: Federation, tmp_path: Path) -> None:
+    kit = federation.deployment.kit(federation.deployment.server)
+    assert [one for one in check_kit(kit) if not one.fine] == []
+    copy = tmp_path / "server"
+    for name in ("startup", "local"):
+        shutil.copytree(kit / name, copy / name)
+    (taken,) = [one for one in check_kit(copy) if not one.fine]
+    assert taken.name == "port" and str(federation.deployment.port) in taken.message
+
+
+SERIALISED_BEFORE = """
+import sys
+from pathlib import Path
+from nvflare.apis.shareable import Shareable
+from nvflare.fuel.utils import fobs
+fobs.dumps(Shareable())
+from pfedsam.federated.admin import connect
+with connect(Path(sys.argv[1]), timeout=20) as session:
+    print(len(session.get_connected_client_list()))
+"""
+
+
+def test_an_administrator_connects_whatever_the_process_serialised_before(federation: Federation) -> None:
+    """Without stdin, and with a home folder that does not exist."""
+    command = [sys.executable, "-c", SERIALISED_BEFORE, str(federation.deployment.admin())]
+    how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run(command, env={**os.environ, "HOME": "/nonexistent"}, **how)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2"]
+
+
+def test_a_server_that_is_not_there_is_named_with_the_reason(federation: Federation, tmp_path: Path) -> None:
+    kit = Path(shutil.copytree(federation.deployment.admin(), tmp_path / "admin@coordination.org"))
+    config, port = kit / "startup" / "fed_admin.json", free_port()
+    config.write_text(config.read_text().replace(str(federation.deployment.port), str(port)))
+    with pytest.raises(PFedSAMError, match=r"E22.*cannot connect to server"), connect(kit, timeout=1):
+        pass
+
+
+def test_a_reason_holds_no_secret() -> None:
+    told = reason_of(RuntimeError(f"token {'aZ09' * 20} of localhost:8002 was refused.\nand more"))
+    assert told == "RuntimeError: token ... of localhost:8002 was refused"
+
+
 def with_code(job: Path) -> None:
     (job / "app" / "custom").mkdir()
     (job / "app" / "custom" / "mine.py").write_text("print('hello')\n")
 
 
-def config(job: Path, name: str, change: Callable[[Any], None]) -> None:
-    path = job / "app" / "config" / name
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
 def without_filter(job: Path) -> None:
-    config(job, CLIENT, lambda c: c.update(task_result_filters=[]))
+    change_config(job, CLIENT, lambda c: c.update(task_result_filters=[]))
 
 
 def with_another_class(job: Path) -> None:
     other = {"id": "spy", "path": "pfedsam.federated.simulation.Simulation", "args": {}}
     for side in (SERVER, CLIENT):
-        config(job, side, lambda c: c["components"].append(other))
+        change_config(job, side, lambda c: c["components"].append(other))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, str]] = {
@@ -173,14 +225,19 @@ def test_the_statement_names_what_leaves_and_what_stays() -> None:
     assert "provabl" not in text
 
 
-def test_make_poc_s_command_leaves_nothing_running(tmp_path: Path, phantom: list[Path]) -> None:
-    """What `make poc` calls, smaller: real processes from provisioning to the table, and states at each site only."""
-    for site, folder in zip(("hospital-a", "hospital-b"), phantom, strict=True):
-        (tmp_path / "data").mkdir(exist_ok=True)
-        (tmp_path / "data" / site).symlink_to(folder)
+def poc_run(folder: Path, phantom: list[Path], port: int, *more: str) -> list[str]:
+    """What `make poc` calls, smaller."""
+    (folder / "data").mkdir(exist_ok=True)
+    for site, data in zip(("hospital-a", "hospital-b"), phantom, strict=True):
+        (folder / "data" / site).symlink_to(data)
     settings = [word for key, value in TINY.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    command = [sys.executable, "-m", "pfedsam.cli", "poc", "run", "--runtime", str(tmp_path / "runtime")]
-    command += ["--project", str(PROJECT), "--port", str(free_port()), "--data", str(tmp_path / "data"), *settings]
+    command = [sys.executable, "-m", "pfedsam.cli", "poc", "run", "--runtime", str(folder / "runtime")]
+    return [*command, "--project", str(PROJECT), "--port", str(port), "--data", str(folder / "data"), *settings, *more]
+
+
+def test_make_poc_s_command_leaves_nothing_running(tmp_path: Path, phantom: list[Path]) -> None:
+    """Real processes from provisioning to the table, and states at each site only."""
+    command = poc_run(tmp_path, phantom, free_port())
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing is left running" in done.stdout and "hospital-b" in done.stdout
@@ -188,3 +245,29 @@ def test_make_poc_s_command_leaves_nothing_running(tmp_path: Path, phantom: list
     root = tmp_path / "runtime" / "states"
     states = sorted(str(path.relative_to(root)) for path in tmp_path.rglob("state.safetensors"))
     assert [state.split("/")[:3] for state in states] == [[s, "poc", s] for s in ("hospital-a", "hospital-b")]
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_middle_of_make_poc_stops_everything(tmp_path: Path, phantom: list[Path]) -> None:
+    port, said = free_port(), tmp_path / "said.txt"
+    how: dict[str, Any] = {
+        "cwd": tmp_path,
+        "start_new_session": True,
+        # a shell that started the tests in the background ignores the signal, and hands that on
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    }
+    with said.open("w") as out:
+        command = poc_run(tmp_path, phantom, port, "--rounds", "50")
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **how)
+    try:
+        wait_for(lambda: "round 0" in said.read_text() or process.poll() is not None, 180)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) != 0
+    finally:
+        process.kill()
+    text = said.read_text()
+    assert "nothing is left running" in text and "Traceback" not in text, text
+    deployment = Deployment(tmp_path / "runtime", PROJECT, port)
+    assert deployment.processes() == []
+    deployment.require_free_port()

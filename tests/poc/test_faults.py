@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deployed import FEDERATION, PROJECT, Federation, free_port, wait_for
+from deployed import FEDERATION, PROJECT, Federation, change_config, free_port, wait_for
+from misbehaving import WAYS
 
 from pfedsam.federated.admin import connect, fetch, follow, resume, submit
+from pfedsam.federated.jobs import CLIENT
 from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
+from pfedsam.federated.records import RECEIVED_FILE, read_records
 from pfedsam.global_model import round_of
 from pfedsam.site_model import read
 
@@ -28,11 +31,13 @@ def own(tmp_path: Path, phantom: list[Path]) -> Iterator[Federation]:
     yield from _deployed(tmp_path, phantom, free_port())
 
 
-def _deployed(folder: Path, phantom: list[Path], port: int, client_port: int | None = None) -> Iterator[Federation]:
+def _deployed(
+    folder: Path, phantom: list[Path], port: int, client_port: int | None = None, byoc: bool = False
+) -> Iterator[Federation]:
     deployment = Deployment(folder / "runtime", PROJECT, port)
     data = dict(zip(deployment.sites, phantom, strict=True))
     deployment.provision()
-    deployment.init(data, {"federations": [FEDERATION]})
+    deployment.init(data, {"federations": [FEDERATION]}, byoc=byoc)
     if client_port is not None:
         # one site reaches the server through a proxy
         config = deployment.kit("hospital-b") / "startup" / "fed_client.json"
@@ -63,6 +68,38 @@ def test_abort_from_the_console_in_the_middle_of_a_job(federation: Federation) -
     assert again.completed, again.problem()
 
 
+def test_a_site_that_is_killed_while_training_comes_back_for_the_next_job(federation: Federation) -> None:
+    """The running job goes on without it: NVFlare hands a job out once, when it starts."""
+    job_id = submit(federation.session, federation.job("killed", rounds=4, min_clients=1))
+    wait_for(lambda: rounds_done(federation, job_id, 1), 120)
+    federation.deployment.kill("hospital-b")
+    assert read(federation.states()["hospital-b"].file).personal
+    said = federation.log_of("hospital-b", job_id)
+    federation.deployment.start(["hospital-b"], {OUTCOME_VARIABLE: "10"})
+    result = follow(federation.session, job_id, timeout=240)
+    assert result.completed and federation.states()["hospital-a"].info["final"]
+    assert federation.log_of("hospital-b", job_id) == said
+    federation.deployment.wait(federation.session)
+    again = federation.run(federation.job("next", rounds=1))
+    assert again.completed, again.problem()
+    assert "personal state of round" in federation.log_of("hospital-b", again.job_id)
+    assert federation.states()["hospital-b"].info["final"]
+
+
+def test_a_corrupted_personal_state_is_named_and_the_one_before_it_is_used(federation: Federation) -> None:
+    first = federation.run(federation.job("first", rounds=1))
+    assert first.completed, first.problem()
+    state = federation.states()["hospital-b"].file
+    state.write_bytes(state.read_bytes()[:-100])
+    second = federation.run(federation.job("second", rounds=1))
+    assert second.completed, second.problem()
+    log = federation.log_of("hospital-b", second.job_id)
+    assert "E13" in log and str(state) in log and "Trying the state before it" in log
+    assert "personal state of round" in log
+    assert federation.states()["hospital-b"].info["final"]
+
+
+@pytest.mark.slow
 def test_a_server_that_was_killed_goes_on_from_its_last_round_by_resume(own: Federation) -> None:
     job = own.job("long", rounds=200)
     job_id = submit(own.session, job)
@@ -90,6 +127,7 @@ def test_a_server_that_was_killed_goes_on_from_its_last_round_by_resume(own: Fed
         assert "personal state of round" in log and f"round {done}, phase" in log and "round 0, phase" not in log
 
 
+@pytest.mark.slow
 def test_a_site_that_is_killed_for_good_does_not_stop_the_others(own: Federation) -> None:
     job_id = submit(own.session, own.job("long", rounds=4, min_clients=1))
     wait_for(lambda: rounds_done(own, job_id, 1), 120)
@@ -192,3 +230,38 @@ def test_a_disk_that_is_full_while_saving_keeps_the_last_state(own: Federation) 
     assert second.job_id
     assert own.states()["hospital-b"].file.read_bytes() == kept["hospital-b"]
     assert "E13" in own.log_of("hospital-b", second.job_id)
+
+
+def spoiled(federation: Federation, name: str, ways: list[str], min_clients: int) -> Path:
+    """A job whose results hospital-b spoils, round by round, after the project's own filter."""
+    code = Path(__file__).with_name("misbehaving.py")
+    job = federation.job(name, rounds=len(ways), min_clients=min_clients, wait=120, code=[code])
+    spoil = {"path": "misbehaving.Spoil", "args": {"site": "hospital-b", "ways": ways}}
+    change_config(job, CLIENT, lambda c: c["task_result_filters"][0]["filters"].append(spoil))
+    return job
+
+
+@pytest.mark.slow
+def test_a_site_that_sends_nonsense_is_named_and_the_others_keep_their_time(
+    tmp_path: Path, phantom: list[Path]
+) -> None:
+    """Every way in one job, which goes on with the other site; with both wanted, the job stops instead."""
+    ways = list(WAYS)
+    for federation in _deployed(tmp_path, phantom, free_port(), byoc=True):
+        result = federation.run(spoiled(federation, "goes-on", ways, 1), timeout=400)
+        assert result.completed, result.problem()
+        log = (result.file("log.txt") or Path()).read_text()
+        refused = [line for line in log.splitlines() if "result of site hospital-b refused: E20" in line]
+        assert len(refused) == len(ways)
+        for line, way in zip(refused, ways, strict=True):
+            assert WAYS[way] in line, (way, line)
+        records = [one for one in read_records(result.file(RECEIVED_FILE) or Path()) if one["task"] == "train"]
+        accepted = [one["round"] for one in records if one["client"] == "hospital-a" and one["accepted"]]
+        assert accepted == list(range(len(ways)))
+        assert not [one for one in records if one["client"] == "hospital-b" and one["accepted"]]
+        assert all(entry.info["final"] for entry in federation.states().values())
+        kept = {site: read(entry.file) for site, entry in federation.states().items()}
+        stopped = federation.run(spoiled(federation, "stops", ["not a number"], 2), timeout=200)
+        assert not stopped.completed
+        assert "E20" in stopped.problem()
+        assert set(federation.states()) == set(kept)
