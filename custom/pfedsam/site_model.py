@@ -152,4 +152,20 @@ def save_alone(path: str, network: SegmentAnything, trainer: Any) -> None:
     print(f"model written to {path}")
 
 
-__all__ = ["SiteModel", "read", "save_alone", "write"]
+def model_settings(
+    model_file: str | Path, bundle: str | None, overrides: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The bundle of a model and the settings that its network was built with; what is given comes first.
+
+    Raises:
+        PFedSAMError: E13 if the file is no model, E16 if it names no bundle and none is given.
+    """
+    info = read(model_file).info
+    name = bundle or info.get("bundle")
+    if not isinstance(name, str):
+        raise PFedSAMError("E16", f"{model_file} names no bundle.", "Name it: --bundle.")
+    told = info.get("overrides")
+    return name, {**(told if isinstance(told, dict) else {}), **overrides}
+
+
+__all__ = ["SiteModel", "model_settings", "read", "save_alone", "write"]

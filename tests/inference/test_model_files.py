@@ -17,9 +17,8 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.global_model import write_global_model
 from pfedsam.inference.export import export_model, export_onnx, export_torchscript, personal_network
 from pfedsam.inference.pair import pair
-from pfedsam.inference.predict import model_settings
 from pfedsam.parameters import TensorSpec
-from pfedsam.site_model import read, write
+from pfedsam.site_model import model_settings, read, write
 
 TINY = {"backbone": "vit_test", "image_size": 64}
 

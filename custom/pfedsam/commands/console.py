@@ -22,6 +22,7 @@ DATA, TRAIN, LOOK, OPERATE = "Data and weights", "Train", "Look", "Operate"
 
 RunFolder = Annotated[Path, typer.Option("--out", help="Run folder; a run that was stopped goes on in it.")]
 Bundle = Annotated[str, typer.Option(help="Name of an installed bundle.")]
+ModelBundle = Annotated[str | None, typer.Option("--bundle", help="Installed bundle; by default what the model names.")]
 Job = Annotated[str, typer.Option(help="Name of a packaged job, or a job folder.")]
 Overrides = Annotated[
     list[str] | None,

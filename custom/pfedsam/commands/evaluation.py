@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pfedsam.commands.console import LOOK, Bundle, Overrides, bar, console, literals, quiet_libraries
+from pfedsam.commands.console import LOOK, ModelBundle, Overrides, bar, console, literals, quiet_libraries
 
 app = typer.Typer()
 
@@ -17,13 +17,18 @@ app = typer.Typer()
 def evaluate(
     site: Annotated[Path, typer.Argument(help="Site folder.")],
     model: Annotated[Path, typer.Argument(help="state.safetensors or model.safetensors of the site.")],
-    bundle: Bundle = "brain_lesion_mri",
+    bundle: ModelBundle = None,
     section: Annotated[str, typer.Option(help="training, validation or test.")] = "test",
     out: Annotated[Path, typer.Option(help="Folder for table and picture.")] = Path("runs/evaluate"),
     set_: Overrides = None,
 ) -> None:
     """Dice of the global and the personal model of one site, with a picture."""
-    show_evaluation({site.name: (site, model)}, bundle, literals(set_ or []), out, {}, section)
+    with console.status("loading libraries"):
+        quiet_libraries()
+        from pfedsam.site_model import model_settings
+
+        name, settings = model_settings(model, bundle, literals(set_ or []))
+    show_evaluation({site.name: (site, model)}, name, settings, out, {}, section)
 
 
 @app.command(rich_help_panel=LOOK)

@@ -7,14 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from pfedsam.commands.console import LOOK, TRAIN, Admin, Overrides, bar, console, literals, quiet_libraries
+from pfedsam.commands.console import LOOK, TRAIN, Admin, ModelBundle, Overrides, bar, console, literals, quiet_libraries
 from pfedsam.commands.evaluation import show_evaluation
 from pfedsam.errors import PFedSAMError
 
 app = typer.Typer()
 
 Model = Annotated[Path, typer.Option("--model", help="state.safetensors or exported model of a site.")]
-ModelBundle = Annotated[str | None, typer.Option("--bundle", help="Installed bundle; by default what the model names.")]
 Checkpoint = Annotated[
     str | None,
     typer.Option(envvar="PFEDSAM_CHECKPOINT", help="Path of the base weights; by default the bundle's."),
@@ -47,7 +46,8 @@ def infer(
     with console.status("loading the model"):
         from pfedsam.bundles import class_names, find_bundle
         from pfedsam.inference.formats import write_label, write_probabilities, write_segmentation
-        from pfedsam.inference.predict import model_settings, predict
+        from pfedsam.inference.predict import predict
+        from pfedsam.site_model import model_settings
 
         overrides = literals(set_ or [])
         name, _ = model_settings(model, bundle, overrides)

@@ -20,7 +20,7 @@ from pfedsam.errors import PFedSAMError, first_of_ours
 from pfedsam.inference.formats import Input, read_input, write_label
 from pfedsam.inferers import PromptedSliceInferer
 from pfedsam.networks.prompts import boxes_of
-from pfedsam.site_model import read
+from pfedsam.site_model import model_settings
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,6 @@ class Prediction:
     def label(self, threshold: float = 0.5) -> NDArray[np.uint8]:
         """Values `(x, y[, z])`: 0, or the number of the last class above the threshold (nested classes: the inner)."""
         return class_map(torch.from_numpy(self.probabilities), threshold).numpy()
-
-
-def model_settings(model_file: str | Path, bundle: str | None, overrides: Mapping[str, Any]) -> tuple[str, dict]:
-    """The bundle of a model and the settings that its network was built with; what is given comes first.
-
-    Raises:
-        PFedSAMError: E13 if the file is no model, E16 if it names no bundle and none is given.
-    """
-    info = read(model_file).info
-    name = bundle or info.get("bundle")
-    if not isinstance(name, str):
-        raise PFedSAMError("E16", f"{model_file} names no bundle.", "Name it: --bundle.")
-    told = info.get("overrides")
-    return name, {**(told if isinstance(told, dict) else {}), **overrides}
 
 
 def predict(
