@@ -18,6 +18,9 @@ def job_export(
     job: Annotated[str, typer.Argument(help="Name of a packaged job, or a job folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     locked: Annotated[bool, typer.Option("--locked", help="Without app/custom: sites must allow its classes.")] = False,
+    byoc: Annotated[
+        bool, typer.Option("--byoc", help="With our code in app/custom: for sites that allow code and lack ours.")
+    ] = False,
     federation: Annotated[str | None, typer.Option(help="Name of the federation.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1)] = None,
     min_clients: Annotated[int | None, typer.Option(min=1)] = None,
@@ -37,11 +40,12 @@ def job_export(
         find_job(job),
         out,
         locked=locked,
+        byoc=byoc,
         plan={"federation": federation} if federation else {},
         server={key: value for key, value in server.items() if value is not None},
         privacy=Privacy(clip, noise, precision),
     )
-    console.print(f"{out} written" + (", locked: it carries no code" if locked else ""))
+    console.print(f"{out} written" + (", locked: it carries no code" if locked else ", with our code" if byoc else ""))
     if noise:
         from pfedsam.federated.privacy import DELTA, epsilon
 

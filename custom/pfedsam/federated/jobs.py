@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def export_job(
     out: Path,
     *,
     locked: bool = False,
+    byoc: bool = False,
     plan: Mapping[str, Any] | None = None,
     server: Mapping[str, Any] | None = None,
     persistor: Mapping[str, Any] | None = None,
@@ -64,14 +66,18 @@ def export_job(
         source: the job folder.
         out: folder to write; it must not exist, or be an exported job.
         locked: leave out `app/custom`, so that the job carries no code; each site must then allow its classes.
+        byoc: bring the code, bundles and strategies in `app/custom`, for sites that allow code in jobs and have the
+            libraries of `app/custom/requirements.txt` but not this package, or another version of it.
         plan: arguments of the plan to set on both sides.
         server: top-level settings of the server's configuration, for example `num_rounds`.
         persistor: arguments of the persistor to set.
         privacy: further filters, after ours at the sites and before the guard at the server.
 
     Raises:
-        PFedSAMError: E16 if `out` is something else than a job folder.
+        PFedSAMError: E16 if `out` is something else than a job folder, or the job shall be locked and carry code.
     """
+    if locked and byoc:
+        raise PFedSAMError("E16", "a locked job carries no code.", "Choose one of --locked and --byoc.")
     if out.exists():
         if not (out / "meta.json").is_file():
             raise PFedSAMError("E16", f"{out} exists and is no job folder.", "Choose another folder.")
@@ -81,6 +87,8 @@ def export_job(
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("__pycache__"))
     if locked:
         shutil.rmtree(out / "app" / "custom", ignore_errors=True)
+    if byoc:
+        _add_code(out / "app" / "custom")
     for name in (SERVER, CLIENT):
         path = out / "app" / "config" / name
         config = json.loads(path.read_text())
@@ -119,6 +127,17 @@ def make_job(strategy: str, out: Path, template: str = "pfedsam") -> Path:
     meta = json.loads((out / "meta.json").read_text())
     (out / "meta.json").write_text(_pretty({**meta, "name": settings.name}))
     return out
+
+
+def _add_code(custom: Path) -> None:
+    """This package with its bundles and jobs, as an installed one has them, and the libraries that it needs."""
+    package = custom / "pfedsam"
+    leave_out = shutil.ignore_patterns("__pycache__", "eval", "models")
+    shutil.copytree(Path(__file__).resolve().parents[1], package, ignore=leave_out)
+    for kind in ("bundles", "jobs"):
+        shutil.copytree(folder(kind), package / kind, ignore=leave_out, dirs_exist_ok=True)
+    needed = [line for line in requires("pfedsam") or () if "extra ==" not in line]
+    (custom / "requirements.txt").write_text("\n".join(needed) + "\n")
 
 
 def _add_filters(config: dict[str, Any], side: str, privacy: Privacy) -> None:
