@@ -55,6 +55,8 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_payload.py
 	$(BIN)/python tests/benchmarks/bench_memory.py
 	$(BIN)/python tests/benchmarks/bench_infer.py
+	$(BIN)/python tests/benchmarks/bench_sites.py
+	$(BIN)/python tests/benchmarks/bench_privacy.py
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel

@@ -64,3 +64,11 @@ def test_a_wheel_holds_bundles_and_jobs_and_finds_them_from_another_directory(tm
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert all(str(tmp_path / "site") in line for line in done.stdout.splitlines()[-2:])
+
+
+def test_the_service_files_have_the_environment_that_the_processes_of_this_machine_get():
+    from pfedsam.federated.processes import LEAN
+
+    for unit in (ROOT / "poc_workspace").glob("*/*.service"):
+        text = unit.read_text()
+        assert all(f"Environment={name}={value}\n" in text for name, value in LEAN.items()), unit

@@ -12,11 +12,11 @@ freed memory given back and no site connected; its high-water mark (of the kerne
 in the rounds; and what is kept after the last round when freed memory was given back once more. The simulator has a
 thread for each site in that process, which counts, too. A payload is the bytes of one update's tensors.
 
-Two settings: NVFlare's and glibc's defaults, and `lean` (see `SETTINGS`). The bar: from the fewest sites to the most,
-the high-water mark grows by at most 2 payloads for each further site, and the last step is no steeper than that line.
-Otherwise the exit code is not 0, with a message. A constant part (thread pools, the sum and the model of the server) is
-no growth by sites. Seconds are only reported. Prints tables and writes results/sites.json; rows that are in it are not
-repeated.
+Two settings: NVFlare's and glibc's defaults, and `lean` (see `SETTINGS`). The bar, for `lean`: from the fewest sites to
+the most, the high-water mark grows by at most 2 payloads for each further site, and the last step is no steeper than
+that line. Otherwise the exit code is not 0, with a message. A constant part (thread pools, the sum and the model of the
+server) is no growth by sites. Seconds are only reported. Prints tables and writes results/sites.json; rows that are in
+it are not repeated.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ SETTINGS: dict[str, dict[str, str]] = {
         "MALLOC_TRIM_THRESHOLD_": "131072",
     },
 }
+#: What `make poc` and the service files set: the bar is for it, the defaults are there to compare.
+DEPLOYED = "lean"
 #: Seconds after which a run is stopped.
 LIMIT = 1200
 #: Name of this file in the job.
@@ -361,7 +363,7 @@ def main() -> None:
     for settings in SETTINGS:
         if ordered := [rows[key] for key in sorted(rows) if key[0] == settings]:
             show(ordered)
-            above += verdict(ordered)
+            above += verdict(ordered) if settings == DEPLOYED else []
     if above:
         raise SystemExit("\n".join(above))
 

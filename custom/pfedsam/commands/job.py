@@ -27,6 +27,9 @@ def job_export(
     clip: Annotated[float | None, typer.Option(help="Clip each site's update to this L2 norm.")] = None,
     noise: Annotated[float, typer.Option(help="Gaussian noise, as a multiple of --clip; epsilon is printed.")] = 0.0,
     precision: Annotated[str, typer.Option(help="Of the payload: fp32, fp16 or int8 (with error feedback).")] = "fp32",
+    encrypt: Annotated[
+        bool, typer.Option("--encrypt", help="CKKS: the server adds up what it cannot read; kits need a context.")
+    ] = False,
 ) -> None:
     """Write a job folder that can be submitted as it is."""
     from pfedsam.federated.jobs import Privacy, export_job, find_job, server_settings
@@ -43,7 +46,7 @@ def job_export(
         byoc=byoc,
         plan={"federation": federation} if federation else {},
         server={key: value for key, value in server.items() if value is not None},
-        privacy=Privacy(clip, noise, precision),
+        privacy=Privacy(clip, noise, precision, encrypt),
     )
     console.print(f"{out} written" + (", locked: it carries no code" if locked else ", with our code" if byoc else ""))
     if noise:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import requires
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,20 @@ _AGGREGATORS = "pfedsam.federated.aggregators"
 #: Filters that `Privacy` adds.
 NOISE = "pfedsam.federated.privacy.ClipAndNoise"
 PACK, UNPACK = "pfedsam.federated.packing.PackPayload", "pfedsam.federated.packing.UnpackPayload"
+_CKKS, _HE = "pfedsam.federated.encryption", "nvflare.app_opt.he"
+ENCRYPT, DECRYPT, GUARD = f"{_CKKS}.EncryptUpdate", f"{_CKKS}.DecryptModel", f"{_CKKS}.EncryptedGuard"
+#: Components of the server that `Privacy.encrypt` replaces.
+ENCRYPTED: dict[str, dict[str, Any]] = {
+    "aggregator": {
+        "path": f"{_HE}.intime_accumulate_model_aggregator.HEInTimeAccumulateWeightedAggregator",
+        # the sites multiply by their number of cases before they encrypt
+        "args": {"expected_data_kind": "WEIGHT_DIFF", "weigh_by_local_iter": False},
+    },
+    "shareable_generator": {"path": f"{_HE}.model_shareable_generator.HEModelShareableGenerator"},
+    "persistor": {"path": f"{_CKKS}.EncryptedStatePersistor"},
+}
+#: Tasks whose data are a global model.
+_MODEL_FOR = ("train", "validate", "configure")
 SERVER, CLIENT = "config_fed_server.json", "config_fed_client.json"
 
 
@@ -29,11 +44,20 @@ class Privacy:
     Attributes:
         clip, noise_multiplier: see `pfedsam.federated.privacy.ClipAndNoise`; no clip for none of it.
         precision: `fp32`, or see `pfedsam.federated.packing.PackPayload`.
+        encrypt: see `pfedsam.federated.encryption`.
+
+    Raises:
+        PFedSAMError: E16 if a packed payload shall be encrypted.
     """
 
     clip: float | None = None
     noise_multiplier: float = 0.0
     precision: str = "fp32"
+    encrypt: bool = False
+
+    def __post_init__(self) -> None:
+        if self.encrypt and self.precision != "fp32":
+            raise PFedSAMError("E16", f"{self.precision} cannot be added up encrypted.", "Take fp32, or no encryption.")
 
 
 def find_job(name_or_path: str) -> Path:
@@ -74,10 +98,13 @@ def export_job(
         privacy: further filters, after ours at the sites and before the guard at the server.
 
     Raises:
-        PFedSAMError: E16 if `out` is something else than a job folder, or the job shall be locked and carry code.
+        PFedSAMError: E16 if `out` is something else than a job folder, the job shall be locked and carry code, or be
+            encrypted where TenSEAL is not installed or something else than the mean is taken.
     """
     if locked and byoc:
         raise PFedSAMError("E16", "a locked job carries no code.", "Choose one of --locked and --byoc.")
+    if privacy and privacy.encrypt:
+        _check_encryption(source)
     if out.exists():
         if not (out / "meta.json").is_file():
             raise PFedSAMError("E16", f"{out} exists and is no job folder.", "Choose another folder.")
@@ -141,16 +168,35 @@ def _add_code(custom: Path) -> None:
 
 
 def _add_filters(config: dict[str, Any], side: str, privacy: Privacy) -> None:
-    """Noise and packing at the sites; unpacking at the server, before the guard."""
+    """Noise, packing, encryption at the sites; unpacking at the server, before the guard."""
     chain = config["task_result_filters"][0]["filters"]
     if side == SERVER:
         if privacy.precision != "fp32":
             chain.insert(0, {"path": UNPACK})
+        if privacy.encrypt:
+            _encrypt_server(config)
         return
     if privacy.clip is not None:
         chain.append({"path": NOISE, "args": {"clip": privacy.clip, "noise_multiplier": privacy.noise_multiplier}})
     if privacy.precision != "fp32":
         chain.append({"path": PACK, "args": {"precision": privacy.precision}})
+    if privacy.encrypt:
+        chain.append({"path": ENCRYPT})
+        config["task_data_filters"].append({"tasks": [*_MODEL_FOR], "filters": [{"path": DECRYPT}]})
+
+
+def _check_encryption(source: Path) -> None:
+    if find_spec("tenseal") is None:
+        raise PFedSAMError("E16", "encryption needs TenSEAL.", "pip install 'pfedsam[he]'")
+    if _component(server_settings(source), "aggregator")["path"].startswith(_AGGREGATORS):
+        raise PFedSAMError("E16", "only the mean can be taken of ciphertexts.", "Set aggregation to mean.")
+
+
+def _encrypt_server(config: dict[str, Any]) -> None:
+    """The guard, aggregator, generator and persistor of ciphertexts in place of the plain ones."""
+    config["task_result_filters"][0]["filters"] = [{"path": GUARD}]
+    for name, told in ENCRYPTED.items():
+        _component(config, name).update(told)
 
 
 def _pretty(content: Mapping[str, Any]) -> str:
@@ -182,7 +228,7 @@ def classes_of(job: Path) -> list[str]:
 
 def needed_classes() -> list[str]:
     """Exact class paths that the packaged jobs and `Privacy` name, and nothing else: what a site has to allow."""
-    named: set[str] = {NOISE, PACK, UNPACK}
+    named: set[str] = {NOISE, PACK, UNPACK, ENCRYPT, DECRYPT, GUARD, *(one["path"] for one in ENCRYPTED.values())}
     for job in folder("jobs").glob("*/meta.json"):
         for name in (SERVER, CLIENT):
             _collect_paths(json.loads((job.parent / "app" / "config" / name).read_text()), named)
