@@ -25,7 +25,7 @@ from pfedsam.federated.settings import SiteSettings
 
 _GRACE_SECONDS = 10
 OUTCOME_VARIABLE = "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT"
-#: Less memory at a server with many sites (`tests/benchmarks/bench_sites.py`): NVFlare's send buffers have 64 KiB and not
+#: Less memory at a server with many sites (`tests/benchmarks/bench_sites.py`): NVFlare's send buffers have 64 KiB, not
 #: 1 MiB, tensors travel in the message itself, and glibc gives freed memory back. The service files say the same.
 LEAN = {
     "NVFLARE_STREAMING_CHUNK_SIZE": "65536",
