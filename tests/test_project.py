@@ -67,8 +67,8 @@ def test_a_wheel_holds_bundles_and_jobs_and_finds_them_from_another_directory(tm
 
 
 def test_the_service_files_have_the_environment_that_the_processes_of_this_machine_get():
-    from pfedsam.federated.processes import LEAN
+    from pfedsam.federated.processes import MEMORY
 
     for unit in (ROOT / "poc_workspace").glob("*/*.service"):
         text = unit.read_text()
-        assert all(f"Environment={name}={value}\n" in text for name, value in LEAN.items()), unit
+        assert all(f"Environment={name}={value}\n" in text for name, value in MEMORY.items()), unit

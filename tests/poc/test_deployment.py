@@ -18,7 +18,7 @@ import pytest
 from deployed import PROJECT, TINY, Federation, change_config, free_port, wait_for
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.admin import connect, reason_of
+from pfedsam.federated.admin import JobResult, connect, reason_of
 from pfedsam.federated.audit import audit, statement
 from pfedsam.federated.jobs import CLIENT, SERVER, Privacy
 from pfedsam.federated.kits import check_kit
@@ -271,3 +271,15 @@ def test_ctrl_c_in_the_middle_of_make_poc_stops_everything(tmp_path: Path, phant
     deployment = Deployment(tmp_path / "runtime", PROJECT, port)
     assert deployment.processes() == []
     deployment.require_free_port()
+
+
+def test_a_traceback_in_the_servers_log_is_told_by_its_last_line(tmp_path: Path) -> None:
+    log = tmp_path / "error_log.txt"
+    log.write_text(
+        "2026-01-01 - x - ERROR - Traceback (most recent call last):\n"
+        '  File "a.py", line 1, in <module>\n'
+        "ComponentNotAuthorized: class spy is not allowed\n"
+    )
+    assert JobResult("id", "FINISHED:EXECUTION_EXCEPTION", tmp_path).problem() == (
+        "ComponentNotAuthorized: class spy is not allowed"
+    )

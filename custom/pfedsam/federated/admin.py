@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +62,23 @@ class JobResult:
         """The first error in the server's log of the job: an error of ours, a code that a site sent, else any."""
         log = self.file("error_log.txt") or self.file("log.txt")
         lines = log.read_text(errors="replace").splitlines() if log else []
-        errors = [line.split(" - ERROR - ", 1)[-1] for line in lines if " - ERROR - " in line]
+        errors = _errors(lines)
         ours = [line for line in errors if _OURS.search(line)]
         return next(iter([*ours, *self.refusals, *errors]), NO_REASON)
+
+
+def _errors(lines: Sequence[str]) -> list[str]:
+    """The messages of the errors in a log; of a traceback its last line, which says what it was."""
+    found = []
+    for number, line in enumerate(lines):
+        if " - ERROR - " not in line:
+            continue
+        message = line.split(" - ERROR - ", 1)[-1]
+        if message.startswith("Traceback"):
+            after = (one for one in lines[number + 1 :] if one and not one[0].isspace())
+            message = next(after, message)
+        found.append(message)
+    return found
 
 
 @contextmanager

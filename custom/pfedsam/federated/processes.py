@@ -25,14 +25,8 @@ from pfedsam.federated.settings import SiteSettings
 
 _GRACE_SECONDS = 10
 OUTCOME_VARIABLE = "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT"
-#: Less memory at a server with many sites (`tests/benchmarks/bench_sites.py`): NVFlare's send buffers have 64 KiB, not
-#: 1 MiB, tensors travel in the message itself, and glibc gives freed memory back. The service files say the same.
-LEAN = {
-    "NVFLARE_STREAMING_CHUNK_SIZE": "65536",
-    "NVFLARE_NP_DOWNLOAD_CHUNK_SIZE": "0",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_TRIM_THRESHOLD_": "131072",
-}
+#: glibc gives freed memory back: less memory at a server with many sites (`tests/benchmarks/bench_sites.py`).
+MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 @dataclass
@@ -217,7 +211,7 @@ class Deployment:
 
     def _environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
         # a job ends so many seconds after its last workflow when a site is gone for good; NVFlare's own value is 900
-        told = {OUTCOME_VARIABLE: "60", **LEAN}
+        told = {OUTCOME_VARIABLE: "60", **MEMORY}
         told |= {"HOME": str(self.root / "home"), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": self._threads()}
         # NVFlare starts the job processes with the python of the path
         told["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
