@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ from nvflare.fuel.flare_api.flare_api import Session
 
 from pfedsam.federated.admin import JobResult, fetch, follow, submit
 from pfedsam.federated.jobs import SERVER, Privacy, export_job, find_job
-from pfedsam.federated.processes import Deployment
+from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
 from pfedsam.state import StateEntry, list_states
 
 PROJECT = Path(__file__).resolve().parents[2] / "poc_workspace" / "project.yml"
@@ -70,6 +73,15 @@ class Federation:
             shutil.copy(file, job / "app" / "custom")
         change_config(job, SERVER, lambda c: c["workflows"][0]["args"].update(wait_time_after_min_received=wait))
         return job
+
+    def preflight(self, site: str) -> str:
+        """What NVFlare says of a kit. Its check logs in as the site, so a site that runs is stopped for it."""
+        self.deployment.kill(site, signal.SIGTERM)
+        command = [sys.executable, "-m", "nvflare.cli", "preflight-check", "-p", str(self.deployment.kit(site))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        self.deployment.start([site], {OUTCOME_VARIABLE: "10"})
+        self.deployment.wait(self.session)
+        return done.stdout
 
     def run(self, job: Path, timeout: float = 180) -> JobResult:
         """Submit, wait, fetch."""

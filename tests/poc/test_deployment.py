@@ -205,10 +205,8 @@ def test_a_job_of_the_project_passes_nvflares_own_checks(federation: Federation,
     job = federation.job()
     valid, error, _ = JobMetaValidator().validate(job.name, zip_directory_to_bytes(str(job.parent), job.name))
     assert valid, error
-    kit = federation.deployment.kit("hospital-b")
-    command = [sys.executable, "-m", "nvflare.cli", "preflight-check", "-p", str(kit)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "PASSED" in done.stdout and "FAILED" not in done.stdout.replace("NOT FAILED", ""), done.stdout
+    said = federation.preflight("hospital-b")
+    assert "PASSED" in said and "FAILED" not in said, said
 
 
 def test_a_taken_port_is_an_error_before_anything_starts(federation: Federation, tmp_path: Path) -> None:
