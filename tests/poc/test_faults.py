@@ -72,8 +72,8 @@ def test_abort_from_the_console_in_the_middle_of_a_job(federation: Federation) -
 def test_a_site_that_is_killed_while_training_comes_back_for_the_next_job(federation: Federation) -> None:
     """The running job goes on without it: NVFlare hands a job out once, when it starts.
 
-    All rounds run at the other site; whether NVFlare then calls the job completed or abnormal depends on whether the site
-    came back before it was missed.
+    All rounds run at the other site; whether NVFlare then calls the job completed or abnormal depends on whether the
+    site came back before it was missed.
     """
     job_id = submit(federation.session, federation.job("killed", rounds=4, min_clients=1))
     wait_for(lambda: rounds_done(federation, job_id, 1), 120)
