@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deployed import FEDERATION, PROJECT, Federation, free_port
+from deployed import Federation, running
 
 from pfedsam.data.phantom import write_phantom
-from pfedsam.federated.admin import connect
-from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
 
 
 @pytest.fixture(scope="package")
@@ -20,16 +18,5 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="package")
 def federation(tmp_path_factory: pytest.TempPathFactory, phantom: list[Path]) -> Iterator[Federation]:
-    folder = tmp_path_factory.mktemp("poc")
-    deployment = Deployment(folder / "runtime", PROJECT, free_port())
-    data = dict(zip(deployment.sites, phantom, strict=True))
-    deployment.provision()
-    deployment.init(data, {"federations": [FEDERATION]})
-    try:
-        deployment.start(environment={OUTCOME_VARIABLE: "10"})
-        with connect(deployment.admin()) as session:
-            deployment.wait(session)
-            yield Federation(deployment, data, session, folder)
-    finally:
-        assert deployment.stop() == []
-        deployment.require_free_port()
+    with running(tmp_path_factory.mktemp("poc"), phantom) as federation:
+        yield federation

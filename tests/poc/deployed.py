@@ -9,14 +9,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nvflare.fuel.flare_api.flare_api import Session
 
-from pfedsam.federated.admin import JobResult, fetch, follow, submit
+from pfedsam.federated.admin import JobResult, connect, fetch, follow, submit
 from pfedsam.federated.jobs import SERVER, Privacy, export_job, find_job
 from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
 from pfedsam.state import StateEntry, list_states
@@ -108,6 +109,44 @@ class Federation:
                 assert entry.site == site and not entry.problem, entry
                 found[site] = entry
         return found
+
+
+@contextmanager
+def running(
+    folder: Path,
+    data: Sequence[Path],
+    *,
+    project: Path = PROJECT,
+    port: int | None = None,
+    client_port: int | None = None,
+    byoc: bool = False,
+) -> Iterator[Federation]:
+    """A deployment of real processes with own port, HOME and states; stopped in the end.
+
+    Args:
+        folder: everything is written below it.
+        data: a site folder for each site of the project.
+        project: NVFlare project file.
+        port: of the server; by default a free one.
+        client_port: port at which hospital-b reaches the server, for a proxy between them.
+        byoc: let jobs carry code.
+    """
+    port = port or free_port()
+    deployment = Deployment(folder / "runtime", project, port)
+    sites = dict(zip(deployment.sites, data, strict=True))
+    deployment.provision()
+    deployment.init(sites, {"federations": [FEDERATION]}, byoc=byoc)
+    if client_port is not None:
+        config = deployment.kit("hospital-b") / "startup" / "fed_client.json"
+        config.write_text(config.read_text().replace(f"localhost:{port}", f"localhost:{client_port}"))
+    try:
+        deployment.start(environment={OUTCOME_VARIABLE: "10"})
+        with connect(deployment.admin()) as session:
+            deployment.wait(session)
+            yield Federation(deployment, sites, session, folder)
+    finally:
+        assert deployment.stop() == []
+        deployment.require_free_port()
 
 
 def change_config(job: Path, name: str, change: Callable[[Any], None]) -> None:

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deployed import FEDERATION, PROJECT, Federation, change_config, free_port, wait_for
+from deployed import Federation, change_config, free_port, running, wait_for
 from misbehaving import WAYS
 from nvflare.apis.job_def import RunStatus
 
 from pfedsam.federated.admin import connect, fetch, follow, resume, submit
 from pfedsam.federated.jobs import CLIENT
-from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
+from pfedsam.federated.processes import OUTCOME_VARIABLE
 from pfedsam.federated.records import RECEIVED_FILE, read_records
 from pfedsam.global_model import round_of
 from pfedsam.site_model import read
@@ -29,27 +29,8 @@ SITES = ("hospital-a", "hospital-b")
 @pytest.fixture
 def own(tmp_path: Path, phantom: list[Path]) -> Iterator[Federation]:
     """A deployment for one test, which may kill its processes."""
-    yield from _deployed(tmp_path, phantom, free_port())
-
-
-def _deployed(
-    folder: Path, phantom: list[Path], port: int, client_port: int | None = None, byoc: bool = False
-) -> Iterator[Federation]:
-    deployment = Deployment(folder / "runtime", PROJECT, port)
-    data = dict(zip(deployment.sites, phantom, strict=True))
-    deployment.provision()
-    deployment.init(data, {"federations": [FEDERATION]}, byoc=byoc)
-    if client_port is not None:
-        # one site reaches the server through a proxy
-        config = deployment.kit("hospital-b") / "startup" / "fed_client.json"
-        config.write_text(config.read_text().replace(f"localhost:{port}", f"localhost:{client_port}"))
-    try:
-        deployment.start(environment={OUTCOME_VARIABLE: "10"})
-        with connect(deployment.admin()) as session:
-            deployment.wait(session)
-            yield Federation(deployment, data, session, folder)
-    finally:
-        assert deployment.stop() == []
+    with running(tmp_path, phantom) as federation:
+        yield federation
 
 
 def rounds_done(federation: Federation, job_id: str, rounds: int) -> bool:
@@ -206,9 +187,9 @@ class Proxy:
 def test_a_connection_that_is_cut_for_half_a_minute(tmp_path: Path, phantom: list[Path]) -> None:
     port = free_port()
     proxy = Proxy(port)
-    for federation in _deployed(tmp_path, phantom, port, proxy.port):
+    with running(tmp_path, phantom, port=port, client_port=proxy.port) as federation:
         job_id = submit(federation.session, federation.job("long", rounds=12))
-        wait_for(lambda f=federation, j=job_id: rounds_done(f, j, 2), 120)  # type: ignore[misc]
+        wait_for(lambda: rounds_done(federation, job_id, 2), 120)
         proxy.cut()
         time.sleep(30)
         proxy.mend()
@@ -254,7 +235,7 @@ def test_a_site_that_sends_nonsense_is_named_and_the_others_keep_their_time(
 ) -> None:
     """Every way in one job, which goes on with the other site; with both wanted, the job stops instead."""
     ways = list(WAYS)
-    for federation in _deployed(tmp_path, phantom, free_port(), byoc=True):
+    with running(tmp_path, phantom, byoc=True) as federation:
         result = federation.run(spoiled(federation, "goes-on", ways, 1), timeout=400)
         assert result.completed, result.problem()
         log = (result.file("log.txt") or Path()).read_text()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deployed import FEDERATION, PROJECT, Federation, change_config, free_port
+from deployed import FEDERATION, PROJECT, Federation, change_config, free_port, running
 from test_deployment import REFUSED, assert_refused
 
 from pfedsam.data.phantom import write_phantom
@@ -32,18 +32,9 @@ def _project(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     folder = tmp_path_factory.mktemp("hospitals")
-    deployment = Deployment(folder / "runtime", _project(folder), free_port())
-    data = dict(zip(deployment.sites, write_phantom(folder / "data", 3, 4, (48, 48, 6)), strict=True))
-    deployment.provision()
-    deployment.init(data, {"federations": [FEDERATION]})
-    try:
-        deployment.start(environment={OUTCOME_VARIABLE: "10"})
-        with connect(deployment.admin()) as session:
-            deployment.wait(session)
-            yield Federation(deployment, data, session, folder)
-    finally:
-        assert deployment.stop() == []
-        deployment.require_free_port()
+    phantom = write_phantom(folder / "data", 3, 4, (48, 48, 6))
+    with running(folder, phantom, project=_project(folder)) as federation:
+        yield federation
 
 
 def test_three_organisations_run_the_locked_job(hospitals: Federation) -> None:

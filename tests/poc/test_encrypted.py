@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from deployed import PROJECT, Federation, running
 
-from pfedsam.data.phantom import write_phantom
-from pfedsam.federated.admin import connect
 from pfedsam.federated.audit import audit
 from pfedsam.federated.jobs import Privacy
-from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
 from pfedsam.files import read_safetensors
 from pfedsam.global_model import SCHEMA
 from pfedsam.site_model import read
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "poc"))
-from deployed import FEDERATION, PROJECT, Federation, free_port
 
 pytest.importorskip("tenseal")
 pytestmark = pytest.mark.slow
@@ -29,38 +23,27 @@ BUILDER = {"path": "nvflare.lighter.impl.he.HEBuilder", "args": {"poly_modulus_d
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+def encrypted(tmp_path_factory: pytest.TempPathFactory, phantom: list[Path]) -> Iterator[Federation]:
     folder = tmp_path_factory.mktemp("encrypted")
     content = yaml.safe_load(PROJECT.read_text())
     # before the signatures: the context is signed, too
     content["builders"].insert(-1, BUILDER)
     (folder / "project.yml").write_text(yaml.safe_dump(content))
-    deployment = Deployment(folder / "runtime", folder / "project.yml", free_port())
-    phantom = write_phantom(folder / "phantom", sites=2, cases=4, shape=(48, 48, 6))
-    data = dict(zip(deployment.sites, phantom, strict=True))
-    deployment.provision()
-    deployment.init(data, {"federations": [FEDERATION]})
-    try:
-        deployment.start(environment={OUTCOME_VARIABLE: "10"})
-        with connect(deployment.admin()) as session:
-            deployment.wait(session)
-            yield Federation(deployment, data, session, folder)
-    finally:
-        assert deployment.stop() == []
-        deployment.require_free_port()
+    with running(folder, phantom, project=folder / "project.yml") as federation:
+        yield federation
 
 
-def test_two_encrypted_rounds_through_real_processes(federation: Federation) -> None:
-    result = federation.run(federation.job("encrypted", rounds=2, privacy=Privacy(encrypt=True)), timeout=400)
+def test_two_encrypted_rounds_through_real_processes(encrypted: Federation) -> None:
+    result = encrypted.run(encrypted.job("encrypted", rounds=2, privacy=Privacy(encrypt=True)), timeout=400)
     assert result.completed, result.problem()
-    states = federation.states()
+    states = encrypted.states()
     assert set(states) == {"hospital-a", "hospital-b"}
     assert all(entry.info["final"] and entry.info["round"] == 2 for entry in states.values())
     last = result.file("global_model.safetensors")
     assert last is not None and result.file("best_global_model.safetensors") is not None
     tensors, metadata = read_safetensors(last)
     assert metadata[SCHEMA] == "ckks-1" and {str(tensor.dtype) for tensor in tensors.values()} == {"torch.uint8"}
-    found = audit(federation.deployment.kit("hospital-a"), result.job_id)
+    found = audit(encrypted.deployment.kit("hospital-a"), result.job_id)
     assert found.problems == []
     encrypted = [one for one in found.results if one["reply"] == "ckks"]
     assert len(encrypted) == 2
