@@ -97,6 +97,16 @@ def test_what_is_done_is_not_done_again(killed_and_resumed, data: Path) -> None:
     assert "Missing" not in (out / "tables.md").read_text()
 
 
+def test_records_alone_are_enough_for_the_tables(killed_and_resumed, data: Path, tmp_path: Path) -> None:
+    out, *_ = killed_and_resumed
+    told = ("fedavg_lora,pfedsam,fedprox", "--table", "--records", str(out / "runs.jsonl"))
+    shown = run(data, tmp_path / "new", *told)
+    assert shown.returncode == 0, shown.stderr
+    assert "3 runs, 2 done before" in shown.stdout and "fedprox, seed 0" in shown.stdout
+    assert "Missing: fedprox, seed 0" in (tmp_path / "new" / "tables.md").read_text()
+    assert not (tmp_path / "new" / "trainings").exists()
+
+
 def test_another_setting_is_another_run(data: Path, tmp_path: Path) -> None:
     common = {"data": str(data), "sites": SITES, "bundle": "brain_lesion_mri", "strategy": "pfedsam", "rounds": 2}
     base = Run(**common, seed=0, overrides=SETTINGS)

@@ -61,10 +61,10 @@ def compare(
             from pfedsam.federated.compared import run_simulated
 
             comparison.simulator = run_simulated
-        missing = [] if table_only else comparison.missing()
+        missing = comparison.missing()
     workers = workers or os.cpu_count() or 1
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} done before; records: {comparison.record_file}")
-    if missing:
+    if missing and not table_only:
         with bar(f"{len(missing)} runs", sum(run.events() for run in missing)) as advance:
             done = 0
 
@@ -122,6 +122,7 @@ def show_comparison(comparison: Any, reference: str) -> None:
     if records:
         for table in tables(records, reference):
             console.print(table)
+        comparison.out.mkdir(parents=True, exist_ok=True)
         file = comparison.out / "tables.md"
         file.write_text(markdown(records, reference, missing))
         console.print(f"the same as Markdown: {file}")
