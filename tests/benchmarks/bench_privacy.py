@@ -42,12 +42,12 @@ SETTINGS: dict[str, Any] = {
 CLIP = 2.0
 OPTIONS = {
     "none": Privacy(),
-    f"clip {CLIP:g}": Privacy(clip=CLIP),
-    f"clip {CLIP:g}, noise 0.001": Privacy(clip=CLIP, noise_multiplier=0.001),
+    "int8": Privacy(precision="int8"),
     f"clip {CLIP:g}, noise 0.01": Privacy(clip=CLIP, noise_multiplier=0.01),
     f"clip {CLIP:g}, noise 1": Privacy(clip=CLIP, noise_multiplier=1.0),
     "fp16": Privacy(precision="fp16"),
-    "int8": Privacy(precision="int8"),
+    f"clip {CLIP:g}": Privacy(clip=CLIP),
+    f"clip {CLIP:g}, noise 0.001": Privacy(clip=CLIP, noise_multiplier=0.001),
 }
 RESULTS = Path(__file__).parent / "results" / "privacy.json"
 
