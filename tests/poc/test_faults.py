@@ -24,8 +24,12 @@ from pfedsam.global_model import round_of
 from pfedsam.site_model import read
 
 SITES = ("hospital-a", "hospital-b")
-#: How NVFlare calls a job that went on without a lost site: it depends on whether and when the site comes back.
-OVER = (RunStatus.FINISHED_COMPLETED.value, RunStatus.FINISHED_ABNORMAL.value)
+#: How NVFlare calls a job that went on to its end without a lost site: it depends on whether and when the site comes
+#: back, and on whether it was lost in the middle of an upload.
+OVER = tuple(
+    status.value
+    for status in (RunStatus.FINISHED_COMPLETED, RunStatus.FINISHED_ABNORMAL, RunStatus.FINISHED_EXECUTION_EXCEPTION)
+)
 
 
 @pytest.fixture

@@ -117,7 +117,8 @@ def test_a_job_with_code_that_sends_everything_is_stopped_by_the_sites_own_scope
         sent = [one for one in read_records(deployment.kit(site) / result.job_id / SENT_FILE) if one["task"] == "train"]
         replies = [one["reply"] for one in sent]
         assert replies == ["OK"] * (len(leaks) - 1) + ["SITE_REFUSED:E19"]
-        assert all(one["excluded"] > 0 for one in sent[:-1])
+        # in the plain way the experts were in the payload; the other ways took them out to hide them elsewhere
+        assert sent[0]["excluded"] > 0
 
 
 def _leaking(config: dict, leaks: list[str]) -> None:
