@@ -22,6 +22,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from pfedsam.commands.federation import DEMO_OVERRIDES
 from pfedsam.data.phantom import write_phantom
 from pfedsam.evaluation.site import evaluate_site
 from pfedsam.federated.jobs import Privacy, export_job, find_job
@@ -29,15 +30,7 @@ from pfedsam.federated.privacy import DELTA, epsilon
 from pfedsam.federated.simulation import Simulation, run, sent_bytes
 
 BUNDLE, SITES, CASES, SHAPE, ROUNDS = "brain_lesion_mri", 3, 9, (96, 96, 12), 12
-SETTINGS: dict[str, Any] = {
-    "image_size": 64,
-    "adapted_blocks": 1,
-    "batch_size": 2,
-    "augmentations": 1,
-    "positives_per_case": 4,
-    "negatives_per_case": 2,
-    "cache_limit_gb": 1,
-}
+SETTINGS: dict[str, Any] = {"image_size": 64, **DEMO_OVERRIDES}
 #: A clip near the norm of the updates of this federation; noise as a multiple of it.
 CLIP = 2.0
 OPTIONS = {

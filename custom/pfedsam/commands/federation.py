@@ -64,7 +64,7 @@ def demo(
     out: RunFolder = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of phantom, draws and split.")] = 0,
     image_size: Annotated[
-        int, typer.Option(help="Side of the network's input in pixels; 64 takes about a third of the time of 128.")
+        int, typer.Option(help="Side of the network's input in pixels; 64 is faster, 128 better.")
     ] = 128,
     amp: Annotated[
         bool | None, typer.Option(help="bfloat16 autocast; by default where the processor or GPU has bfloat16.")
