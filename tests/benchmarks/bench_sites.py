@@ -12,7 +12,8 @@ freed memory given back and no site connected; its high-water mark (of the kerne
 in the rounds; and what is kept after the last round when freed memory was given back once more. The simulator has a
 thread for each site in that process, which counts, too. A payload is the bytes of one update's tensors.
 
-Two settings: NVFlare's and glibc's defaults, and `lean` (see `SETTINGS`). The bar, for `lean`: from the fewest sites to
+Two settings: NVFlare's and glibc's defaults, and `lean`: the environment that `make poc` and the service files give to the
+processes (`pfedsam.federated.processes.MEMORY`). The bar, for `lean`: from the fewest sites to
 the most, the high-water mark grows by at most 2 payloads for each further site, and the last step is no steeper than
 that line. Otherwise the exit code is not 0, with a message. A constant part (thread pools, the sum and the model of the
 server) is no growth by sites. Seconds are only reported. Prints tables and writes results/sites.json; rows that are in
@@ -56,18 +57,7 @@ BUNDLE = "brain_lesion_mri"
 ROUNDS = 3
 #: Payloads by which the server's peak may grow for each further site, and how much steeper its last step may be.
 BAR, STEEPER = 2.0, 1.25
-#: Environment of the processes. By default NVFlare allocates a whole chunk of 1 MiB, more than a payload, for each
-#: message that it sends, however small, and each array is asked for; with a download chunk of 0 they travel in the
-#: message itself. glibc keeps freed memory in up to 8 arenas a core and gives large blocks back late.
-SETTINGS: dict[str, dict[str, str]] = {
-    "defaults": {},
-    "lean": {
-        "NVFLARE_STREAMING_CHUNK_SIZE": "65536",
-        "NVFLARE_NP_DOWNLOAD_CHUNK_SIZE": "0",
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_TRIM_THRESHOLD_": "131072",
-    },
-}
+SETTINGS = ("defaults", "lean")
 #: The settings that the bar is for; the defaults are there to compare.
 MEANT = "lean"
 #: Seconds after which a run is stopped.
@@ -153,6 +143,13 @@ class ServerProbe(FLComponent):
             file.write(json.dumps(told) + "\n")
 
 
+def environment(settings: str) -> dict[str, str]:
+    """What is added to the environment of the processes."""
+    from pfedsam.federated.processes import MEMORY
+
+    return MEMORY if settings == MEANT else {}
+
+
 def give_back() -> None:
     """Give freed memory back to the system."""
     gc.collect()
@@ -201,15 +198,14 @@ def simulate(folder: Path, sites: int, settings: str) -> tuple[list[dict[str, An
     """Run the job; what the probe wrote, and samples of time, RSS and USS of the server's process."""
     command = [sys.executable, __file__, "--run", str(folder), "--sites", str(sites)]
     (folder / "home").mkdir()
-    environment = {**os.environ, "HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment |= SETTINGS[settings]
+    told = {"HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment(settings)}
     samples: list[tuple[float, int, int]] = []
     server: psutil.Process | None = None
     deadline = time.monotonic() + LIMIT
     with (
         (folder / "output.txt").open("wb") as output,
         subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=folder, env={**os.environ, **told}, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         ) as process,
     ):
         try:
@@ -355,7 +351,7 @@ def main() -> None:
             "python": platform.python_version(),
             **{name: version(name) for name in ("nvflare", "torch", "numpy")},
         }
-        content = {"machine": machine, "rounds": ROUNDS, "bar": BAR, "settings": SETTINGS}
+        content = {"machine": machine, "rounds": ROUNDS, "bar": BAR, MEANT: environment(MEANT)}
         content["rows"] = [rows[key] for key in sorted(rows)]
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(content, indent=2) + "\n")

@@ -25,8 +25,18 @@ from pfedsam.federated.settings import SiteSettings
 
 _GRACE_SECONDS = 10
 OUTCOME_VARIABLE = "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT"
-#: glibc gives freed memory back: less memory at a server with many sites (`tests/benchmarks/bench_sites.py`).
-MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "131072"}
+#: Less memory at a server with many sites (`tests/benchmarks/bench_sites.py`). By default NVFlare allocates a whole chunk
+#: of 1 MiB, more than a payload, for each message that it sends, however small, and each array is asked for; with a
+#: download chunk of 0 they travel in the message itself. Window and interval keep NVFlare's proportions: 64 and 16
+#: chunks. glibc keeps freed memory in up to 8 arenas a core and gives large blocks back late.
+MEMORY = {
+    "NVFLARE_STREAMING_CHUNK_SIZE": "65536",
+    "NVFLARE_STREAMING_WINDOW_SIZE": "4194304",
+    "NVFLARE_STREAMING_ACK_INTERVAL": "1048576",
+    "NVFLARE_NP_DOWNLOAD_CHUNK_SIZE": "0",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}
 
 
 @dataclass
