@@ -58,7 +58,7 @@ def find_strategy(name_or_path: str) -> StrategyFile:
     """
     path = Path(name_or_path) if name_or_path.endswith(".json") else _root() / f"{name_or_path}.json"
     if name_or_path in _ablations():
-        return _patched(name_or_path, _ablations()[name_or_path])
+        return patched(name_or_path, _ablations()[name_or_path])
     if not path.is_file() or path.stem == ABLATIONS:
         raise PFedSAMError(
             "E16",
@@ -85,8 +85,17 @@ def _ablations() -> dict[str, Any]:
     return json.loads((_root() / f"{ABLATIONS}.json").read_text())
 
 
-def _patched(name: str, patch: Mapping[str, Any]) -> StrategyFile:
-    """A strategy with some keys replaced: of the strategy, of the overrides, and of its phases by their names."""
+def patched(name: str, patch: Mapping[str, Any]) -> StrategyFile:
+    """A strategy with some keys replaced.
+
+    Args:
+        name: of the new strategy.
+        patch: `base`, name of a strategy, and what is replaced: keys of the `strategy`, of the `overrides`, of its
+            `phases` by their names; `order`: names of the phases that a round has, in order.
+
+    Raises:
+        PFedSAMError: E16 or E18 if what comes out is impossible.
+    """
     base = find_strategy(patch["base"])
     strategy = {**base.strategy, **patch.get("strategy", {}), "name": name}
     changes = patch.get("phases", {})

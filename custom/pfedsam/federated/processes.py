@@ -25,8 +25,8 @@ from pfedsam.federated.settings import SiteSettings
 
 _GRACE_SECONDS = 10
 OUTCOME_VARIABLE = "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT"
-#: Less memory at a server with many sites (`tests/benchmarks/bench_sites.py`). By default NVFlare allocates a whole chunk
-#: of 1 MiB, more than a payload, for each message that it sends, however small, and each array is asked for; with a
+#: Less memory at a server with many sites (`tests/benchmarks/bench_sites.py`). By default NVFlare allocates a chunk of
+#: 1 MiB, more than a payload, for each message that it sends, however small, and each array is asked for; with a
 #: download chunk of 0 they travel in the message itself. Window and interval keep NVFlare's proportions: 64 and 16
 #: chunks. glibc keeps freed memory in up to 8 arenas a core and gives large blocks back late.
 MEMORY = {
