@@ -3,8 +3,8 @@
     python tests/benchmarks/choose_settings.py <folder with the site folders>
 
 Each choice is a strategy with a patch, as in `jobs/strategies/ablations.json`. It is trained as `pfedsam compare`
-trains it, on one fold, and the mean over the sites of the Dice on their validation cases is noted for the global and the
-personal model. Choices that differ in the final phase only share the rounds before it. Prints a table and writes
+trains it, on one fold, and the mean over the sites of the Dice on their validation cases is noted for the global and
+the personal model. Choices that differ in the final phase only share the rounds before it. Prints a table and writes
 results/choices.jsonl; choices that are in it are not repeated.
 """
 
