@@ -35,7 +35,7 @@ lgg: $(STAMP)
 		--set positives_per_case=4 --set negatives_per_case=2 $(LGG_SETTINGS)
 
 # Tables of the README. Runs that are in the records are not repeated; stopped, it goes on.
-STRATEGIES := pfedsam,fedavg_lora,fedavg_lora_ft,feddpa,local_only,ensemble_local,centralised,fedrep,ditto,fedprox,fedmsa,fedsam,personal_at_the_end
+STRATEGIES := pfedsam,fedavg_lora,fedavg_lora_ft,feddpa,local_only,ensemble_local,centralised,fedrep,ditto,fedprox,fedmsa,fedsam,one_adapter,local_phase_each_round
 SEEDS ?= 0,1,2
 bench-lgg: $(STAMP)
 	@test -n "$(LGG)" || { echo "say where the data is: make bench-lgg LGG=<folder>"; exit 2; }

@@ -115,8 +115,9 @@ def test_in_fedrep_the_head_is_trained_first() -> None:
     assert (first.trains, second.trains) == (("personal",), ("shared",))
 
 
-def test_feddpa_is_pfedsam_with_one_expert_and_no_teacher() -> None:
-    control, ours = find_strategy("feddpa"), find_strategy("pfedsam")
+@pytest.mark.parametrize(("name", "of"), [("feddpa", "local_phase_each_round"), ("one_adapter", "pfedsam")])
+def test_the_control_has_one_expert_and_no_teacher(name: str, of: str) -> None:
+    control, ours = find_strategy(name), find_strategy(of)
     assert control.overrides == {"experts": 1}
     assert control.checked().roles == ours.checked().roles
     for a, b in zip(
@@ -128,7 +129,7 @@ def test_feddpa_is_pfedsam_with_one_expert_and_no_teacher() -> None:
         assert a == b.model_copy(update={"distillation": None})
 
 
-@pytest.mark.parametrize("name", sorted(ALL))
+@pytest.mark.parametrize("name", [*sorted(ALL), *ablation_names()])
 def test_every_strategy_passes_over_the_images_as_often_in_a_round(name: str) -> None:
     strategy = find_strategy(name).checked()
     assert sum(phase.epochs for phase in strategy.phases) == 3

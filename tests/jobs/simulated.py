@@ -19,6 +19,8 @@ from typing import Any
 import recorder
 from recorder import Item, Needles
 
+from pfedsam.strategies import find_strategy
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 SOURCE = ROOT / "jobs" / "pfedsam"
@@ -38,7 +40,7 @@ def component(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 @dataclass
 class Job:
-    """The checked-in job with other settings.
+    """The checked-in job with other settings: with a local phase in each round, so that a site always has a state.
 
     Attributes:
         sites: number of sites.
@@ -58,6 +60,8 @@ class Job:
         self.client = json.loads((self.source / "app/config/config_fed_client.json").read_text())
         self.server["min_clients"], self.server["num_rounds"] = self.sites, 1
         self.plan["overrides"] = {**self.plan["overrides"], **TINY}
+        if self.plan["strategy"]["name"] == "pfedsam":
+            self.plan["strategy"] = find_strategy("local_phase_each_round").strategy
         if self.recorded:
             self.server["components"].append({"id": "recorder", "path": "recorder.Recorder"})
             self.client["components"].append({"id": "watcher", "path": "recorder.StateWatcher"})

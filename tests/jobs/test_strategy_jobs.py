@@ -1,6 +1,7 @@
 """Jobs of other shapes than the main one in NVFlare's simulator, and the same federations in one process.
 
-The shapes are: one phase, two phases (the main job), a personal copy, alternating factors.
+The shapes are: one phase, two phases (the main job with a local phase in each round), a personal copy, alternating
+factors.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from pfedsam.training.federation import Federation, run_federation
 from pfedsam.training.local import LocalTraining
 
 SITES = ("site-1", "site-2")
-SHAPES = {"one phase": "fedavg_lora", "two phases": "pfedsam", "copy": "ditto", "alternate": "aggregation_alternate"}
+SHAPES = {
+    "one phase": "fedavg_lora",
+    "two phases": "local_phase_each_round",
+    "copy": "ditto",
+    "alternate": "aggregation_alternate",
+}
 ROUNDS = 2
 
 
@@ -28,7 +34,7 @@ def shape(request: pytest.FixtureRequest, federation: Path, tmp_path_factory: py
     name = SHAPES[request.param]
     file = find_strategy(name)
     folder = tmp_path_factory.mktemp(name)
-    job = Job(recorded=False, source=ROOT / "jobs" / ("pfedsam" if name.startswith("aggregation") else name))
+    job = Job(recorded=False, source=ROOT / "jobs" / (name if (ROOT / "jobs" / name).is_dir() else "pfedsam"))
     job.plan["strategy"] = file.strategy
     job.server["num_rounds"] = ROUNDS
     simulated = simulate(folder, job, federation)

@@ -21,6 +21,7 @@ from pfedsam.federated.admin import JobResult, connect, fetch, follow, submit
 from pfedsam.federated.jobs import SERVER, Privacy, export_job, find_job
 from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
 from pfedsam.state import StateEntry, list_states
+from pfedsam.strategies import find_strategy
 
 PROJECT = Path(__file__).resolve().parents[2] / "poc_workspace" / "project.yml"
 FEDERATION = "tests"
@@ -61,11 +62,12 @@ class Federation:
         code: Sequence[Path] = (),
         **plan: Any,
     ) -> Path:
-        """A locked job on tiny settings, or one that carries these files of code.
+        """A locked job on tiny settings, or one that carries these files of code; personal states change in each round.
 
         After `min_clients` answers a round waits so many seconds for the others.
         """
-        told = {"federation": FEDERATION, "overrides": TINY, **plan}
+        strategy = find_strategy("local_phase_each_round").strategy
+        told = {"federation": FEDERATION, "overrides": TINY, "strategy": strategy, **plan}
         server = {"num_rounds": rounds, "min_clients": min_clients}
         server |= {"validation_timeout": 15, "final_phase_timeout": 20}
         how: dict[str, Any] = {"plan": told, "server": server, "privacy": privacy}
