@@ -81,7 +81,7 @@ def test_every_share_of_the_decoder_is_a_setting_and_is_told(shared, rank, share
 def test_description_is_whole_in_80_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     shown = told("describe", "brain_lesion_mri", *TINY)
-    for word in ("decoder_subset", "on the wire", "expert_places", "global, weight 0.5"):
+    for word in ("decoder_subset", "on the wire", "expert_places", "global, weight 0.1"):
         assert word in shown
 
 

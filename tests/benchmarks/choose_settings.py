@@ -69,6 +69,11 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "pfedsam, learning rate 0.0005": ("pfedsam", shared_rate(0.0005)),
     "pfedsam, learning rate 0.002": ("pfedsam", shared_rate(0.002)),
+    "pfedsam, learning rate 0.004": ("pfedsam", shared_rate(0.004)),
+    "pfedsam, learning rate 0.004, LoRA of rank 16": (
+        "pfedsam",
+        {**shared_rate(0.004), "overrides": {"lora_rank": 16}},
+    ),
     "one expert, no teacher": ("one_adapter", {}),
     "local phase each round": ("local_phase_each_round", {}),
     "fedavg_lora_ft": ("fedavg_lora_ft", {}),
