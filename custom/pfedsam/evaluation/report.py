@@ -229,24 +229,32 @@ def _cases(results: Mapping[str, Any]) -> Plot:
 
 
 def _lines(rows: pd.DataFrame, title: str, label: str) -> Plot:
-    """One panel for each tag, one line for each site."""
+    """One panel for each tag, one line for each site; a tag of one round, such as the final phase's, has bars."""
     tags = sorted(rows["tag"].unique())
     figure, panels = _figure(len(tags))
     told = []
     for axes, tag in zip(panels, tags, strict=True):
         chosen = rows[rows["tag"] == tag]
         styles = zip(cycle(_COLOURS), cycle(_DASHES), cycle(_MARKERS))
+        once = chosen["round"].nunique() == 1
         for (site, values), (colour, dash, marker) in zip(chosen.groupby("site"), styles, strict=False):
             values = values.sort_values("round")
-            axes.plot(values["round"], values["value"], dash, marker=marker, color=colour, label=site, markersize=4)
+            if once:
+                axes.bar(str(site).replace("_", " "), values["value"].iloc[-1], color=colour, width=0.6)
+            else:
+                axes.plot(values["round"], values["value"], dash, marker=marker, color=colour, label=site, markersize=4)
             told.append(f"{_words(tag)} at {site} ends at {values['value'].iloc[-1]:.2f}")
         axes.set_title(_words(tag), fontsize=10, color=_INK)
-        axes.set_xlabel("round")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if chosen["round"].nunique() == 1:
-            axes.set_xlim(chosen["round"].iloc[0] - 1, chosen["round"].iloc[0] + 1)
+        axes.set_xlabel(f"once, at round {chosen['round'].iloc[0]}" if once else "round")
+        if once:
+            axes.tick_params(axis="x", labelrotation=15)
+        else:
+            axes.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel(label)
-    _legend(panels[-1])
+    for axes in panels:
+        if axes.lines:
+            _legend(axes)
+            break
     return Plot(title, "; ".join(told) + ".", _svg(figure))
 
 
@@ -285,6 +293,7 @@ def _figure(panels: int) -> tuple[Figure, Sequence[Any]]:
         one.patch.set_alpha(0)
         one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.25)
+        one.set_axisbelow(True)
     return figure, axes
 
 
