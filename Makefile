@@ -57,6 +57,7 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_infer.py
 	$(BIN)/python tests/benchmarks/bench_sites.py
 	$(BIN)/python tests/benchmarks/bench_privacy.py
+	$(BIN)/python tests/benchmarks/bench_encryption.py
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel
