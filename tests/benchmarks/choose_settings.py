@@ -34,6 +34,8 @@ SETTINGS: dict[str, Any] = {
     "negatives_per_case": 1,
     "seed": SEED,
 }
+#: Settings that change personal tensors alone.
+OF_EXPERTS = ("experts", "bottleneck", "gate", "top_k", "expert_places")
 RESULTS = Path(__file__).parent / "results" / "choices.jsonl"
 
 
@@ -74,6 +76,11 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
         "pfedsam",
         {**shared_rate(0.004), "overrides": {"lora_rank": 16}},
     ),
+    "pfedsam, 8 blocks": ("pfedsam", {"overrides": {"adapted_blocks": 8}}),
+    "pfedsam, 8 blocks, learning rate 0.004": (
+        "pfedsam",
+        {**shared_rate(0.004), "overrides": {"adapted_blocks": 8}},
+    ),
     "one expert, no teacher": ("one_adapter", {}),
     "local phase each round": ("local_phase_each_round", {}),
     "fedavg_lora_ft": ("fedavg_lora_ft", {}),
@@ -91,7 +98,8 @@ def rounds_of(file: StrategyFile, sites: dict[str, Path], out: Path) -> Federati
     """
     strategy = file.checked().model_copy(update={"validate_every": ROUNDS, "final": (), "name": "rounds"})
     personal_in_rounds = any("shared" not in phase.trains for phase in strategy.phases)
-    overrides = {**SETTINGS, **(file.overrides if personal_in_rounds or not strategy.personal else {})}
+    all_count = personal_in_rounds or not strategy.personal
+    overrides = SETTINGS | {key: value for key, value in file.overrides.items() if all_count or key not in OF_EXPERTS}
     told = json.dumps([strategy.model_dump(mode="json"), overrides, ROUNDS], sort_keys=True)
     folder = out / "rounds" / hashlib.sha256(told.encode()).hexdigest()[:16]
     return Federation(BUNDLE, sites, strategy, folder, ROUNDS, overrides, {"feature_store": out / "features"})
