@@ -35,12 +35,12 @@ lgg: $(STAMP)
 		--set positives_per_case=4 --set negatives_per_case=2 $(LGG_SETTINGS)
 
 # Tables of the README. Runs that are in the records are not repeated; stopped, it goes on.
-STRATEGIES := pfedsam,fedavg_lora,fedavg_lora_ft,feddpa,local_only,ensemble_local,centralised,fedrep,ditto,fedprox,fedmsa,fedsam,one_adapter,local_phase_each_round
+STRATEGIES := pfedsam,fedavg_lora,fedavg_lora_ft,one_adapter,local_only,ensemble_local,centralised,feddpa,fedprox,fedrep,ditto,fedmsa,fedsam,local_phase_each_round
 SEEDS ?= 0,1,2
 bench-lgg: $(STAMP)
 	@test -n "$(LGG)" || { echo "say where the data is: make bench-lgg LGG=<folder>"; exit 2; }
 	$(BIN)/pfedsam compare "$(LGG)" --out runs/bench-lgg --records tests/benchmarks/results/lgg.jsonl \
-		--strategies $(STRATEGIES) --seeds $(SEEDS) --rounds 8 --set image_size=128 --set amp=true --set batch_size=4 \
+		--strategies $(STRATEGIES) --seeds $(SEEDS) --rounds 8 --set image_size=128 --set adapted_blocks=8 --set amp=true --set batch_size=4 \
 		--set augmentations=2 --set positives_per_case=2 --set negatives_per_case=1
 
 bench-phantom: $(STAMP)

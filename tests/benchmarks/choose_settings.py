@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 
-from pfedsam.site_model import read
-from pfedsam.strategies import StrategyFile, patched
+from pfedsam.strategies import patched
 from pfedsam.training.federation import Federation, run_federation
-from pfedsam.training.local import LocalTraining
 
 BUNDLE, ROUNDS, SEED = "brain_lesion_mri", 8, 0
 SETTINGS: dict[str, Any] = {
     "image_size": 128,
+    "adapted_blocks": 8,
     "amp": True,
     "batch_size": 4,
     "augmentations": 2,
@@ -34,8 +33,6 @@ SETTINGS: dict[str, Any] = {
     "negatives_per_case": 1,
     "seed": SEED,
 }
-#: Settings that change personal tensors alone.
-OF_EXPERTS = ("experts", "bottleneck", "gate", "top_k", "expert_places")
 RESULTS = Path(__file__).parent / "results" / "choices.jsonl"
 
 
@@ -57,8 +54,10 @@ def shared_rate(rate: float) -> dict[str, Any]:
 #: name of a choice: (strategy, patch)
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "pfedsam": ("pfedsam", {}),
+    "pfedsam, learning rate 0.001": ("pfedsam", shared_rate(0.001)),
+    "pfedsam, learning rate 0.002": ("pfedsam", shared_rate(0.002)),
+    "pfedsam, learning rate 0.008": ("pfedsam", shared_rate(0.008)),
     "pfedsam, no teacher": ("pfedsam", final(distillation=None)),
-    "pfedsam, weight 0.2": ("pfedsam", taught(0.2)),
     "pfedsam, weight 0.5": ("pfedsam", taught(0.5)),
     "pfedsam, weight 0.5, no quality gate": ("pfedsam", taught(0.5, gate=False)),
     "pfedsam, final learning rate 0.0025": ("pfedsam", final(learning_rate=0.0025)),
@@ -69,62 +68,38 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
         "pfedsam",
         {"overrides": {"expert_places": ["encoder", "decoder"]}},
     ),
-    "pfedsam, learning rate 0.0005": ("pfedsam", shared_rate(0.0005)),
-    "pfedsam, learning rate 0.002": ("pfedsam", shared_rate(0.002)),
-    "pfedsam, learning rate 0.004": ("pfedsam", shared_rate(0.004)),
-    "pfedsam, learning rate 0.004, LoRA of rank 16": (
-        "pfedsam",
-        {**shared_rate(0.004), "overrides": {"lora_rank": 16}},
-    ),
-    "pfedsam, 8 blocks": ("pfedsam", {"overrides": {"adapted_blocks": 8}}),
-    "pfedsam, 8 blocks, learning rate 0.004": (
-        "pfedsam",
-        {**shared_rate(0.004), "overrides": {"adapted_blocks": 8}},
-    ),
+    "pfedsam, all blocks": ("pfedsam", {"overrides": {"adapted_blocks": "all"}}),
+    "pfedsam, LoRA of rank 16": ("pfedsam", {"overrides": {"lora_rank": 16}}),
     "one expert, no teacher": ("one_adapter", {}),
     "local phase each round": ("local_phase_each_round", {}),
     "fedavg_lora_ft": ("fedavg_lora_ft", {}),
     "fedavg_lora_ft, final learning rate 0.0005": ("fedavg_lora_ft", final(learning_rate=0.0005)),
     "fedavg_lora_ft, final learning rate 0.002": ("fedavg_lora_ft", final(learning_rate=0.002)),
-    "fedavg_lora_ft, learning rate 0.0005": ("fedavg_lora_ft", shared_rate(0.0005)),
-    "fedavg_lora_ft, learning rate 0.002": ("fedavg_lora_ft", shared_rate(0.002)),
+    "local_only": ("local_only", {}),
+    "local_only, learning rate 0.001": ("local_only", {"phases": {"alone": {"learning_rate": 0.001}}}),
 }
-
-
-def rounds_of(file: StrategyFile, sites: dict[str, Path], out: Path) -> Federation:
-    """The federation of a choice without its final phase; choices with the same rounds have the same folder.
-
-    Personal tensors that no round trains do not change the shared ones, so settings of theirs alone do not count.
-    """
-    strategy = file.checked().model_copy(update={"validate_every": ROUNDS, "final": (), "name": "rounds"})
-    personal_in_rounds = any("shared" not in phase.trains for phase in strategy.phases)
-    all_count = personal_in_rounds or not strategy.personal
-    overrides = SETTINGS | {key: value for key, value in file.overrides.items() if all_count or key not in OF_EXPERTS}
-    told = json.dumps([strategy.model_dump(mode="json"), overrides, ROUNDS], sort_keys=True)
-    folder = out / "rounds" / hashlib.sha256(told.encode()).hexdigest()[:16]
-    return Federation(BUNDLE, sites, strategy, folder, ROUNDS, overrides, {"feature_store": out / "features"})
 
 
 def measure(name: str, sites: dict[str, Path], out: Path) -> dict[str, Any]:
     """Validation Dice of one choice."""
     base, patch = CHOICES[name]
     file = patched(base, {"base": base, **patch})
-    started, strategy = time.monotonic(), file.checked()
-    federation = rounds_of(file, sites, out)
-    run_federation(federation, lambda line: print(f"  {line}", flush=True))
-    theta, _ = federation.global_model()
-    dice: dict[str, dict[str, float]] = {"global": {}, "personal": {}}
-    for site, folder in sites.items():
-        local = LocalTraining(
-            BUNDLE, folder, strategy, {**SETTINGS, **file.overrides}, out / "sites" / site, **federation.settings
-        )
-        local.open()
-        if any("shared" not in phase.trains for phase in strategy.phases):
-            local.restore(read(federation.model_of(site)))
-        local.receive(theta, local.fingerprint)
-        dice["global"][site] = local.validate(experts=False)["val_dice"]
-        local.finish(ROUNDS)
-        dice["personal"][site] = local.validate(experts=True)["val_dice"]
+    started, strategy = time.monotonic(), file.checked().model_copy(update={"validate_every": ROUNDS})
+    told = json.dumps([strategy.model_dump(mode="json"), file.overrides, SETTINGS], sort_keys=True)
+    folder = out / "choices" / hashlib.sha256(told.encode()).hexdigest()[:16]
+    settings = {"feature_store": out / "features"}
+    federation = Federation(BUNDLE, sites, strategy, folder, ROUNDS, {**SETTINGS, **file.overrides}, settings)
+
+    def tell(line: str) -> None:
+        print(f"  {line}", flush=True)
+
+    if file.kind == "federated":
+        federation.begun = federation.rounds_alone(out / "rounds")
+    if federation.begun:
+        run_federation(federation.begun, tell)
+    run_federation(federation, tell, aggregated=file.kind == "federated")
+    last = [note for note in federation.history() if note["round"] == ROUNDS]
+    dice = {who: {note["site"]: note[f"val_dice_{who}"] for note in last} for who in ("global", "personal")}
     return {"choice": name, "base": base, "patch": patch, "dice": dice, "seconds": time.monotonic() - started}
 
 

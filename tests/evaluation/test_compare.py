@@ -45,14 +45,14 @@ def killed_and_resumed(data: Path, tmp_path_factory: pytest.TempPathFactory):
     process = subprocess.Popen(command(data, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     limit = time.monotonic() + 300
     try:
-        while not list(out.glob("trainings/*/global.safetensors")):
+        while not list(out.glob("rounds/*/global.safetensors")):
             assert process.poll() is None, "it ended before a round was done"
             assert time.monotonic() < limit
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    before = {path.parent.name: path.read_bytes() for path in out.glob("trainings/*/history.jsonl")}
+    before = {path.parent.name: path.read_bytes() for path in out.glob("rounds/*/history.jsonl")}
     time.sleep(8)  # the orphans end with their next event
     done = run(data, out)
     return out, before, done
@@ -66,7 +66,7 @@ def test_a_killed_comparison_goes_on_with_the_next_round(killed_and_resumed) -> 
     assert before
     for key, text in before.items():
         # what was noted before the kill is still there: nothing began anew
-        assert (out / "trainings" / key / "history.jsonl").read_bytes().startswith(text)
+        assert (out / "rounds" / key / "history.jsonl").read_bytes().startswith(text)
     for record in records.values():
         assert [(n["round"], n["site"]) for n in record["history"]] == [
             (number, site) for number in range(ROUNDS + 1) for site in SITES
@@ -131,6 +131,20 @@ def test_ensemble_and_local_only_share_their_training(data: Path) -> None:
     ]
     assert keys[0].training_key() == keys[1].training_key()
     assert keys[0].key() != keys[1].key()
+
+
+def test_runs_that_differ_in_what_is_personal_share_their_rounds(data: Path, tmp_path: Path) -> None:
+    def shared(name: str, **changes) -> Path:
+        about = {"seed": 0, "rounds": 2, "overrides": dict(SETTINGS), **changes}
+        return Run(str(data), SITES, "brain_lesion_mri", name, **about).shared_folder(tmp_path)
+
+    alike = {shared(name) for name in ("pfedsam", "fedavg_lora", "fedavg_lora_ft", "one_adapter", "gate_token")}
+    assert len(alike) == 1
+    # something personal takes part in these rounds, or the rounds are others
+    apart = [shared(name) for name in ("feddpa", "local_phase_each_round", "ditto", "fedprox", "local_only")]
+    changes = ({"seed": 1}, {"rounds": 3}, {"overrides": {**SETTINGS, "lora_rank": 2}})
+    others = [shared("pfedsam", **one) for one in changes]
+    assert len({*alike, *apart, *others}) == 1 + len(apart) + len(others)
 
 
 def test_a_line_that_was_cut_off_costs_only_itself(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def compare(comparison: Comparison, workers: int, event: Callable[[str, int], No
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                run = waiting.pop(0)
+                run = waiting.pop(_next(comparison, waiting, running))
                 told = (number, run, str(comparison.out), messages, comparison.simulator)
                 # NVFlare's simulator starts processes of its own, which a daemon may not
                 process = context.Process(target=_work, args=told, daemon=not run.simulator)
@@ -108,6 +108,12 @@ def compare(comparison: Comparison, workers: int, event: Callable[[str, int], No
             process.terminate()
         for process, _, _ in running.values():
             process.join()
+
+
+def _next(comparison: Comparison, waiting: Sequence[Run], running: dict[int, tuple[Any, Run, int]]) -> int:
+    """Place of the first run that need not wait for a training that it shares with one that runs, or 0."""
+    busy = {run.shared_folder(comparison.out) for _, run, _ in running.values()}
+    return next((place for place, run in enumerate(waiting) if run.shared_folder(comparison.out) not in busy), 0)
 
 
 def _messages(messages: Any, running: dict[int, tuple[Any, Run, int]]) -> Iterator[tuple[int, str, Any]]:

@@ -104,6 +104,25 @@ class Run:
             {site: {s: [c.name for c in cases] for s, cases in split.items()} for site, split in splits.items()}
         )[:16]
 
+    def federation(self, out: Path) -> Federation:
+        """What is trained, in the comparison's folder `out`; `begun` is set where other runs share the rounds."""
+        file, folder_ = self.file, out / "trainings" / self.training_key()
+        strategy = file.checked().model_copy(update={"validate_every": self.validate_every})
+        sites = {name: path for name, path in self.folders().items() if name != self.held_out}
+        if file.kind == "pooled":
+            folds = int(self.settings.get("folds", 3))
+            sites = {"pooled": pooled_site(sites, folder_ / "pooled", self.seed, folds)}
+        settings = {"feature_store": out / "features"}
+        found = Federation(self.bundle, sites, strategy, folder_, self.rounds, self.settings, settings)
+        if file.kind == "federated" and not self.simulator:
+            found.begun = found.rounds_alone(out / "rounds", self.split_hash())
+        return found
+
+    def shared_folder(self, out: Path) -> Path:
+        """The folder whose training other runs share: that of the rounds, or of the whole."""
+        begun = self.federation(out).begun if self.file.kind == "federated" else None
+        return begun.out if begun else out / "trainings" / self.training_key()
+
     def events(self) -> int:
         """About how many events `execute` tells."""
         return self.rounds * len(self.sites) + 3 * len(self.sites)
@@ -116,7 +135,8 @@ def execute(
 
     Args:
         run: what to run.
-        out: folder of the comparison; trainings go to `out/trainings`, shared features to `out/features`.
+        out: folder of the comparison; trainings go to `out/trainings`, rounds that several share to `out/rounds`,
+            features of the frozen trunk to `out/features`.
         event: called with a line for each thing that a person waits for.
         simulator: trains the runs that ask for NVFlare's simulator.
 
@@ -132,16 +152,22 @@ def execute(
     (folder_ / "run.json").write_text(json.dumps(asdict(run), indent=1) + "\n")
     started = time.monotonic()
     with FileLock(folder_ / "lock"):
-        federation = _federation(run, folder_, out / "features")
+        federation = run.federation(out)
         if run.simulator and simulator is not None:
             models, history = simulator(run, folder_, tell)
         else:
+            if federation.begun:
+                federation.begun.out.mkdir(parents=True, exist_ok=True)
+                with FileLock(federation.begun.out / "lock"):
+                    run_federation(federation.begun, tell)
             run_federation(federation, tell, aggregated=run.file.kind == "federated")
             models, history = {site: federation.model_of(site) for site in federation.sites}, federation.history()
         trained = time.monotonic()
         test = _unseen(run, federation, tell) if run.held_out else None
         scores = _test(run, models, out / "features", folder_, tell) if test is None else test
     phases = [phase for note in history for phase in note["phases"].values()]
+    # of all sites and rounds, also those that another run or an earlier start has done
+    training = sum(note["seconds"] for note in history) if not run.simulator else trained - started
     return {
         "key": run.key(),
         "strategy": run.strategy,
@@ -156,7 +182,7 @@ def execute(
         "steps": sum(phase["steps"] for phase in phases),
         "teacher_passes": sum(phase["teacher_passes"] for phase in phases),
         "bytes_per_round": max((note["bytes"] for note in history), default=0),
-        "seconds": {"training": trained - started, "evaluation": time.monotonic() - trained},
+        "seconds": {"training": training, "evaluation": time.monotonic() - trained},
         "card": run_card(run),
     }
 
@@ -175,21 +201,11 @@ def run_card(run: Run) -> dict[str, str]:
     }
 
 
-def _federation(run: Run, out: Path, store: Path) -> Federation:
-    file = run.file
-    strategy = file.checked().model_copy(update={"validate_every": run.validate_every})
-    sites = {name: path for name, path in run.folders().items() if name != run.held_out}
-    if file.kind == "pooled":
-        sites = {"pooled": pooled_site(sites, out / "pooled", run.seed, int(run.settings.get("folds", 3)))}
-    settings = {"feature_store": store}
-    return Federation(run.bundle, sites, strategy, out, run.rounds, run.settings, settings)
-
-
 def _test(run: Run, models: Mapping[str, Path], store: Path, out: Path, tell: Callable[[str], None]) -> list[CaseScore]:
     """Both models of every site on its test cases; without a personal part they are one."""
     kind, strategy = run.file.kind, run.file.checked()
     # trained alone, a site has one model; so has a federation that keeps nothing personal
-    one = kind != "federated" or not (strategy.personal or strategy.has_copy)
+    one = kind != "federated" or not strategy.keeps
     scores: list[CaseScore] = []
     for site, path in run.folders().items():
         own = models["pooled" if kind == "pooled" else site]

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 #: Where experts may be: beside the MLPs of the adapted encoder blocks, the neck's 3x3 convolution, the decoder's MLPs.
 Place = Literal["encoder", "neck", "decoder"]
+#: Settings of `adapt` that change nothing but the experts.
+EXPERT_SETTINGS = ("experts", "bottleneck", "expert_scale", "expert_places", "gate", "top_k")
+_EXPERT_SEED = 1_000_003
 
 
 class MLPWithExperts(MLPBlock):
@@ -90,10 +93,12 @@ def adapt(
         raise PFedSAMError("E16", f"adapted_blocks is {adapted_blocks!r}.", f"Use 'all' or 0 to {len(blocks)}.")
     _check(lora_rank, decoder_rank, experts, bottleneck, expert_places, gate, top_k)
     generator = torch.Generator().manual_seed(seed)
+    # of their own: the shared tensors start alike whatever is personal
+    of_experts = torch.Generator().manual_seed(seed + _EXPERT_SEED)
 
     def mixture(dim: int) -> LMoE:
         device = network.prompt_encoder.no_mask_embed.weight.device  # type: ignore[union-attr]
-        return LMoE(dim, experts, bottleneck, expert_scale, gate, top_k, generator, device)  # type: ignore[arg-type]
+        return LMoE(dim, experts, bottleneck, expert_scale, gate, top_k, of_experts, device)  # type: ignore[arg-type]
 
     network.first_adapted = len(blocks) - number
     for block in blocks[network.first_adapted :]:

@@ -7,7 +7,9 @@ run that was stopped goes on with the next round.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor
 from pfedsam.bundles import network_of
 from pfedsam.errors import PFedSAMError
 from pfedsam.files import read_safetensors, write_atomically
+from pfedsam.networks.adaptation import EXPERT_SETTINGS
 from pfedsam.parameters import shared_state
 from pfedsam.site_model import SiteModel, read, write
 from pfedsam.training.aggregation import aggregate
@@ -39,6 +42,8 @@ class Federation:
         rounds: number of rounds.
         overrides: listed ids of the bundle's configuration.
         settings: of `LocalTraining`, for example `checkpoint`, `device`, `feature_store`.
+        begun: a federation that has done the rounds, in which nothing personal took part; this one then adds its final
+            phases only.
     """
 
     bundle: str
@@ -48,6 +53,23 @@ class Federation:
     rounds: int
     overrides: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    begun: Federation | None = None
+
+    def rounds_alone(self, root: Path, split: str = "") -> Federation | None:
+        """The rounds as a federation of their own, which all share that differ in what is personal; None if none can.
+
+        Args:
+            root: its folder is in there, named by a hash of all that the rounds depend on.
+            split: what tells the cases' split apart.
+        """
+        strategy = self.strategy.rounds_alone()
+        if strategy is None:
+            return None
+        overrides = {key: value for key, value in self.overrides.items() if key not in EXPERT_SETTINGS} | {"experts": 0}
+        sites = {name: str(path) for name, path in self.sites.items()}
+        told = [self.bundle, sites, strategy.model_dump(mode="json"), overrides, self.rounds, split]
+        name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        return Federation(self.bundle, self.sites, strategy, root / name, self.rounds, overrides, self.settings)
 
     def model_of(self, site: str) -> Path:
         """A site's model file."""
@@ -55,6 +77,8 @@ class Federation:
 
     def global_model(self) -> tuple[dict[str, Tensor], int]:
         """The last global model and the number of rounds behind it ({} and 0 before the first)."""
+        if self.begun:
+            return self.begun.global_model()
         path = self.out / ROUND_FILE
         if not path.exists():
             return {}, 0
@@ -68,7 +92,8 @@ class Federation:
     def history(self) -> list[dict[str, Any]]:
         """What was noted in each round and site, in order; the last note of a round and site counts."""
         path = self.out / HISTORY_FILE
-        notes = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        notes = self.begun.history() if self.begun else []
+        notes += [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return list({(note["round"], note["site"]): note for note in notes}.values())
 
 
@@ -105,14 +130,16 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
         if _final_round(federation, name) == federation.rounds:
             continue  # this site's final phase was done before
         local.receive(theta, local.fingerprint)
+        started = time.monotonic()
         before = local.validate(experts=False)["val_dice"]
         result = local.finish(federation.rounds)
-        after = local.validate(experts=True)["val_dice"]
+        after = local.validate(experts=True)["val_dice"] if strategy.keeps else before
         write(
             federation.model_of(name),
             local.model(round=federation.rounds, final=True, val_dice_global=before, val_dice_personal=after),
         )
-        _note(federation, name, federation.rounds, result, val_dice_global=before, val_dice_personal=after)
+        metrics = {"val_dice_global": before, "val_dice_personal": after}
+        _note(federation, name, federation.rounds, result, started, **metrics)
         tell(f"{strategy.name}: final phase, {name}: global {before:.3f}, personal {after:.3f}")
 
 
@@ -136,9 +163,10 @@ def _open(federation: Federation, name: str) -> LocalTraining:
 def _start(federation: Federation, sites: Mapping[str, LocalTraining]) -> tuple[dict[str, Tensor], int]:
     """The global model to go on from and the number of rounds done."""
     theta, done = federation.global_model()
-    if done:
+    if done and not federation.begun:
         for name, local in sites.items():
             local.restore(read(federation.model_of(name)))
+    if done:
         return theta, done
     network = network_of(federation.bundle, federation.overrides, checkpoint=federation.settings.get("checkpoint"))
     return shared_state(network, federation.strategy.roles), 0
@@ -147,16 +175,19 @@ def _start(federation: Federation, sites: Mapping[str, LocalTraining]) -> tuple[
 def _round(
     federation: Federation, name: str, local: LocalTraining, theta: Mapping[str, Tensor], number: int
 ) -> tuple[RoundResult, SiteModel]:
+    started = time.monotonic()
     local.receive(theta, local.fingerprint)
     metrics = {}
     if local.validates(number):
         metrics["val_dice_global"] = local.validate(experts=False)["val_dice"]
     result = local.train(number)
-    _note(federation, name, number, result, **metrics)
+    _note(federation, name, number, result, started, **metrics)
     return result, local.model(round=number, final=False, **metrics)
 
 
-def _note(federation: Federation, site: str, number: int, result: RoundResult, **metrics: float) -> None:
+def _note(
+    federation: Federation, site: str, number: int, result: RoundResult, started: float, **metrics: float
+) -> None:
     """One line of the history: what a curve needs."""
     phases = {
         name: {
@@ -169,6 +200,7 @@ def _note(federation: Federation, site: str, number: int, result: RoundResult, *
     }
     sent = sum(tensor.numel() * tensor.element_size() for tensor in result.delta.values())
     note = {"round": number, "site": site, **metrics, "bytes": sent, "phases": phases, "gates": result.gates}
+    note["seconds"] = round(time.monotonic() - started, 2)
     with (federation.out / HISTORY_FILE).open("a") as file:
         file.write(json.dumps(note) + "\n")
 

@@ -142,10 +142,28 @@ class Strategy(_Settings):
         """The roles of the groups (E16 if they are impossible)."""
         return Roles(self.shared, self.personal)
 
+    def rounds_alone(self) -> Strategy | None:
+        """The rounds without the final phases, if nothing personal takes part in them, else None.
+
+        Strategies that differ in what is personal only then have the same rounds, and the same global model.
+        """
+        if any(phase.trains != ("shared",) or phase.experts or phase.distillation for phase in self.phases):
+            return None
+        phases = tuple(
+            phase.model_copy(update={"name": f"global_{number}" if number else "global"})
+            for number, phase in enumerate(self.phases)
+        )
+        return self.model_copy(update={"name": "rounds", "personal": (), "phases": phases, "final": ()})
+
     @property
     def has_copy(self) -> bool:
         """Whether a site keeps a copy of the shared tensors of its own."""
         return any("copy" in phase.trains for phase in (*self.phases, *self.final))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a site has a personal model beside the global one."""
+        return bool(self.personal) or self.has_copy
 
     def resting(self, round_number: int) -> frozenset[str]:
         """Groups that are not trained in a round though they are shared."""
