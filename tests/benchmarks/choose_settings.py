@@ -54,14 +54,20 @@ def shared_rate(rate: float) -> dict[str, Any]:
 #: name of a choice: (strategy, patch)
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "pfedsam": ("pfedsam", {}),
-    "pfedsam, learning rate 0.001": ("pfedsam", shared_rate(0.001)),
     "pfedsam, learning rate 0.002": ("pfedsam", shared_rate(0.002)),
     "pfedsam, learning rate 0.008": ("pfedsam", shared_rate(0.008)),
     "pfedsam, no teacher": ("pfedsam", final(distillation=None)),
     "pfedsam, weight 0.5": ("pfedsam", taught(0.5)),
     "pfedsam, weight 0.5, no quality gate": ("pfedsam", taught(0.5, gate=False)),
-    "pfedsam, final learning rate 0.0025": ("pfedsam", final(learning_rate=0.0025)),
+    "pfedsam, final learning rate 0.00125": ("pfedsam", final(learning_rate=0.00125)),
+    "pfedsam, final learning rate 0.005": ("pfedsam", final(learning_rate=0.005)),
+    "pfedsam, final learning rate 0.005, no teacher": ("pfedsam", final(learning_rate=0.005, distillation=None)),
     "pfedsam, final learning rate 0.01": ("pfedsam", final(learning_rate=0.01)),
+    "one expert, no teacher, final learning rate 0.005": ("one_adapter", final(learning_rate=0.005)),
+    "pfedsam, learning rate 0.001, final learning rate 0.005": (
+        "pfedsam",
+        {"phases": {"global": {"learning_rate": 0.001}, "final": {"learning_rate": 0.005}}},
+    ),
     "pfedsam, token gate": ("pfedsam", {"overrides": {"gate": "token"}}),
     "pfedsam, bottleneck 64": ("pfedsam", {"overrides": {"bottleneck": 64}}),
     "pfedsam, experts in encoder and decoder": (

@@ -89,6 +89,8 @@ class Run:
         strategy = {**file.strategy, "name": "", "validate_every": self.validate_every}
         kind = "local" if file.kind == "ensemble" else file.kind
         settings = {key: value for key, value in self.settings.items() if key not in _INDIFFERENT}
+        if settings.get("experts") == 0 and settings.get("lora_rank") == 0:
+            settings.pop("adapted_blocks", None)  # they get nothing
         told = [self.bundle, self.sites, strategy, kind, settings, self.rounds, self.held_out, self.simulator]
         return _hash([told, self.split_hash()])[:16]
 
