@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pfedsam.bundles import network_of, settings_of
+from pfedsam.networks.adaptation import AUTO
 from pfedsam.networks.sam import SegmentAnything
 from pfedsam.parameters import GROUPS, Role, Roles, TensorSpec, group_of, tensors
 
@@ -81,6 +82,9 @@ def describe(bundle: str, roles: Roles, overrides: Mapping[str, Any] | None = No
     told = settings_of(bundle, overrides)
     trunk, head = _gflop(network)
     settings = {key: told[key] for key in SWITCHES if key in told}
+    if settings.get("adapted_blocks") == AUTO:
+        blocks = network.image_encoder.adaptable_blocks()  # type: ignore[operator]
+        settings["adapted_blocks"] = len(blocks) - network.first_adapted
     return Description(settings, groups, _decoder_share(network, roles), trunk, head)
 
 

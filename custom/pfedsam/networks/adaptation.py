@@ -26,6 +26,8 @@ Place = Literal["encoder", "neck", "decoder"]
 #: Settings of `adapt` that change nothing but the experts.
 EXPERT_SETTINGS = ("experts", "bottleneck", "expert_scale", "expert_places", "gate", "top_k")
 _EXPERT_SEED = 1_000_003
+#: `adapted_blocks` as the registry of backbones has it.
+AUTO = "auto"
 
 
 class MLPWithExperts(MLPBlock):
@@ -90,7 +92,7 @@ def adapt(
     blocks = network.image_encoder.adaptable_blocks()  # type: ignore[operator]
     number = len(blocks) if adapted_blocks == "all" else adapted_blocks
     if not isinstance(number, int) or not 0 <= number <= len(blocks):
-        raise PFedSAMError("E16", f"adapted_blocks is {adapted_blocks!r}.", f"Use 'all' or 0 to {len(blocks)}.")
+        raise PFedSAMError("E16", f"adapted_blocks is {adapted_blocks!r}.", f"Use 'auto', 'all' or 0 to {len(blocks)}.")
     _check(lora_rank, decoder_rank, experts, bottleneck, expert_places, gate, top_k)
     generator = torch.Generator().manual_seed(seed)
     # of their own: the shared tensors start alike whatever is personal

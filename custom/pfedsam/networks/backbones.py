@@ -32,6 +32,7 @@ class Backbone:
         layout: of the fused qkv rows.
         mean, std: normalisation of an image in [0, 1].
         checkpoint: name of its default weights (`pfedsam.networks.weights`), or None for random ones from a seed.
+        adapted_blocks: how many of the last blocks are adapted where nothing else is asked for.
     """
 
     encoder: Callable[[int], nn.Module]
@@ -43,10 +44,11 @@ class Backbone:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     checkpoint: str | None
+    adapted_blocks: int = 2
 
 
 #: Normalisation of SAM's training (of ImageNet), for an image in [0, 1].
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_IMAGENET: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def _sam(checkpoint: str, **settings: Any) -> Backbone:
@@ -74,6 +76,8 @@ BACKBONES: dict[str, Backbone] = {
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
         checkpoint="lite_medsam",
+        # all but the convolutions and the first stage of attention (tests/benchmarks/results/choices*.jsonl)
+        adapted_blocks=8,
     ),
     "vit_b": _sam("sam_vit_b", width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11)),
     "vit_l": _sam("sam_vit_l", width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.networks.adaptation import ADAPTATION, adapt
+from pfedsam.networks.adaptation import ADAPTATION, AUTO, adapt
 from pfedsam.networks.backbones import build_parts, get_backbone
 from pfedsam.networks.loading import load_base, read_checkpoint
 from pfedsam.networks.moe import LMoE
@@ -199,7 +199,7 @@ def build_network(
             which is allowed for `vit_test` (seeded random weights) and on the meta device only.
         checkpointing: see `SegmentAnything`; it changes memory and time, not the output.
         seed: of the initial adapters, and of `vit_test`'s weights.
-        adaptation: settings of `adapt`.
+        adaptation: settings of `adapt`; `adapted_blocks` may also be `auto`, the backbone's own number.
 
     Raises:
         PFedSAMError: E10 for a wrong or missing checkpoint, E16 for wrong settings.
@@ -209,6 +209,8 @@ def build_network(
     if unknown or classes < 1:
         what = f"unknown setting(s) {unknown}" if unknown else f"classes is {classes}"
         raise PFedSAMError("E16", f"{what}.", f"Settings: {sorted(ADAPTATION)}; at least one class.")
+    if adaptation.get("adapted_blocks", AUTO) == AUTO:
+        adaptation["adapted_blocks"] = registered.adapted_blocks
     meta = torch.empty(()).device.type == "meta"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
