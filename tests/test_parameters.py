@@ -292,4 +292,5 @@ def test_fingerprint_tells_networks_of_other_settings_or_weights_apart():
 def test_fingerprint_is_the_same_whether_a_default_is_written_out_or_not():
     one = build_network("vit_test", 32)
     same = build_network("vit_test", 32, adapted_blocks=2, lora_rank=4, gate="image")
-    assert one.base_fingerprint == same.base_fingerprint
+    auto = build_network("vit_test", 32, adapted_blocks="auto")
+    assert one.base_fingerprint == same.base_fingerprint == auto.base_fingerprint
