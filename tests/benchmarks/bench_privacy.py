@@ -96,10 +96,11 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=OPTIONS, default=list(OPTIONS), metavar="OPTION")
     chosen = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     for seed in chosen.seeds:
-        for option in OPTIONS:
+        for option in chosen.only:
             if any((row["option"], row["seed"]) == (option, seed) for row in rows):
                 continue
             folder = Path(tempfile.mkdtemp())
