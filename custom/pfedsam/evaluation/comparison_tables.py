@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +27,10 @@ def markdown(records: Records, reference: str, missing: Sequence[str] = ()) -> s
         parts.append(f"Missing: {'; '.join(missing)}.\n")
     cards = {f"{r['card']['code']}; {r['card']['machine']}" for r in records}
     splits = sorted({f"seed {r['seed']}: {r['card']['split']}" for r in records})
-    settings = {key: value for key, value in records[0]["settings"].items() if key not in ("seed", "experts")}
+    # those of the comparison, not those that a strategy brings
+    counted = Counter((key, json.dumps(value)) for r in records for key, value in r["settings"].items())
+    settings = {key: json.loads(value) for (key, value), n in counted.items() if n > len(records) / 2}
+    settings = {key: value for key, value in settings.items() if key not in ("seed", "experts")}
     parts.append(f"Code and machine: {' | '.join(sorted(cards))}. Splits: {', '.join(splits)}.")
     parts.append(f"Rounds: {sorted({r['rounds'] for r in records})}. Settings: {settings}.")
     return "\n".join(parts) + "\n"
