@@ -63,7 +63,8 @@ def test_network_with_the_published_weights_equals_their_own_package(checkpoints
             sparse_prompt_embeddings=torch.zeros(1, 0, 256),
             dense_prompt_embeddings=theirs.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand(1, -1, 64, 64),
         )
-        assert torch.equal(embedding, expected)
+        # another memory layout and order of factors: rounding only
+        assert torch.allclose(embedding, expected, rtol=0, atol=2e-5)
         assert torch.allclose(ours.head(embedding), masks, rtol=0, atol=1e-4)
 
 
