@@ -101,8 +101,6 @@ def measure(name: str, sites: dict[str, Path], out: Path) -> dict[str, Any]:
 
     if file.kind == "federated":
         federation.begun = federation.rounds_alone(out / "rounds")
-    if federation.begun:
-        run_federation(federation.begun, tell)
     run_federation(federation, tell, aggregated=file.kind == "federated")
     last = [note for note in federation.history() if note["round"] == ROUNDS]
     dice = {who: {note["site"]: note[f"val_dice_{who}"] for note in last} for who in ("global", "personal")}

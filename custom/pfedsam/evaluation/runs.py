@@ -158,10 +158,6 @@ def execute(
         if run.simulator and simulator is not None:
             models, history = simulator(run, folder_, tell)
         else:
-            if federation.begun:
-                federation.begun.out.mkdir(parents=True, exist_ok=True)
-                with FileLock(federation.begun.out / "lock"):
-                    run_federation(federation.begun, tell)
             run_federation(federation, tell, aggregated=run.file.kind == "federated")
             models, history = {site: federation.model_of(site) for site in federation.sites}, federation.history()
         trained = time.monotonic()

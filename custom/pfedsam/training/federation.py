@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from torch import Tensor
 
 from pfedsam.bundles import network_of
@@ -42,8 +43,8 @@ class Federation:
         rounds: number of rounds.
         overrides: listed ids of the bundle's configuration.
         settings: of `LocalTraining`, for example `checkpoint`, `device`, `feature_store`.
-        begun: a federation that has done the rounds, in which nothing personal took part; this one then adds its final
-            phases only.
+        begun: a federation of the rounds alone, in which nothing personal takes part; it is run first, or what is left
+            of it, and this one adds its final phases only.
     """
 
     bundle: str
@@ -111,6 +112,10 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
     federation.out.mkdir(parents=True, exist_ok=True)
     if federation.finished():
         return
+    if federation.begun:
+        federation.begun.out.mkdir(parents=True, exist_ok=True)
+        with FileLock(federation.begun.out / "lock"):  # others share it
+            run_federation(federation.begun, event, aggregated)
     strategy, tell = federation.strategy, event or (lambda line: None)
     sites = {name: _open(federation, name) for name in federation.sites}
     theta, done = _start(federation, sites)
