@@ -32,6 +32,7 @@ CODES: dict[str, str] = {
     "E20": "result refused by the server's guard",
     "E21": "federation not agreed with the site",
     "E22": "the deployment does not answer or refuses",
+    "E23": "the site asks for clipping or noise that the job has not",
     "E99": "unexpected error",
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +28,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.federated import persistor as module
 from pfedsam.federated.boundary import FINGERPRINT_KEY
 from pfedsam.federated.final_phase import FinalPersonalPhase
+from pfedsam.federated.jobs import SERVER
 from pfedsam.federated.persistor import BEST_GLOBAL_MODEL_FILE, GLOBAL_MODEL_FILE, SharedStatePersistor
 from pfedsam.federated.plan import PLAN_ID, Plan
 from pfedsam.global_model import read_global_model, write_global_model
@@ -76,6 +79,8 @@ def started(tmp_path, monkeypatch):
         engine = SimpleNamespace(components=components, get_component=components.get, get_clients=lambda: clients)
         fl_ctx = FLContextManager(engine=engine, identity_name="server", job_id="job").new_context()
         fl_ctx.set_prop(FLContextKey.APP_ROOT, str(tmp_path), private=True, sticky=True)
+        (tmp_path / "config").mkdir(exist_ok=True)
+        (tmp_path / "config" / SERVER).write_text(json.dumps({"components": [{"id": "persistor", "args": arguments}]}))
         events(engine, fl_ctx, EventType.START_RUN)
         return SimpleNamespace(
             persistor=persistor, fl_ctx=fl_ctx, engine=engine, panics=panics, locator=components["locator"]
@@ -95,8 +100,9 @@ def test_the_global_model_is_the_shared_part_of_the_network_with_its_fingerprint
 def test_theta0_replaces_the_network(started, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "network_of", lambda *_: pytest.fail("the network was built"))
     state = {A: torch.ones(2, 3), D: torch.ones(4, 2)}
-    write_global_model(tmp_path / "theta0.safetensors", state, "cd" * 32, SHARED)
-    run = started(theta0=str(tmp_path / "theta0.safetensors"))
+    (tmp_path / "config").mkdir()
+    write_global_model(tmp_path / "config" / "theta0.safetensors", state, "cd" * 32, SHARED)
+    run = started(theta0="theta0.safetensors")
     model = run.persistor.load(run.fl_ctx)
     assert (model[ModelLearnableKey.WEIGHTS][A] == 1).all()
     assert model[ModelLearnableKey.META][FINGERPRINT_KEY] == "cd" * 32
@@ -130,7 +136,8 @@ def test_a_saved_model_is_found_again_and_can_be_gone_on_from(started, tmp_path)
     state, fingerprint = read_global_model(tmp_path / GLOBAL_MODEL_FILE, SHARED)
     assert (state[A] == 7).all() and fingerprint == FINGERPRINT
 
-    resumed = started(source_ckpt_file_full_name=str(tmp_path / GLOBAL_MODEL_FILE))
+    shutil.copy(tmp_path / GLOBAL_MODEL_FILE, tmp_path / "config" / "last.safetensors")
+    resumed = started(source_ckpt_file_full_name="last.safetensors")
     again = resumed.persistor.load(resumed.fl_ctx)
     assert (again[ModelLearnableKey.WEIGHTS][A] == 7).all()
 
@@ -149,8 +156,8 @@ def test_last_and_best_model_are_located_for_the_global_evaluation(started, tmp_
 
 def test_no_file_of_the_global_model_is_ever_unpickled(started, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
-    torch.save({"model": {}}, tmp_path / "old.pt")
-    run = started(source_ckpt_file_full_name=str(tmp_path / "old.pt"))
+    run = started(source_ckpt_file_full_name="old.pt")
+    torch.save({"model": {}}, tmp_path / "config" / "old.pt")
     assert run.persistor.load(run.fl_ctx) is None
     assert run.panics[0].startswith("E10")
 
@@ -180,6 +187,21 @@ def test_a_write_that_fails_leaves_the_old_model_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_global_model(path, {name: value + 1 for name, value in state.items()}, FINGERPRINT, SHARED)
     assert path.read_bytes() == before and [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", ["/etc/shadow", "../resources.json", "config/x.safetensors"])
+@pytest.mark.parametrize(
+    "argument", ["theta0", "source_ckpt_file_full_name", "global_model_file_name", "best_global_model_file_name"]
+)
+def test_a_job_names_no_path_at_the_server(argument, name):
+    with pytest.raises(PFedSAMError, match="E16"):
+        SharedStatePersistor(**{argument: name})
+
+
+def test_a_variable_in_the_servers_configuration_ends_the_job(started):
+    run = started(theta0="{$HOME}")
+    assert run.persistor.load(run.fl_ctx) is None
+    assert "E18" in run.panics[0] and "components.0.args.theta0" in run.panics[0]
 
 
 def test_constructor_arguments_can_be_exported():

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from filelock import FileLock
-from scenarios import LEAKS, LOCKED_CLASSES, TROUBLES, canary_of
+from scenarios import LEAKS, LOCKED_CLASSES, SECRET, TROUBLES, canary_of
 from simulated import FEDERATION, SOURCE, Job, Run, component, simulate
 
 from pfedsam.data.phantom import write_phantom
@@ -70,19 +70,15 @@ def troubled_run(clean_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Ru
     job = Job(sites=len(names))
     job.server["min_clients"] = 1
     job.server["workflows"][0]["args"]["wait_time_after_min_received"] = 120
-    # only site-4 takes the data root from the variable that is not set
-    for name in names:
-        if name != "site-4":
-            component(job.site(name), "learner")["args"]["data_root"] = "{$TEST_DATA}"
     _out_of_range(sorted((data / "site-1" / "labels").iterdir())[0])
     sorted((data / "site-2" / "images").iterdir())[0].write_bytes(b"this is no image")
-    job.site("site-4")
+    job.site_plan("site-4")["strategy"]["phases"][0]["name"] = "{$TEST_SECRET}"
     job.site_plan("site-5")["strategy"]["phases"][0]["learnin_rate"] = 0.1
     job.site_plan("site-6")["overrides"]["lora_rank"] = 2
     job.site_plan("site-7")["strategy"]["phases"][0]["learning_rate"] = 1e30
     (state,) = (folder / "kept" / FEDERATION / "site-3").iterdir()
     with FileLock(state / "lock"):
-        return simulate(folder, job, data, environment={"PFEDSAM_DATA": None, "TEST_DATA": str(data)})
+        return simulate(folder, job, data, environment={"TEST_SECRET": SECRET})
 
 
 def _out_of_range(label: Path) -> None:

@@ -7,12 +7,15 @@ import numpy as np
 #: Personal values that nothing but a leak can bring to the server.
 CANARY = np.float32(1.5) + np.arange(256, dtype=np.float32) * np.float32(1.2345e-3)
 
+#: Value of an environment variable of the sites, which a job asks for.
+SECRET = "correct_horse_battery"
+
 #: What is wrong at each site of `troubled_run`, and the code that reaches the server.
 TROUBLES = {
     "site-1": ("label out of range", "E07"),
     "site-2": ("corrupt image", "E05"),
     "site-3": ("state in use by another job", "E14"),
-    "site-4": ("PFEDSAM_DATA is not set", "E01"),
+    "site-4": ("a variable of the machine in the job", "E18"),
     "site-5": ("unknown strategy key", "E16"),
     "site-6": ("other base weights", "E11"),
     "site-7": ("loss is not finite", "E17"),
@@ -35,6 +38,7 @@ LOCKED_CLASSES = (
     "pfedsam.federated.learner.PFedSAMLearner",
     "pfedsam.federated.persistor.SharedStatePersistor",
     "pfedsam.federated.plan.Plan",
+    "pfedsam.federated.scalars.ListedScalars",
 )
 
 

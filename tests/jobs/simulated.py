@@ -141,9 +141,10 @@ class Run:
     def server_log(self) -> str:
         return (self.workspace / "server" / "log.txt").read_text()
 
-    def sent(self, site: str) -> list[dict[str, Any]]:
-        """What the site's filter wrote down."""
-        return _lines(self.workspace / site / JOB_ID / "pfedsam_sent.jsonl")
+    def sent(self, site: str, stage: str = "checked") -> list[dict[str, Any]]:
+        """What the site's filter wrote down: as the allow-list let it pass, or as it `left`."""
+        lines = _lines(self.workspace / site / JOB_ID / "pfedsam_sent.jsonl")
+        return [one for one in lines if one["stage"] == stage]
 
     def received(self) -> list[dict[str, Any]]:
         """What the server's guard wrote down."""

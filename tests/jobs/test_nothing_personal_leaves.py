@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from recorder import Item, Needles, personal_arrays, texts_in, words_in
-from scenarios import LEAKS, TROUBLES, canary_of
+from scenarios import LEAKS, SECRET, TROUBLES, canary_of
 from simulated import Run, component
 
 from pfedsam.errors import code_of_reply
@@ -148,6 +148,12 @@ def private_texts(run: Run) -> list[str]:
 def test_no_case_name_and_no_path_of_a_site_reaches_the_server(run: Run) -> None:
     for where, data in run.everything.items():
         assert texts_in(private_texts(run), data) == [], where
+
+
+def test_no_variable_of_a_site_reaches_the_server(troubled_run: Run) -> None:
+    """site-4 was sent a job that names one where NVFlare fills it in."""
+    for where, data in troubled_run.everything.items():
+        assert texts_in([SECRET], data) == [], where
 
 
 @pytest.mark.parametrize("run", RUNS, indirect=True)

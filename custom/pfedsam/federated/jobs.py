@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -10,10 +11,11 @@ from dataclasses import dataclass
 from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pfedsam.bundles import folder
 from pfedsam.errors import PFedSAMError
+from pfedsam.federated.packing import Precision
 from pfedsam.strategies import find_strategy
 
 _AGGREGATORS = "pfedsam.federated.aggregators"
@@ -47,7 +49,8 @@ class Privacy:
         encrypt: see `pfedsam.federated.encryption`.
 
     Raises:
-        PFedSAMError: E16 if a packed payload shall be encrypted.
+        PFedSAMError: E16 for values that no site could apply, noise without a clip, or a packed payload that shall be
+            encrypted.
     """
 
     clip: float | None = None
@@ -56,6 +59,13 @@ class Privacy:
     encrypt: bool = False
 
     def __post_init__(self) -> None:
+        given = f"clip {self.clip}, noise {self.noise_multiplier}, precision '{self.precision}'"
+        if (self.clip is not None and not 0 < self.clip < math.inf) or not 0 <= self.noise_multiplier < math.inf:
+            raise PFedSAMError("E16", f"{given}.", "Clip is the largest norm, above 0; noise is a multiple of it.")
+        if self.noise_multiplier and self.clip is None:
+            raise PFedSAMError("E16", f"{given}.", "Noise needs a clip: it is a multiple of it.")
+        if self.precision not in ("fp32", *get_args(Precision)):
+            raise PFedSAMError("E16", f"{given}.", f"Precisions: fp32, {', '.join(get_args(Precision))}.")
         if self.encrypt and self.precision != "fp32":
             raise PFedSAMError("E16", f"{self.precision} cannot be added up encrypted.", "Take fp32, or no encryption.")
 
@@ -226,12 +236,19 @@ def classes_of(job: Path) -> list[str]:
     return sorted(named - set(DEFAULT_CLASS_ALLOW_LIST))
 
 
-def needed_classes() -> list[str]:
-    """Exact class paths that the packaged jobs and `Privacy` name, and nothing else: what a site has to allow."""
-    named: set[str] = {NOISE, PACK, UNPACK, ENCRYPT, DECRYPT, GUARD, *(one["path"] for one in ENCRYPTED.values())}
+def needed_classes(side: str) -> list[str]:
+    """Exact class paths that the packaged jobs and `Privacy` name, and nothing else: what has to be allowed.
+
+    Args:
+        side: `SERVER` or `CLIENT`: a class of the server has no business at a site.
+    """
+    of_privacy = {
+        CLIENT: {NOISE, PACK, ENCRYPT, DECRYPT},
+        SERVER: {UNPACK, GUARD, *(one["path"] for one in ENCRYPTED.values())},
+    }
+    named: set[str] = set(of_privacy[side])
     for job in folder("jobs").glob("*/meta.json"):
-        for name in (SERVER, CLIENT):
-            _collect_paths(json.loads((job.parent / "app" / "config" / name).read_text()), named)
+        _collect_paths(json.loads((job.parent / "app" / "config" / side).read_text()), named)
     return sorted(named)
 
 

@@ -18,9 +18,12 @@ from pfedsam.data.checks import check_site, require_valid
 from pfedsam.data.transforms import class_numbers
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
-from pfedsam.federated.filters import require_outgoing_filter
+from pfedsam.federated.filters import outgoing_filters, require_outgoing_filter
+from pfedsam.federated.jobs import CLIENT
+from pfedsam.federated.literals import require_literal
 from pfedsam.federated.plan import Plan, plan_of
-from pfedsam.federated.scalars import ListedScalars
+from pfedsam.federated.privacy import require_policy
+from pfedsam.federated.scalars import ListedScalars, phase_tag
 from pfedsam.federated.settings import require_agreed, site_folder, site_settings
 from pfedsam.state import SiteState, state_root
 from pfedsam.training.local import LocalTraining, RoundResult
@@ -40,21 +43,17 @@ class PFedSAMLearner(ModelLearner):
     An error is told to the server as `SITE_REFUSED:Exx`; its sentence stays in the site's log.
 
     Args:
-        data_root: folder with the site folders; the site's `local/pfedsam.json` overrides it.
         device: `auto` or a torch device; the site's file overrides it.
         threads: of torch, 0 for a default; the site's file overrides it. The default is one in a simulation, where
             the sites share the cores, else torch's own.
-        tb_writer_id: component that sends scalars, or an empty string for none.
+        scalars_id: component `ListedScalars`, or an empty string for none.
     """
 
-    def __init__(
-        self, data_root: str = "", device: str = "auto", threads: int = 0, tb_writer_id: str = "tb_writer"
-    ) -> None:
+    def __init__(self, device: str = "auto", threads: int = 0, scalars_id: str = "scalars") -> None:
         super().__init__()
-        self.data_root = data_root
         self.device = device
         self.threads = threads
-        self.tb_writer_id = tb_writer_id
+        self.scalars_id = scalars_id
         self._started = False
         self._problem: PFedSAMError | None = None
         self._state: SiteState | None = None
@@ -93,12 +92,15 @@ class PFedSAMLearner(ModelLearner):
             self._state.close()
 
     def _start(self) -> None:
+        require_literal(self.workspace.get_app_dir(self.job_id), CLIENT)
         require_outgoing_filter(self.fl_ctx, FILTERED_TASKS)
         plan = plan_of(self.fl_ctx)
         strategy, site = plan.checked(), site_settings(self.fl_ctx)
         require_agreed(plan.federation, site)
+        trained = outgoing_filters(self.fl_ctx, AppConstants.TASK_TRAIN)
+        require_policy(trained, site.largest_clip, site.least_noise)
         self._set_threads(site.threads or self.threads)
-        folder = site_folder(site.data_root or self.data_root, self.site_name)
+        folder = site_folder(site.data_root, self.site_name)
         labels = class_numbers(class_names(find_bundle(plan.bundle)), site.labels)
         seed, folds = (int((plan.overrides or {}).get(key, value)) for key, value in (("seed", 0), ("folds", 3)))
         require_valid(check_site(folder, list(labels), seed=seed, folds=folds))
@@ -108,12 +110,17 @@ class PFedSAMLearner(ModelLearner):
         self._local = LocalTraining(plan.bundle, folder, strategy, plan.overrides, output, **told)
         self._local.open()
         self._open_state(plan, site.state_root)
-        self._scalars = ListedScalars(self.engine.get_component(self.tb_writer_id) if self.tb_writer_id else None)
+        self._scalars = self._find_scalars(site.curves)
         self._local.trainer.should_stop = self.is_aborted
         self.logger.info(
             f"{len(self._local.cases)} training and {len(self._local.validation_cases)} validation cases, "
             f"device {self._local.trainer.state.device}, {torch.get_num_threads()} thread(s)"
         )
+
+    def _find_scalars(self, wanted: bool) -> ListedScalars:
+        found = self.engine.get_component(self.scalars_id) if self.scalars_id and wanted else None
+        # one that was never told of the run sends nothing
+        return found if isinstance(found, ListedScalars) else ListedScalars()
 
     def _open_state(self, plan: Plan, root: str | None) -> None:
         fingerprint = self._local.fingerprint
@@ -175,9 +182,10 @@ class PFedSAMLearner(ModelLearner):
 
     def _report(self, result: RoundResult) -> None:
         for name, phase in result.phases.items():
-            self._scalars.send(f"loss/{name}", phase.mean_loss, self.current_round)
+            tag = phase_tag(self._local.strategy, name)
+            self._scalars.send(f"loss/{tag}", phase.mean_loss, self.current_round)
             if phase.steps:
-                self._scalars.send(f"distilled_share/{name}", phase.distilled_steps / phase.steps, self.current_round)
+                self._scalars.send(f"distilled_share/{tag}", phase.distilled_steps / phase.steps, self.current_round)
         for number, usage in enumerate(result.gates.values()):
             for key, value in usage.items():
                 tag = "gate_entropy" if key == "entropy" else f"expert_{key}"

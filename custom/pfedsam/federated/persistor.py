@@ -16,6 +16,8 @@ from torch import Tensor
 from pfedsam.bundles import network_of
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY
+from pfedsam.federated.jobs import SERVER
+from pfedsam.federated.literals import require_literal
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.global_model import read_global_model, write_global_model
 from pfedsam.parameters import Manifest, shared_state
@@ -33,9 +35,9 @@ class SharedStatePersistor(PTFileModelPersistor):
     is built once and freed. It is a `PTFileModelPersistor` because NVFlare's `PTFileModelLocator` insists on one.
 
     Args:
-        theta0: file made by `pfedsam init-global`, for a server without SAM weights; a relative path is looked up in
-            the job's `app/config`, then in its `app/custom`.
-        source_ckpt_file_full_name: global model of an earlier run to go on from.
+        theta0: name of a file made by `pfedsam init-global`, for a server without SAM weights; it is looked up in the
+            job's `app/config`, then in its `app/custom`.
+        source_ckpt_file_full_name: global model of an earlier run to go on from, carried in the same way.
         global_model_file_name: of the last global model, in the server's app folder.
         best_global_model_file_name: of the best global model, in the server's app folder.
     """
@@ -54,6 +56,10 @@ class SharedStatePersistor(PTFileModelPersistor):
             load_weights_only=True,
         )
         self.theta0 = theta0
+        # without this, a job could overwrite any file of the server's account, or send one out as the global model
+        for name in (theta0, source_ckpt_file_full_name, global_model_file_name, best_global_model_file_name):
+            if name and Path(name).name != name:
+                raise PFedSAMError("E16", f"{name!r} is a path.", "Give a file name; a job carries it in app/config.")
         self._expected: Manifest = {}
         self._fingerprint = ""
         self._round = -1
@@ -69,6 +75,7 @@ class SharedStatePersistor(PTFileModelPersistor):
             the job.
         """
         try:
+            require_literal(str(fl_ctx.get_prop(FLContextKey.APP_ROOT)), SERVER, references=True)
             plan = plan_of(fl_ctx)
             self._expected = plan.shared()
             state, self._fingerprint = self._theta0(plan, fl_ctx)
@@ -114,7 +121,6 @@ class SharedStatePersistor(PTFileModelPersistor):
         for given in (self.source_ckpt_file_full_name, self.theta0):
             if given:
                 app = Path(fl_ctx.get_prop(FLContextKey.APP_ROOT) or "")
-                # an absolute path stays as it is
                 places = [app / name / given for name in _CARRIED_IN]
                 return read_global_model(next((p for p in places if p.is_file()), places[-1]), self._expected)
         network = network_of(plan.bundle, plan.overrides)

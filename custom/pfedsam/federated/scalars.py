@@ -1,36 +1,79 @@
-"""Scalars for TensorBoard: they travel as events, around the filters, so their tags are an allow-list of their own."""
+"""Scalars for TensorBoard: they travel as events, around the filters, so what may be in one is fixed here.
+
+NVFlare's own writers take the names of events from the job, and NVFlare fills environment variables of the site into
+every text of a job's configuration. So this sender takes nothing from a job: one event, listed tags, finite numbers.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from collections import Counter
+from pathlib import Path
 
-#: Tags that may leave a site. A phase's name is bound to short lower-case words, an expert's place to numbers.
+from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE, AnalyticsDataType, LogWriterName
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.utils.analytix_utils import create_analytic_dxo
+from nvflare.app_common.widgets.convert_to_fed_event import FED_EVENT_PREFIX
+
+from pfedsam.federated.records import SCALARS, SENT_FILE, append_record
+from pfedsam.training.phases import Strategy
+
+#: The event that `TBAnalyticsReceiver` of the packaged jobs waits for.
+EVENT = FED_EVENT_PREFIX + ANALYTIC_EVENT_TYPE
+#: Names of phases that may leave a site; any other phase is told by its number.
+PHASES = ("alone", "final", "global", "local", "train")
+#: Tags that may leave a site.
 LISTED = re.compile(
     r"val_dice_(global|personal)|"
-    r"(loss|distilled_share)/[a-z_]{1,20}|"
+    rf"(loss|distilled_share)/({'|'.join(PHASES)}|phase_\d{{1,2}})|"
     r"(gate_entropy|expert_share_\d{1,2})/layer_\d{1,2}"
 )
 
 
-class ListedScalars:
-    """Sends listed scalars, and nothing else.
+def phase_tag(strategy: Strategy, name: str) -> str:
+    """What a phase is called in a tag: its name if that is listed, else its place, so that no text of a job leaves."""
+    if name in PHASES:
+        return name
+    return f"phase_{[phase.name for phase in (*strategy.phases, *strategy.final)].index(name)}"
 
-    Args:
-        writer: an NVFlare log writer with `add_scalar`, or None: then nothing is sent.
-    """
 
-    def __init__(self, writer: Any | None) -> None:
-        self._writer = writer
+class ListedScalars(FLComponent):
+    """Sends listed scalars to the server, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Counter[str] = Counter()
+        self._engine = None
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Take the engine of the run; at its end write down how often each tag was sent."""
+        if event_type == EventType.ABOUT_TO_START_RUN:
+            self._engine = fl_ctx.get_engine()
+        elif event_type == EventType.END_RUN and self.sent:
+            run_dir = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
+            append_record(run_dir, SENT_FILE, {"stage": SCALARS, "tags": dict(self.sent)})
+            self.sent.clear()
 
     def send(self, tag: str, value: float, step: int) -> None:
-        """Send one finite number under a listed tag; a number that is not finite is left out.
+        """Send one number under a listed tag; a number that is not finite is left out.
 
         Raises:
             ValueError: if the tag is not listed.
         """
         if not LISTED.fullmatch(tag):
             raise ValueError(f"scalar tag {tag!r} is not listed in {__name__}")
-        if self._writer is not None and math.isfinite(value):
-            self._writer.add_scalar(tag, float(value), global_step=int(step))
+        if self._engine is None or not math.isfinite(value):
+            return
+        dxo = create_analytic_dxo(
+            tag=tag,
+            value=float(value),
+            data_type=AnalyticsDataType.SCALAR,
+            writer=LogWriterName.TORCH_TB,
+            global_step=int(step),
+        )
+        with self._engine.new_context() as fl_ctx:
+            self.fire_fed_event(EVENT, dxo.to_shareable(), fl_ctx)
+        self.sent[tag] += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from nvflare.apis.fl_context import FLContext
@@ -13,9 +12,8 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import GROUPS
 
 SITE_SETTINGS = "pfedsam.json"
-#: Where the packaged jobs take the data root from.
+#: Where a site takes the data root from if its settings have none.
 DATA_VARIABLE = "PFEDSAM_DATA"
-_UNSET = re.compile(r"\{\$(\w+)\}")
 
 
 class SiteSettings(BaseModel):
@@ -31,6 +29,9 @@ class SiteSettings(BaseModel):
         labels: what this site's label values mean, for example {"3": "disc", "4": "cup"}; None: the bundle's numbers.
         federations: names of the federations that this site has agreed to; None for any.
         may_share: parameter groups that this site is willing to share; None sets no limit but the code's.
+        largest_clip, least_noise: a job must clip this site's update to a norm of at most so much, and add noise of at
+            least so many times that (see `pfedsam.federated.privacy`); None asks for nothing.
+        curves: whether losses, validation Dice and shares of gates and experts are sent as scalars for curves.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +44,9 @@ class SiteSettings(BaseModel):
     labels: dict[str, str] | None = None
     federations: tuple[str, ...] | None = None
     may_share: tuple[str, ...] | None = None
+    largest_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
+    least_noise: float | None = Field(None, gt=0, allow_inf_nan=False)
+    curves: bool = True
 
 
 def site_settings(fl_ctx: FLContext) -> SiteSettings:
@@ -92,24 +96,17 @@ def require_agreed(federation: str, settings: SiteSettings) -> None:
 
 
 def site_folder(data_root: str | None, site: str) -> Path:
-    """The site folder under a data root.
+    """The site folder under a data root, or under the environment variable PFEDSAM_DATA if there is none.
 
     Raises:
-        PFedSAMError: E01 if the root is not given, names an environment variable that is not set, or does not exist.
+        PFedSAMError: E01 if neither is given, E02 if there is no site folder.
     """
-    unset = _UNSET.search(data_root or "")
-    if unset:
-        raise PFedSAMError(
-            "E01",
-            f"the environment variable {unset.group(1)} is not set; it names the folder with the site folders.",
-            f"Set it, for example: export {unset.group(1)}=$PWD/runs/phantom (made by `pfedsam phantom`).",
-        )
+    data_root = data_root or os.environ.get(DATA_VARIABLE)
     if not data_root:
-        # NVFlare puts nothing where an argument is only the name of a variable that is not set
         raise PFedSAMError(
             "E01",
-            f"no data root is given; the job takes it from the environment variable {DATA_VARIABLE}.",
-            f"export {DATA_VARIABLE}=<folder with the site folders>, or set data_root in local/{SITE_SETTINGS}.",
+            f"local/{SITE_SETTINGS} has no data_root, and the environment variable {DATA_VARIABLE} is not set.",
+            f"Set one of them, for example: export {DATA_VARIABLE}=$PWD/runs/phantom (made by `pfedsam phantom`).",
         )
     root = Path(os.path.expanduser(data_root))
     for folder in (root / site, root):

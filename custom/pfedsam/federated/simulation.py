@@ -117,8 +117,10 @@ def run(simulation: Simulation, event: Callable[[str], None] | None = None) -> b
             "strategy": {**plan["strategy"], **simulation.strategy},
         },
         server={"num_rounds": rounds - done, "start_round": done, "min_clients": len(simulation.sites)},
-        persistor={"source_ckpt_file_full_name": str(simulation.global_model.resolve())} if done else {},
+        persistor={"source_ckpt_file_full_name": simulation.global_model.name} if done else {},
     )
+    if done:
+        shutil.copy(simulation.global_model, job / "app" / "config")
     log = simulation.out / "simulator.log"
     _simulate(simulation, job, log, event)
     _harvest(simulation)
