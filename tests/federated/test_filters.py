@@ -27,7 +27,9 @@ from pfedsam.federated.filters import (
     PersonalisedFilter,
     require_outgoing_filter,
 )
+from pfedsam.federated.packing import PackPayload
 from pfedsam.federated.plan import PLAN_ID, Plan
+from pfedsam.federated.privacy import ClipAndNoise
 from pfedsam.parameters import TensorSpec
 
 TASKS = ("train", "submit_model", "validate", "configure")
@@ -194,6 +196,33 @@ def test_applied_by_site_and_job_the_filter_counts_once(tmp_path):
     sent = apply_filters("task_result_filters", trained(), fl_ctx, table, "train", FilterKey.OUT)
     assert set(from_shareable(sent).data) == set(SHARED)
     assert len(lines(tmp_path, SENT_FILE)) == 1
+
+
+def test_applied_by_site_and_job_a_refusal_counts_once_too(tmp_path):
+    fl_ctx = context(tmp_path, chain=[PersonalisedFilter(), PersonalisedFilter()])
+    table = fl_ctx.get_prop(FLContextKey.RUNNER).task_result_filters
+    unknown = DXO(DataKind.WEIGHT_DIFF, data={"spy": np.ones(3, np.float32)}, meta=META).to_shareable()
+    sent = apply_filters("task_result_filters", unknown, fl_ctx, table, "train", FilterKey.OUT)
+    (line,) = lines(tmp_path, SENT_FILE)
+    assert line["reply"] == sent.get_return_code() == "SITE_REFUSED:E19"
+
+
+def test_what_leaves_after_the_filters_behind_ours_is_written_down_as_it_is(tmp_path):
+    chain = [PersonalisedFilter(), ClipAndNoise(1.0, 0.5), PackPayload("int8")]
+    fl_ctx = context(tmp_path, chain=chain)
+    table = fl_ctx.get_prop(FLContextKey.RUNNER).task_result_filters
+    sent = apply_filters("task_result_filters", trained(), fl_ctx, table, "train", FilterKey.OUT)
+    fl_ctx.set_prop(FLContextKey.TASK_RESULT, sent, private=True, sticky=False)
+    for one in chain:
+        one.handle_event(EventType.AFTER_TASK_RESULT_FILTER, fl_ctx)
+    checked, left = lines(tmp_path, SENT_FILE)
+    assert checked["filters"] == [
+        "PersonalisedFilter()",
+        "ClipAndNoise(clip=1.0, noise_multiplier=0.5)",
+        "PackPayload(precision='int8')",
+    ]
+    assert (checked["stage"], left["stage"], left["round"]) == ("checked", "left", 1)
+    assert left["bytes"] == checked["bytes"] / 4 and left["sha256"] != checked["sha256"]
 
 
 def test_the_sentence_stays_in_the_site_s_log(tmp_path, caplog):

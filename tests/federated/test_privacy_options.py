@@ -20,8 +20,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY, check_result
 from pfedsam.federated.jobs import NOISE, PACK, UNPACK, Privacy, export_job, find_job
 from pfedsam.federated.packing import PACKED, RESIDUAL_FILE, PackPayload, UnpackPayload, pack, unpack
-from pfedsam.federated.privacy import ClipAndNoise, clipped, epsilon, noised
-from pfedsam.federated.records import SENT_FILE, bytes_by_round
+from pfedsam.federated.privacy import ClipAndNoise, clipped, epsilon, noised, require_policy
 from pfedsam.parameters import TensorSpec
 
 NAME = "mask_decoder.mask_tokens.weight"
@@ -102,15 +101,12 @@ def test_int8_with_error_feedback_loses_nothing_in_the_long_run() -> None:
 
 
 @pytest.mark.parametrize(("precision", "share"), [("fp16", 0.5), ("int8", 0.25)])
-def test_a_packed_update_passes_the_guard_as_float32_and_its_bytes_are_written_down(
-    precision: Any, share: float, tmp_path: Path
-) -> None:
+def test_a_packed_update_passes_the_guard_as_float32(precision: Any, share: float, tmp_path: Path) -> None:
     array = random()
     sent = PackPayload(precision).process(update(array), context(tmp_path))
     dxo = from_shareable(sent)
     assert dxo.data_kind == DataKind.WEIGHT_DIFF and dxo.meta[PACKED]["precision"] == precision
     assert dxo.data[NAME].nbytes == share * array.nbytes
-    assert bytes_by_round(tmp_path / "job" / SENT_FILE) == [share * array.nbytes]
     assert (tmp_path / "job" / RESIDUAL_FILE).exists() == (precision == "int8")
     passed = check_result(
         UnpackPayload().process(sent, None), "train", shared={NAME: TensorSpec(array.shape, "float32")}, code="E20"
@@ -119,6 +115,60 @@ def test_a_packed_update_passes_the_guard_as_float32_and_its_bytes_are_written_d
     error = np.abs(passed.tensors[NAME] - array).max()
     largest = float(np.abs(array).max())
     assert error <= (largest / 127 / 2 * 1.01 if precision == "int8" else largest * 2**-11)
+
+
+def test_an_unreadable_residual_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    filters, array = PackPayload("int8"), random()
+    path = tmp_path / "job" / RESIDUAL_FILE
+    first = filters.process(update(array), context(tmp_path))
+    path.write_bytes(path.read_bytes()[:40])
+    again = filters.process(update(array), context(tmp_path))
+    assert np.array_equal(from_shareable(again).data[NAME], from_shareable(first).data[NAME])
+    assert RESIDUAL_FILE in caplog.text and path.stat().st_size > 40
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"clip": -1.0, "noise_multiplier": 0.5},
+        {"clip": 1.0, "noise_multiplier": -1.0},
+        {"noise_multiplier": 1.0},
+        {"clip": float("nan")},
+        {"precision": "int4"},
+        {"precision": "int8", "encrypt": True},
+    ],
+)
+def test_options_that_no_site_could_apply_are_refused_when_the_job_is_made(wrong: dict[str, Any]) -> None:
+    with pytest.raises(PFedSAMError, match="E16"):
+        Privacy(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("chain", "fine"),
+    [
+        ([ClipAndNoise(1.0, 0.5)], True),
+        ([PackPayload("int8"), ClipAndNoise(0.5, 0.6)], True),
+        ([ClipAndNoise(2.0, 0.5)], False),
+        ([ClipAndNoise(1.0, 0.4)], False),
+        ([ClipAndNoise(1.0)], False),
+        ([PackPayload("int8")], False),
+        ([], False),
+    ],
+)
+def test_a_site_may_ask_for_clipping_and_noise(chain: list[Any], fine: bool) -> None:
+    require_policy(chain, None, None)
+    if fine:
+        return require_policy(chain, 1.0, 0.5)
+    with pytest.raises(PFedSAMError, match=r"E23.*clip <= 1\.0 and noise >= 0\.5"):
+        require_policy(chain, 1.0, 0.5)
+
+
+def test_a_filter_that_only_looks_like_the_noise_does_not_count() -> None:
+    class Fake(ClipAndNoise):
+        """Could let everything pass."""
+
+    with pytest.raises(PFedSAMError, match="E23"):
+        require_policy([Fake(1.0, 1.0)], 1.0, 0.5)
 
 
 def test_other_results_pass_and_a_wrong_payload_is_refused(tmp_path: Path) -> None:

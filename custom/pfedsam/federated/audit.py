@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,10 +15,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import pfedsam
 from pfedsam.errors import CODES, PFedSAMError
 from pfedsam.federated import boundary, scalars
-from pfedsam.federated.records import SENT_FILE, read_records
+from pfedsam.federated.jobs import CLIENT
+from pfedsam.federated.plan import PLAN_ID
+from pfedsam.federated.records import CHECKED, LEFT, SCALARS, SENT_FILE, read_records
 from pfedsam.parameters import CEILING, MAY_BE_PERSONAL
 
-_SUBMITTED = re.compile(r"\[S:(?P<scope>[^\]]*)\].*\[A:(?P<task>\w+)#[^\]]*\]submit result (?P<reply>\S+)")
+_SUBMITTED = re.compile(r"\[S:(?P<scope>[^\]]*)\].*\[A:(?P<task>\w+)#[^\]]*\]submit result:? (?P<reply>\S+)")
 _ACTION = re.compile(r"\[U:(?P<user>[^\]]*)\]\[A:(?P<action>[^\]]*)\]")
 
 
@@ -27,10 +30,12 @@ class Audit:
 
     Attributes:
         job: its id.
-        results: what the outgoing filter wrote of each result.
+        results: what the outgoing filter wrote: each result as the allow-list let it pass (stage `checked`), with the
+            filters of its task; the same as it left (`left`); and how often each scalar was sent (`scalars`).
         submitted: results by NVFlare's own audit log: task, privacy scope, reply.
         actions: who did what, by NVFlare's audit log of the site.
         hashes: SHA-256 of each file of the job's app and of the site's policy, and of the installed package.
+        shared: the parameter groups that the job's plan shares.
         problems: what does not fit together.
     """
 
@@ -39,7 +44,12 @@ class Audit:
     submitted: list[dict[str, str]]
     actions: list[dict[str, str]]
     hashes: dict[str, str]
+    shared: list[str]
     problems: list[str] = field(default_factory=list)
+
+    def stage(self, name: str) -> list[dict[str, Any]]:
+        """The records of one stage."""
+        return [one for one in self.results if one["stage"] == name]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -74,6 +84,7 @@ def audit(workspace: Path, job: str) -> Audit:
             for path in files
             if path.is_file()
         },
+        _shared_groups(run),
     )
     result.hashes[f"installed package pfedsam {pfedsam.__version__}"] = _package_hash()
     result.problems = list(_problems(result))
@@ -88,20 +99,31 @@ def _package_hash() -> str:
     return digest.hexdigest()
 
 
+def _shared_groups(run: Path) -> list[str]:
+    """What the job says that it shares; nothing if it has no plan."""
+    for path in run.glob(f"app_*/config/{CLIENT}"):
+        for one in json.loads(path.read_text()).get("components", ()):
+            if one.get("id") == PLAN_ID:
+                return list(one["args"]["strategy"]["shared"])
+    return []
+
+
 def _problems(found: Audit) -> list[str]:
     problems = []
-    unpacked = [one for one in found.results if not one.get("packed")]
-    if len(found.submitted) != len(unpacked):
-        problems.append(
-            f"NVFlare says that {len(found.submitted)} results were submitted, the filter saw {len(unpacked)}"
-        )
+    # NVFlare's own codes (a task that failed or was aborted) go out without a result, past no filter
+    submitted, left = sum(one["reply"] == "OK" for one in found.submitted), len(found.stage(LEFT))
+    if submitted != left:
+        problems.append(f"NVFlare says that {submitted} results were submitted, the filter saw {left}")
     outside = sorted({one["scope"] for one in found.submitted} - {"pfedsam"})
     if outside:
         problems.append(f"results left under the privacy scope {outside}, not under the site's own 'pfedsam'")
-    for number, one in enumerate(found.results, 1):
-        above = sorted(set(one.get("by_group", {})) - CEILING)
+    for number, one in enumerate(found.stage(CHECKED), 1):
+        above = sorted(set(one.get("by_group", {})) - (CEILING & set(found.shared)))
         if above:
-            problems.append(f"result {number}: group(s) {above} may never leave")
+            problems.append(f"result {number}: group(s) {above} are not shared by the job's plan, or may never leave")
+    unlisted = sorted(tag for one in found.stage(SCALARS) for tag in one["tags"] if not scalars.LISTED.fullmatch(tag))
+    if unlisted:
+        problems.append(f"scalars were sent under tags that are not listed: {unlisted[:3]}")
     carried = [name for name in found.hashes if "/custom/" in name and not name.endswith("README.md")]
     if carried:
         problems.append(f"the job carried code: {carried[:3]}")

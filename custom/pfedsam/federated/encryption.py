@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.event_type import EventType
-from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey, make_model_learnable
@@ -34,12 +34,11 @@ from nvflare.app_common.app_event_type import AppEventType
 from safetensors.torch import save
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
+from pfedsam.federated.boundary import FINGERPRINT_KEY
 from pfedsam.federated.filters import IncomingGuard
 from pfedsam.federated.persistor import SharedStatePersistor
 from pfedsam.federated.plan import plan_of
 from pfedsam.federated.privacy import holds_update
-from pfedsam.federated.records import SENT_FILE, append_record
 from pfedsam.files import read_safetensors, write_atomically
 from pfedsam.global_model import FINGERPRINT, ROUND, SCHEMA
 from pfedsam.parameters import Manifest
@@ -65,18 +64,14 @@ class EncryptUpdate(HEModelEncryptor):
     """
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> DXO:
-        """Encrypt all tensors; the bytes that leave are written down.
+        """Encrypt all tensors.
 
         Raises:
             ValueError: without the site's context; NVFlare then sends a return code only.
         """
         result = super().process_dxo(DXO(dxo.data_kind, dict(dxo.data), dict(dxo.meta)), shareable, fl_ctx)
         result.data = {name: vector.serialize() for name, vector in result.data.items()}
-        size = sum(map(len, result.data.values()))
-        record = {"task": fl_ctx.get_prop(FLContextKey.TASK_NAME), "round": dxo.meta.get(ROUND_KEY), "packed": True}
-        run_dir = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
-        append_record(run_dir, SENT_FILE, {**record, "tensors": len(result.data), "bytes": size, "reply": "ckks"})
-        self.logger.info(f"payload encrypted: {size} bytes")
+        self.logger.info(f"payload encrypted: {sum(map(len, result.data.values()))} bytes")
         return result
 
 

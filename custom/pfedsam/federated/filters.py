@@ -6,13 +6,15 @@ Both apply the rules of `boundary` to every result and record what passed. Neith
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nvflare.apis.client import Client
-from nvflare.apis.dxo import MetaKey
+from nvflare.apis.dxo import MetaKey, from_shareable
 from nvflare.apis.event_type import EventType
 from nvflare.apis.filter import Filter, FilterContextKey, FilterSource
 from nvflare.apis.fl_constant import FilterKey, FLContextKey, ServerCommandKey
@@ -25,7 +27,7 @@ from nvflare.app_common.app_constant import AppConstants
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY, Passed, check_headers, check_result
 from pfedsam.federated.plan import plan_of
-from pfedsam.federated.records import RECEIVED_FILE, SENT_FILE, append_record
+from pfedsam.federated.records import CHECKED, LEFT, RECEIVED_FILE, SENT_FILE, append_record
 from pfedsam.federated.settings import SITE_SETTINGS, site_settings
 from pfedsam.parameters import Manifest, group_of
 
@@ -43,6 +45,14 @@ class PersonalisedFilter(Filter):
     The learner hands over its whole trainable state; this filter builds the payload. It fails closed: whatever goes
     wrong in it, a return code is all that leaves, and the sentence stays in the site's log.
     """
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Write down what leaves in the end, after noise, packing or encryption by the filters behind this one."""
+        if event_type != EventType.AFTER_TASK_RESULT_FILTER:
+            return
+        task, result = (fl_ctx.get_prop(key) for key in (FLContextKey.TASK_NAME, FLContextKey.TASK_RESULT))
+        if self._is_last_of_ours(fl_ctx, task):
+            _append(fl_ctx, SENT_FILE, {"stage": LEFT, "task": task, **_contents(result)})
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         """Rebuild a result from checked parts.
@@ -80,6 +90,7 @@ class PersonalisedFilter(Filter):
     def _record(self, passed: Passed, excluded: int, task: str, fl_ctx: FLContext) -> None:
         by_group = passed.bytes_by_group
         record = {
+            "stage": CHECKED,
             "task": task,
             "reply": passed.shareable.get_return_code(),
             "round": passed.metadata.get(ROUND_KEY),
@@ -88,10 +99,11 @@ class PersonalisedFilter(Filter):
             "by_group": by_group,
             "excluded": excluded,
             "sha256": passed.sha256(),
+            "filters": [_described(one) for one in outgoing_filters(fl_ctx, task)],
         }
         _append(fl_ctx, SENT_FILE, record)
         self.logger.info(
-            f"task {task}: {record['tensors']} tensors with {record['bytes']} bytes leave the site {by_group}, "
+            f"task {task}: {record['tensors']} tensors with {record['bytes']} bytes may leave the site {by_group}, "
             f"{excluded} personal tensors stay"
         )
 
@@ -99,7 +111,9 @@ class PersonalisedFilter(Filter):
         self.logger.error(f"result refused, only its code leaves the site: {error}")
         with suppress(Exception):
             task = str(fl_ctx.get_prop(FLContextKey.TASK_NAME))
-            _append(fl_ctx, SENT_FILE, {"task": task, "reply": error.as_reply(), "bytes": 0})
+            # the last filter of ours writes down a refusal by one before it as what it gets
+            if self._is_last_of_ours(fl_ctx, task):
+                _append(fl_ctx, SENT_FILE, {"stage": CHECKED, "task": task, "reply": error.as_reply(), "bytes": 0})
         return make_reply(error.as_reply())
 
     def _is_last_of_ours(self, fl_ctx: FLContext, task: str) -> bool:
@@ -232,6 +246,34 @@ def check_site_ceiling(shared: Manifest, ceiling: Collection[str] | None) -> Non
             f"the job shares group(s) {above}, the site allows {sorted(ceiling or ())}.",
             f"Ask for another strategy, or change 'may_share' in local/{SITE_SETTINGS}.",
         )
+
+
+def _described(one: Filter) -> str:
+    """Class, where it comes from, and what it was given, for example `ClipAndNoise(clip=1.0, noise_multiplier=0.5)`."""
+    given = inspect.signature(type(one)).parameters
+    told = ", ".join(f"{name}={getattr(one, name)!r}" for name in given if hasattr(one, name))
+    where = " of the site" if one.get_prop(FilterContextKey.SOURCE) == FilterSource.SITE else ""
+    return f"{type(one).__name__}({told}){where}"
+
+
+def _contents(result: Shareable) -> dict[str, Any]:
+    """Reply, round, number, bytes and digest of what is in a result: arrays, or ciphertexts as bytes."""
+    found: dict[str, Any] = {"reply": result.get_return_code(), "round": None}
+    data: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
+    with suppress(ValueError):  # a reply that is only a code
+        dxo = from_shareable(result)
+        data, metadata = dxo.data or {}, dxo.meta or {}
+    arrays = {name: np.frombuffer(v, np.uint8) if isinstance(v, bytes) else v for name, v in data.items()}
+    arrays = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+    passed = Passed(result, arrays, {key: str(value) for key, value in metadata.items()})
+    size = sum(array.nbytes for array in arrays.values())
+    return found | {
+        "round": metadata.get(ROUND_KEY),
+        "tensors": len(arrays),
+        "bytes": size,
+        "sha256": passed.sha256(),
+    }
 
 
 def _peer_name(fl_ctx: FLContext) -> str:

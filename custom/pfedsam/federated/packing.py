@@ -13,15 +13,14 @@ from typing import Any, Literal
 import numpy as np
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.apis.filter import Filter
-from nvflare.apis.fl_constant import FLContextKey, ReturnCode
+from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.boundary import ROUND_KEY
 from pfedsam.federated.privacy import holds_update
-from pfedsam.federated.records import SENT_FILE, append_record
 from pfedsam.files import write_atomically
 
 Precision = Literal["fp16", "int8"]
@@ -35,7 +34,8 @@ class PackPayload(Filter):
 
     Args:
         precision: `fp16`, or `int8` (one scale a tensor). What int8 loses in a round is added in the next (error
-            feedback); it is kept in the job's run folder at the site and never sent.
+            feedback); it is kept in the job's run folder at the site and never sent, and begins at zero in a job that
+            goes on from another (`pfedsam job resume`).
 
     Raises:
         ValueError: for another precision.
@@ -54,17 +54,22 @@ class PackPayload(Filter):
         dxo = from_shareable(shareable)
         run_dir = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
         path = run_dir / RESIDUAL_FILE
-        residual = load_file(path) if path.exists() else {}
+        residual = self._residual(path)
         packed, left, scales = pack(dxo.data, self.precision, residual)
         if left:
             write_atomically(path, save(left))
         told = {"precision": self.precision, "scales": scales}
         result = DXO(DataKind.WEIGHT_DIFF, data=packed, meta={**dxo.meta, PACKED: told}).to_shareable()
         before, after = (sum(array.nbytes for array in one.values()) for one in (dxo.data, packed))
-        record = {"task": fl_ctx.get_prop(FLContextKey.TASK_NAME), "round": dxo.meta.get(ROUND_KEY), "packed": True}
-        append_record(run_dir, SENT_FILE, {**record, "tensors": len(packed), "bytes": after, "reply": self.precision})
         self.logger.info(f"payload packed as {self.precision}: {before} to {after} bytes")
         return result
+
+    def _residual(self, path: Path) -> dict[str, np.ndarray]:
+        try:
+            return load_file(path) if path.exists() else {}
+        except (OSError, SafetensorError) as error:
+            self.logger.warning(f"{path} could not be read ({error}): what int8 lost in the last round is lost")
+            return {}
 
 
 class UnpackPayload(Filter):

@@ -1,14 +1,17 @@
 """Differential privacy of what leaves a site: clip the whole update, add Gaussian noise, account for the rounds.
 
 The unit is one site's whole update in one round: what is hidden is whether the site took part with this update, not a
-single patient. The number of training cases and the metrics that travel beside it are exact; use `weights: uniform` and
-leave validation metrics out where that matters. A small epsilon needs noise that a federation of few sites does not
+single patient. Epsilon counts the rounds of one job: a later job of the same federation, and a round that is sent again
+after the server was lost, come on top. What travels beside the update is exact: the numbers of training (see `weights:
+uniform`) and validation cases, the validation Dice, and the scalars for curves (losses, shares of gates and experts). A
+small epsilon needs noise that a federation of few sites does not
 average out: useful noise gives a large epsilon, which is then protection against accidents, not a guarantee.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
@@ -52,6 +55,31 @@ class ClipAndNoise(Filter):
             data = noised(data, self.noise_multiplier * self.clip, np.random.default_rng())
         self.logger.info(f"update of norm {norm:.4g}: clip {self.clip:g}, noise {self.noise_multiplier:g} times that")
         return DXO(DataKind.WEIGHT_DIFF, data=data, meta=dxo.meta).to_shareable()
+
+
+def require_policy(chain: Sequence[Filter], largest_clip: float | None, least_noise: float | None) -> None:
+    """Refuse a job that clips less, or adds less noise, than the site asks for.
+
+    Args:
+        chain: the outgoing filters of the site's training results, in order.
+        largest_clip, least_noise: see `pfedsam.federated.settings.SiteSettings`.
+
+    Raises:
+        PFedSAMError: E23 with what was asked for and what was found.
+    """
+    if largest_clip is None and least_noise is None:
+        return
+    # a subclass could do anything
+    found = [one for one in chain if type(one) is ClipAndNoise]
+    for one in found:
+        if one.clip <= (largest_clip or math.inf) and one.noise_multiplier >= (least_noise or 0.0):
+            return
+    told = [f"clip {one.clip:g}, noise {one.noise_multiplier:g}" for one in found] or "no clipping"
+    raise PFedSAMError(
+        "E23",
+        f"the job has {told}, this site asks for clip <= {largest_clip} and noise >= {least_noise}.",
+        "Ask for a job made with --clip and --noise, or change the site's own local/pfedsam.json.",
+    )
 
 
 def holds_update(shareable: Shareable) -> bool:

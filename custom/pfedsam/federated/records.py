@@ -11,6 +11,9 @@ from typing import Any
 #: Written by `filters.PersonalisedFilter` at a site and by `filters.IncomingGuard` at the server.
 SENT_FILE = "pfedsam_sent.jsonl"
 RECEIVED_FILE = "pfedsam_received.jsonl"
+#: Stages of a record in `SENT_FILE`: a result as the allow-list let it pass, the same after the filters behind it, and
+#: the scalars of the whole run, which go around the filters.
+CHECKED, LEFT, SCALARS = "checked", "left", "scalars"
 #: Lines of a site's log that a person waits for.
 NEWS = re.compile(r"- INFO - (round \d+: global Dice.*|round \d+, phase.*|final personal phase: global.*)")
 
@@ -27,9 +30,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def bytes_by_round(path: Path) -> list[int]:
-    """Bytes of the tensors that left the site in each round; a record of packing comes after that of the filter."""
-    rounds = {one["round"]: one["bytes"] for one in read_records(path) if one["task"] == "train" and one.get("tensors")}
-    return list(rounds.values())
+    """Bytes of the tensors that left the site in each round."""
+    left = (one for one in read_records(path) if one["stage"] == LEFT and one["task"] == "train" and one["tensors"])
+    return list({one["round"]: one["bytes"] for one in left}.values())
 
 
 def append_record(run_dir: Path, file_name: str, record: dict[str, Any]) -> None:

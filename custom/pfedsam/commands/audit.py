@@ -1,0 +1,73 @@
+"""`pfedsam audit`: for a hospital's privacy officer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pfedsam.commands.console import OPERATE, console
+from pfedsam.errors import PFedSAMError
+
+app = typer.Typer()
+
+
+@app.command("audit", rich_help_panel=OPERATE)
+def audit(
+    workspace: Annotated[Path | None, typer.Argument(help="The site's startup kit folder.")] = None,
+    job: Annotated[str, typer.Argument(help="Id of the job, or how it begins.")] = "",
+    statement: Annotated[bool, typer.Option("--statement", help="Print the data-flow statement and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What left this site in a job: every result, its tensors and bytes, the filters, hashes of the configuration.
+
+    Exit code 1 if the site's records and NVFlare's audit log do not fit together, or something left that may not.
+    """
+    from pfedsam.federated import audit as rooms
+    from pfedsam.federated.records import CHECKED, LEFT, SCALARS
+
+    if statement:
+        print(rooms.statement())
+        return
+    if workspace is None:
+        raise PFedSAMError("E01", "no workspace is given.", "pfedsam audit <startup kit> <job>, or --statement.")
+    found = rooms.audit(workspace, job)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+        raise typer.Exit(1 if found.problems else 0)
+    _show(f"results of job {found.job} after the allow-list", found.stage(CHECKED), "by_group", "excluded")
+    _show("what left this site, after all filters", found.stage(LEFT), "reply")
+    for task, chain in {one["task"]: one["filters"] for one in found.stage(CHECKED) if "filters" in one}.items():
+        console.print(f"filters of task {task}: {', then '.join(chain)}", markup=False, highlight=False)
+    for one in found.stage(SCALARS):
+        tags = ", ".join(f"{tag} ({count})" for tag, count in sorted(one["tags"].items()))
+        console.print(f"scalars for curves, beside the filters: {tags}", markup=False, highlight=False)
+    for file, digest in found.hashes.items():
+        console.print(f"{digest[:16]}  {file}", markup=False, highlight=False, soft_wrap=True)
+    for action in found.actions:
+        console.print(f"{action['user']}: {action['action']}", markup=False, highlight=False)
+    for problem in found.problems:
+        console.print(f"problem: {problem}", style="bold red", markup=False, highlight=False)
+    codes = sorted({one["reply"] for one in found.submitted} - {"OK"})
+    fine = f"{len(found.stage(LEFT))} results by NVFlare's audit log, as many by the filter: they agree"
+    console.print(fine if not found.problems else f"{len(found.problems)} problem(s)", highlight=False)
+    if codes:
+        console.print(f"tasks that ended with a code of NVFlare and no result: {', '.join(codes)}", highlight=False)
+    raise typer.Exit(1 if found.problems else 0)
+
+
+def _show(title: str, records: list[dict[str, Any]], *more: str) -> None:
+    from rich.table import Table
+
+    table = Table(title=title)
+    names = {"by_group": "groups", "excluded": "kept back"}
+    for column in ("time", "task", "round", "tensors", "bytes", *(names.get(key, key) for key in more), "SHA-256"):
+        table.add_column(column)
+    for one in records:
+        values = [one.get(key) for key in ("task", "round", "tensors", "bytes")]
+        values += [", ".join(one[key]) or one["reply"] if key == "by_group" and key in one else one.get(key) for key in more]
+        cells = ["" if value is None else str(value) for value in values]
+        table.add_row(str(one["time"])[11:19], *cells, str(one.get("sha256", ""))[:12])
+    console.print(table)
