@@ -101,9 +101,9 @@ class Counting:
     def __init__(self) -> None:
         self.batches: list[list[float]] = []
 
-    def __call__(self, features: Tensor) -> Tensor:
+    def __call__(self, features: Tensor, boxes: Tensor | None) -> Tensor:
         self.batches.append(features.flatten().tolist())
-        return 10 * features
+        return 10 * features if boxes is None else 10 * features + boxes[:, :1].nan_to_num()
 
 
 def test_logits_are_computed_once_for_each_item_and_come_in_the_order_asked():
@@ -120,9 +120,26 @@ def test_logits_are_computed_once_for_each_item_and_come_in_the_order_asked():
     assert teacher.passes == 3
 
 
+def test_logits_of_one_prompt_are_not_those_of_another():
+    network = Counting()
+    teacher = TeacherLogits(network)
+
+    def ask(boxes: list[float] | None, *items: int) -> list[float]:
+        rows = None if boxes is None else torch.tensor(boxes).float().view(-1, 1).expand(-1, 4)
+        return teacher(torch.tensor(items).view(-1, 1).float(), items, rows).flatten().tolist()
+
+    assert ask([5, 6], 1, 2) == [15, 26]
+    assert ask([7, 6, 8], 1, 2, 3) == [17, 26, 38]  # another box; the same; a new item
+    assert ask([torch.nan, 6], 1, 2) == [10, 26]  # an image without a box among others that have one
+    assert ask(None, 1, 2) == [10, 20]
+    assert ask([torch.nan, 8], 1, 3) == [10, 38] and ask([5], 1) == [15]
+    assert network.batches == [[1, 2], [1, 3], [1], [1, 2]]
+    assert teacher.passes == 7
+
+
 def test_logits_of_the_teacher_have_no_gradient():
     features = torch.ones(1, 1, requires_grad=True)
-    teacher = TeacherLogits(lambda x: 2 * x)
+    teacher = TeacherLogits(lambda x, boxes: 2 * x)
     assert not teacher(features, [0]).requires_grad
     assert not teacher(features, [0]).requires_grad
 

@@ -11,6 +11,7 @@ from monai.losses import DiceCELoss
 from torch import Tensor
 
 from pfedsam.data.phantom import write_phantom
+from pfedsam.networks.prompts import training_boxes
 from pfedsam.networks.sam import build_network
 from pfedsam.parameters import Roles, group_of, held, shared_state, tensors
 from pfedsam.training.distillation import QualityGate, categorical_kl, distillation_loss, foreground
@@ -63,7 +64,7 @@ def taught(one: PhaseTrainer, phase: Phase) -> list[Tensor]:
     one.set_phase(phase, ROLES, round_number=5)
     one.run()
     assert one._teacher is not None and one.report.distilled_steps == one.report.steps > 0
-    return [one._teacher._kept[item] for item in sorted(one._teacher._kept)]
+    return [one._teacher._kept[key] for key in sorted(one._teacher._kept)]
 
 
 @pytest.mark.parametrize("teacher", ["global", "personal"])
@@ -78,6 +79,32 @@ def test_teacher_is_the_network_as_it_was_when_the_phase_started(teacher, phase)
     with torch.no_grad(), reference.experts(teacher == "personal"):
         expected = torch.cat([reference(image) for image in images.split(1)])
     torch.testing.assert_close(torch.stack(found), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_teacher_sees_each_image_with_its_own_box_when_a_part_of_the_batch_is_new():
+    one = trainer()
+    one.box_probability = 1.0
+    first, second = one.data_loader
+    for key in ("image", "label", "index"):  # an image of the first batch is in the second too
+        second[key][0] = first[key][1]
+    for batch in (first, second):
+        batch["label"][..., : SIDE // 2] = 0  # boxes that are not the whole image
+    before = {name: tensor.detach().clone() for name, tensor in tensors(one.network).items()}
+    taught(one, Phase.of({**LOCAL, "distillation": distils("global")}))
+    assert one.report.teacher_passes == 3 and one.report.steps == 2
+    assert one._teacher is not None
+    reference = trainer().network.eval()
+    reference.load_state_dict(before)
+    for batch in (first, second):
+        items = batch["index"].tolist()
+        boxes = training_boxes(batch["label"], items, 1.0)
+        assert boxes is not None and not boxes.isnan().any()
+        with torch.no_grad(), reference.experts(False):
+            with reference.prompted(boxes):
+                expected = reference(batch["image"])
+            assert not torch.allclose(reference(batch["image"]), expected, atol=1e-3), "the box matters"
+        found = one._teacher(torch.zeros(2, 0), items, boxes)  # kept: no features are asked for
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("teacher", ["global", "personal"])
@@ -100,6 +127,18 @@ def test_network_is_held_at_other_values_and_comes_back_also_after_an_error():
         assert not any(tensors(network)[name].any() for name in state)
         raise KeyError
     assert state and all(torch.equal(t, before[name]) for name, t in tensors(network).items())
+
+
+@torch.no_grad()
+def test_network_is_held_on_its_own_device_wherever_the_values_are():
+    with torch.device("meta"):
+        network = build_network("vit_test", SIDE)
+    state = shared_state(trainer().network, ROLES)
+    assert {tensor.device.type for tensor in state.values()} == {"cpu"}
+    with held(network, state):
+        assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+        network(torch.zeros(1, 3, SIDE, SIDE, device="meta"))
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
 
 
 # exclusive classes ----------------------------------------------------------------------------------------------------

@@ -331,7 +331,7 @@ def test_teacher_is_the_network_as_received_with_its_experts_off(make, built):
     trainer.run()
     loader = trainer.data_loader
     assert teacher is not None
-    for item, logits in teacher._kept.items():
+    for (item, _), logits in teacher._kept.items():
         with torch.no_grad(), received.experts(False):
             expected = received(loader.dataset[item]["image"][None])[0]
         assert torch.allclose(logits, expected, atol=1e-5)

@@ -69,23 +69,43 @@ def distillation_loss(
     return settings.weight * settings.temperature**2 * torch.stack(means).mean()
 
 
-class TeacherLogits:
-    """Logits of the teacher by item, computed once and kept for one phase: in it the teacher does not change."""
+#: An item and its prompt: None for no prompt, else the bytes of its row of boxes.
+_Key = tuple[int, bytes | None]
 
-    def __init__(self, teacher: Callable[[Tensor], Tensor]) -> None:
+
+class TeacherLogits:
+    """Logits of the teacher by item and prompt, computed once and kept for one phase: in it the teacher is the same.
+
+    Args:
+        teacher: features `(B, ...)` and their boxes `(B, 4)`, or None for no prompt, to logits `(B, C, H, W)`.
+
+    Attributes:
+        passes: images that the teacher was run on.
+    """
+
+    def __init__(self, teacher: Callable[[Tensor, Tensor | None], Tensor]) -> None:
         self.teacher = teacher
         self.passes = 0
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[_Key, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, features: Tensor, items: Sequence[int]) -> Tensor:
-        """Logits `(B, C, H, W)` for features `(B, ...)` of the given items."""
-        missing = [i for i, item in enumerate(items) if item not in self._kept]
+    def __call__(self, features: Tensor, items: Sequence[int], boxes: Tensor | None = None) -> Tensor:
+        """Logits `(B, C, H, W)` for features `(B, ...)` of the given items.
+
+        Args:
+            features: of the frozen trunk.
+            items: index of each image in the data set.
+            boxes: `(B, 4)`, NaN for an image without a box, or None for no prompt (`SegmentAnything.prompted`).
+        """
+        prompts = [None] * len(items) if boxes is None else [row.numpy().tobytes() for row in boxes.cpu()]
+        keys = list(zip(items, prompts, strict=True))
+        missing = [i for i, key in enumerate(keys) if key not in self._kept]
         if missing:
             self.passes += len(missing)
-            for i, logits in zip(missing, self.teacher(features[missing]), strict=True):
-                self._kept[items[i]] = logits
-        return torch.stack([self._kept[item] for item in items])
+            taught = self.teacher(features[missing], None if boxes is None else boxes[missing])
+            for i, logits in zip(missing, taught, strict=True):
+                self._kept[keys[i]] = logits
+        return torch.stack([self._kept[key] for key in keys])
 
 
 class QualityGate:

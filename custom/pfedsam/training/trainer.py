@@ -229,7 +229,7 @@ class PhaseTrainer(SupervisedTrainer):
         settings = self.phase.distillation
         assert settings is not None and self._teacher is not None
         with self._autocast():
-            teacher = self._teacher(features, items).float()
+            teacher = self._teacher(features, items, self.network.boxes).float()
         if not self._gate.open(teacher, prediction.detach(), label) and settings.quality_gate:
             return 0.0
         self.report.distilled_steps += 1
@@ -242,12 +242,12 @@ class PhaseTrainer(SupervisedTrainer):
         settings = self.phase.distillation
         return settings is not None and settings.weight > 0 and self.round >= settings.warmup_rounds
 
-    def _teach(self, features: Tensor) -> Tensor:
+    def _teach(self, features: Tensor, boxes: Tensor | None) -> Tensor:
         """The teacher's logits. It shares all tensors with the student but those that the phase changes."""
         settings = self.phase.distillation
         assert settings is not None
-        training = self.network.training
-        with self.network.experts(settings.teacher == "personal"), held(self.network, self._taught_by):
+        training, personal = self.network.training, settings.teacher == "personal"
+        with self.network.experts(personal), held(self.network, self._taught_by), self.network.prompted(boxes):
             self.network.eval()
             logits = self.network.head(features)
         self.network.train(training)
