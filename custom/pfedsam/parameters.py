@@ -217,12 +217,17 @@ def set_trainable(network: nn.Module, roles: Roles, trained: Iterable[Role]) -> 
 
 @contextmanager
 def held(network: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """The network with other values in some parameters inside a `with` block, without a copy of the network."""
+    """The network with other values in some parameters inside a `with` block, without a copy of the network.
+
+    Args:
+        network: its parameters are the same objects inside and after, and have their former data after.
+        state: values by the parameters' names, on any device: they are moved to each parameter's own.
+    """
     parameters = {name: parameter for name, parameter in network.named_parameters() if name in state}
     before = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
-            parameter.data = state[name]
+            parameter.data = state[name].to(parameter.device)
         yield
     finally:
         for name, parameter in parameters.items():

@@ -1,17 +1,23 @@
-"""Federations in one process: rounds that several strategies share."""
+"""Federations in one process: rounds that several strategies share, and runs that were stopped."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import pfedsam.training.federation as module
 from pfedsam.data.phantom import write_phantom
 from pfedsam.site_model import read
-from pfedsam.strategies import find_strategy
+from pfedsam.strategies import find_strategy, strategy_names
 from pfedsam.training.federation import Federation, run_federation
+from pfedsam.training.phases import Strategy
 
+torch.set_num_threads(1)
 SITES, ROUNDS = ("site-1", "site-2"), 2
 TINY = {
     "backbone": "vit_test",
@@ -30,10 +36,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def federation(data: Path, out: Path, name: str = "pfedsam") -> Federation:
+def federation(data: Path, out: Path, name: str = "pfedsam", **overrides: Any) -> Federation:
     file = find_strategy(name)
     sites = {site: data / site for site in SITES}
-    return Federation("brain_lesion_mri", sites, file.checked(), out, ROUNDS, {**TINY, **file.overrides})
+    return Federation("brain_lesion_mri", sites, file.checked(), out, ROUNDS, {**TINY, **file.overrides, **overrides})
 
 
 def test_rounds_apart_give_what_the_whole_gives(data: Path, tmp_path: Path) -> None:
@@ -72,3 +78,113 @@ def test_another_strategy_goes_on_from_the_same_rounds(data: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", ["feddpa", "ditto", "fedrep", "fedsa", "local_phase_each_round", "distil_mutual"])
 def test_rounds_with_something_personal_stand_for_themselves(name: str, data: Path, tmp_path: Path) -> None:
     assert federation(data, tmp_path, name).rounds_alone(tmp_path / "rounds") is None
+
+
+# runs that were stopped -----------------------------------------------------------------------------------------------
+
+
+#: Features that are kept in memory were computed in other batches after a stop, and differ in the last bit.
+UNCACHED = {"cache_limit_gb": 0}
+
+
+class Stopped(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture(scope="module")
+def unstopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    whole = federation(data, tmp_path_factory.mktemp("unstopped"), "feddpa", **UNCACHED)
+    run_federation(whole)
+    return whole
+
+
+def stop_at(number: int, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process end when a function that writes a file is called for the n-th time, before it writes."""
+    original, calls = getattr(module, function), 0
+
+    def stops(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise Stopped
+        original(*arguments)
+
+    monkeypatch.setattr(module, function, stops)
+
+
+def everything(one: Federation) -> dict[str, Tensor]:
+    """Every tensor on disk: the global model, and what each site keeps."""
+    found = {f"global {name}": tensor for name, tensor in one.global_model()[0].items()}
+    for site in SITES:
+        model = read(one.model_of(site))
+        for part in ("shared", "personal", "moments"):
+            found |= {f"{site} {part} {name}": tensor for name, tensor in getattr(model, part).items()}
+    return found
+
+
+def notes(one: Federation) -> list[dict[str, Any]]:
+    return [{key: value for key, value in note.items() if key != "seconds"} for note in one.history()]
+
+
+#: where it stops: function, its call (two sites: two models a round), rounds done by then, sites with a final model
+STOPS = {
+    "first round, second site": ("write", 2, 0, 0),
+    "second round, second site": ("write", 4, 1, 0),
+    "second round, global model": ("write_atomically", 2, 1, 0),
+    "final phase, first site": ("write", 5, 2, 0),
+    "final phase, second site": ("write", 6, 2, 1),
+}
+
+
+@pytest.mark.parametrize(("function", "call", "rounds", "finals"), STOPS.values(), ids=STOPS)
+def test_a_run_that_was_stopped_gives_what_a_run_that_was_not_gives(
+    function: str,
+    call: int,
+    rounds: int,
+    finals: int,
+    unstopped: Federation,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = federation(data, tmp_path, "feddpa", **UNCACHED)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at(call, function, patch)
+        run_federation(one)
+    assert one.global_model()[1] == rounds and not one.finished()
+    if rounds:  # the newest complete models, though newer ones of some sites are on disk
+        found = [read(one.model_of(site)).info["round"] for site in SITES]
+        assert found == [ROUNDS] * finals + [rounds - 1] * (len(SITES) - finals)
+    run_federation(one)
+    assert one.finished()
+    expected, found = everything(unstopped), everything(one)
+    assert any("moments" in name for name in expected) and any("personal" in name for name in expected)
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
+    assert notes(one) == notes(unstopped)
+
+
+def test_models_of_older_rounds_are_not_kept(unstopped: Federation) -> None:
+    assert {path.name for path in (unstopped.out / "models").iterdir()} == {str(ROUNDS - 1), str(ROUNDS)}
+
+
+def test_a_run_whose_sites_remember_nothing_goes_on_from_the_global_model_alone(data: Path, tmp_path: Path) -> None:
+    one = federation(data, tmp_path, "fedavg_lora", **UNCACHED)
+    assert not one.strategy.remembers
+    run_federation(one)
+    expected, before = everything(one), notes(one)
+    shutil.rmtree(one.out / "models")
+    run_federation(one)
+    found = everything(one)
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[name], tensor) for name, tensor in expected.items()
+    )
+    assert notes(one) == before, "no round is done again"
+
+
+def test_what_a_site_remembers_between_rounds() -> None:
+    nothing = {"fedsam", "fedmsa", "fedavg_lora", "fedprox", "ffa_lora"}
+    assert {name for name in strategy_names() if not find_strategy(name).checked().remembers} == nothing
+    # nothing personal, but the optimiser's moments go on
+    phase = {"name": "train", "trains": ["shared"], "experts": False, "keep_moments": True}
+    assert Strategy.of({"personal": [], "phases": [phase]}).remembers

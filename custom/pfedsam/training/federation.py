@@ -2,13 +2,18 @@
 
 For comparing methods on one machine. With one torch thread it gives the tensors that the simulator gives; nothing is
 sent anywhere, so there is no filter either. After every round the global model and each site's state are on disk, and a
-run that was stopped goes on with the next round.
+run that was stopped goes on after the last round that all sites have done.
+
+In the run folder, `models/<n>/<site>.safetensors` is what a site has after round n (counted from 0); the last n is that
+of the final phases. The global model is written after the models of its round, in one step, and names the round: the
+models of a later round beside it are those of a round that was not done.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +33,7 @@ from pfedsam.training.aggregation import aggregate
 from pfedsam.training.local import LocalTraining, RoundResult
 from pfedsam.training.phases import Strategy
 
-ROUND_FILE, HISTORY_FILE = "global.safetensors", "history.jsonl"
+ROUND_FILE, HISTORY_FILE, MODELS = "global.safetensors", "history.jsonl", "models"
 
 
 @dataclass
@@ -73,8 +78,9 @@ class Federation:
         return Federation(self.bundle, self.sites, strategy, root / name, self.rounds, overrides, self.settings)
 
     def model_of(self, site: str) -> Path:
-        """A site's model file."""
-        return self.out / "models" / f"{site}.safetensors"
+        """A site's newest complete model file: of its final phases, else of the last round that all sites have done."""
+        number = self.rounds if _is_final(self, site) else self.global_model()[1] - 1
+        return _model(self, site, number)
 
     def global_model(self) -> tuple[dict[str, Tensor], int]:
         """The last global model and the number of rounds behind it ({} and 0 before the first)."""
@@ -88,7 +94,7 @@ class Federation:
 
     def finished(self) -> bool:
         """Whether every site has its final model."""
-        return all(_final_round(self, site) == self.rounds for site in self.sites)
+        return all(_is_final(self, site) for site in self.sites)
 
     def history(self) -> list[dict[str, Any]]:
         """What was noted in each round and site, in order; the last note of a round and site counts."""
@@ -127,24 +133,19 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
         if aggregated and theta:
             deltas, weights = [one.delta for one in results.values()], [local.weight for local in sites.values()]
             theta = aggregate(theta, deltas, weights, strategy.aggregation)
-        # only now: a round is done by all sites or by none
-        for name, model in models.items():
-            write(federation.model_of(name), model)
-        _save_round(federation, theta, number, next(iter(sites.values())).fingerprint)
+        _save_round(federation, theta, models, number, next(iter(sites.values())).fingerprint)
     for name, local in sites.items():
-        if _final_round(federation, name) == federation.rounds:
+        if _is_final(federation, name):
             continue  # this site's final phase was done before
         local.receive(theta, local.fingerprint)
         started = time.monotonic()
         before = local.validate(experts=False)["val_dice"]
         result = local.finish(federation.rounds)
         after = local.validate(experts=True)["val_dice"] if strategy.keeps else before
-        write(
-            federation.model_of(name),
-            local.model(round=federation.rounds, final=True, val_dice_global=before, val_dice_personal=after),
-        )
         metrics = {"val_dice_global": before, "val_dice_personal": after}
+        # the note first: a site with its final model is not asked again, and a second note of one phase does no harm
         _note(federation, name, federation.rounds, result, started, **metrics)
+        write(_model(federation, name, federation.rounds), local.model(round=federation.rounds, final=True, **metrics))
         tell(f"{strategy.name}: final phase, {name}: global {before:.3f}, personal {after:.3f}")
 
 
@@ -168,9 +169,9 @@ def _open(federation: Federation, name: str) -> LocalTraining:
 def _start(federation: Federation, sites: Mapping[str, LocalTraining]) -> tuple[dict[str, Tensor], int]:
     """The global model to go on from and the number of rounds done."""
     theta, done = federation.global_model()
-    if done and not federation.begun:
+    if done and federation.strategy.remembers and not federation.begun:
         for name, local in sites.items():
-            local.restore(read(federation.model_of(name)))
+            local.restore(read(_model(federation, name, done - 1)))
     if done:
         return theta, done
     network = network_of(federation.bundle, federation.overrides, checkpoint=federation.settings.get("checkpoint"))
@@ -210,19 +211,32 @@ def _note(
         file.write(json.dumps(note) + "\n")
 
 
-def _save_round(federation: Federation, theta: Mapping[str, Tensor], number: int, fingerprint: str) -> None:
+def _save_round(
+    federation: Federation, theta: Mapping[str, Tensor], models: Mapping[str, SiteModel], number: int, fingerprint: str
+) -> None:
+    """Write a round, which is done by all sites or by none: it counts from the moment the global model is there."""
     from safetensors.torch import save
 
+    for name, model in models.items():
+        write(_model(federation, name, number), model)
     write_atomically(
         federation.out / ROUND_FILE,
         save(dict(theta), metadata={"round": str(number), "fingerprint": fingerprint}),
     )
+    for folder in (federation.out / MODELS).iterdir():
+        if folder.name.isdigit() and int(folder.name) < number:
+            shutil.rmtree(folder)
 
 
-def _final_round(federation: Federation, name: str) -> int | None:
-    path = federation.model_of(name)
-    info = read(path).info if path.exists() else {}
-    return info.get("round") if info.get("final") else None
+def _model(federation: Federation, site: str, number: int) -> Path:
+    """A site's model file of a round; that of the final phases has the number of rounds."""
+    return federation.out / MODELS / str(number) / f"{site}.safetensors"
+
+
+def _is_final(federation: Federation, site: str) -> bool:
+    """Whether a site has done its final phases."""
+    path = _model(federation, site, federation.rounds)
+    return path.exists() and bool(read(path).info.get("final"))
 
 
 def pooled_site(sites: Mapping[str, Path], out: Path, seed: int, folds: int) -> Path:

@@ -165,6 +165,11 @@ class Strategy(_Settings):
         """Whether a site has a personal model beside the global one."""
         return bool(self.personal) or self.has_copy
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a site takes anything of its own from one round to the next: a personal model or moments."""
+        return self.keeps or any(phase.keep_moments for phase in self.phases)
+
     def resting(self, round_number: int) -> frozenset[str]:
         """Groups that are not trained in a round though they are shared."""
         if self.aggregation != "alternate":
