@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.federated.jobs import make_job, plan_settings
 from pfedsam.federated.plan import Plan
 from pfedsam.parameters import COPY, group_of
-from pfedsam.strategies import ablation_names, find_strategy, strategy_names
+from pfedsam.strategies import ablation_names, find_strategy, patched, strategy_names
 
 TINY = {"backbone": "vit_test", "image_size": 64}
 SERVERLESS = {"centralised", "local_only", "ensemble_local"}
@@ -133,7 +134,42 @@ def test_the_control_has_one_expert_and_no_teacher(name: str, of: str) -> None:
 def test_every_strategy_passes_over_the_images_as_often_in_a_round(name: str) -> None:
     strategy = find_strategy(name).checked()
     assert sum(phase.epochs for phase in strategy.phases) == 3
-    assert sum(phase.epochs for phase in strategy.final) in (0, 4)
+
+
+@pytest.mark.parametrize("name", [*sorted(ALL), *ablation_names()])
+def test_what_is_a_sites_own_is_trained_once_more_at_the_end(name: str) -> None:
+    strategy = find_strategy(name).checked()
+    alone = name in SERVERLESS
+    (epochs,) = [phase.epochs for phase in strategy.final] or [0]
+    assert epochs == (4 if strategy.keeps or alone else 0)
+    assert {phase.anneal for phase in strategy.final} <= {"cosine"}
+
+
+def test_only_what_shares_everything_has_no_end_of_its_own() -> None:
+    shares_all = {"fedsam", "fedmsa", "fedavg_lora", "fedprox", "ffa_lora"}
+    assert {name for name in ALL if not find_strategy(name).checked().final} == shares_all
+
+
+@pytest.mark.parametrize("name", ["fedsa", "fedln"])
+def test_the_final_phase_goes_on_at_the_rate_of_the_rounds(name: str) -> None:
+    strategy = find_strategy(name).checked()
+    (shared,), (final,) = strategy.phases, strategy.final
+    assert final.learning_rate == shared.learning_rate and final.trains == ("personal",)
+
+
+#: teachers by phase; together the three directions of distillation
+DIRECTIONS = {
+    "local_phase_each_round": {"local": "global", "final": "global"},
+    "distil_local_to_global": {"global": "personal"},
+    "distil_mutual": {"local": "global", "global": "personal", "final": "global"},
+}
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_directions_of_distillation_are_separate(name: str) -> None:
+    strategy = find_strategy(name).checked()
+    phases = (*strategy.phases, *strategy.final)
+    assert {one.name: one.distillation.teacher for one in phases if one.distillation} == DIRECTIONS[name]
 
 
 # ---- jobs ---------------------------------------------------------------------------------------------------------
@@ -200,6 +236,21 @@ def test_a_wrong_file_is_named(tmp_path: Path, content: str, words: str) -> None
     file.write_text(content)
     with pytest.raises(PFedSAMError, match=words):
         find_strategy(str(file))
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        {"phases": {"train": {"epochs": 1}, "final": {"epochs": 1}}},
+        {"order": ["train", "global"]},
+        {"order": ["global", "final"]},  # it comes after the rounds
+    ],
+)
+def test_a_patch_of_a_phase_that_is_not_there_is_refused(patch: dict[str, Any]) -> None:
+    with pytest.raises(PFedSAMError) as caught:
+        patched("mine", {"base": "pfedsam", **patch})
+    named = "final" if patch.get("order") == ["global", "final"] else "train"
+    assert caught.value.code == "E16" and f"['{named}']" in caught.value.message and "global" in caught.value.remedy
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -94,11 +94,20 @@ def patched(name: str, patch: Mapping[str, Any]) -> StrategyFile:
             `phases` by their names; `order`: names of the phases that a round has, in order.
 
     Raises:
-        PFedSAMError: E16 or E18 if what comes out is impossible.
+        PFedSAMError: E16 if a phase is named that is not there; E16 or E18 if what comes out is impossible.
     """
     base = find_strategy(patch["base"])
     strategy = {**base.strategy, **patch.get("strategy", {}), "name": name}
     changes = patch.get("phases", {})
+    in_round, after = ([phase["name"] for phase in strategy.get(part, [])] for part in ("phases", "final"))
+    unknown = [one for one in changes if one not in (*in_round, *after)]
+    unknown += [one for one in patch.get("order", ()) if one not in in_round]
+    if unknown:
+        raise PFedSAMError(
+            "E16",
+            f"'{name}' names phase(s) {unknown}, which '{patch['base']}' does not have.",
+            f"Its phases: {in_round} in a round, {after} after the last.",
+        )
     for part in ("phases", "final"):
         strategy[part] = [{**phase, **changes.get(phase["name"], {})} for phase in strategy.get(part, [])]
     if "order" in patch:

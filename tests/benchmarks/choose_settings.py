@@ -5,7 +5,8 @@
 Each choice is a strategy with a patch, as in `jobs/strategies/ablations.json`. It is trained as `pfedsam compare`
 trains it, on one fold, and the mean over the sites of the Dice on their validation cases is noted for the global and
 the personal model. Choices that differ in the final phase only share the rounds before it. Prints a table and writes
-results/choices.jsonl; choices that are in it are not repeated.
+results/choices.jsonl. A choice that is in it with all the settings it has now is not repeated; rows of other settings,
+for example of a default that is another now, stay in it and are shown as such.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import Any
 
 import torch
 
-from pfedsam.strategies import patched
+from pfedsam.bundles import settings_of
+from pfedsam.strategies import StrategyFile, patched
 from pfedsam.training.federation import Federation, run_federation
+from pfedsam.training.phases import Strategy
 
 BUNDLE, ROUNDS, SEED = "brain_lesion_mri", 8, 0
 SETTINGS: dict[str, Any] = {
@@ -47,8 +50,8 @@ def taught(weight: float, gate: bool = True) -> dict[str, Any]:
 
 
 def shared_rate(rate: float) -> dict[str, Any]:
-    """Patch of the learning rate of the shared tensors."""
-    return {"phases": {name: {"learning_rate": rate} for name in ("train", "global")}}
+    """Patch of the learning rate of pfedsam's shared tensors."""
+    return {"phases": {"global": {"learning_rate": rate}}}
 
 
 #: name of a choice: (strategy, patch)
@@ -86,14 +89,24 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def measure(name: str, sites: dict[str, Path], out: Path) -> dict[str, Any]:
-    """Validation Dice of one choice."""
+def chosen(name: str) -> tuple[StrategyFile, Strategy]:
+    """The strategy of a choice, as a file and as it is trained."""
     base, patch = CHOICES[name]
     file = patched(base, {"base": base, **patch})
-    started, strategy = time.monotonic(), file.checked().model_copy(update={"validate_every": ROUNDS})
-    told = json.dumps([strategy.model_dump(mode="json"), file.overrides, SETTINGS], sort_keys=True)
-    folder = out / "choices" / hashlib.sha256(told.encode()).hexdigest()[:16]
-    settings = {"feature_store": out / "features"}
+    return file, file.checked().model_copy(update={"validate_every": ROUNDS})
+
+
+def key(name: str) -> str:
+    """Hash of the strategy and of all the bundle's settings of a choice, the defaults too."""
+    file, strategy = chosen(name)
+    told = [BUNDLE, ROUNDS, strategy.model_dump(mode="json"), settings_of(BUNDLE, {**SETTINGS, **file.overrides})]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def measure(name: str, sites: dict[str, Path], out: Path) -> dict[str, Any]:
+    """Validation Dice of one choice."""
+    started, (base, patch), (file, strategy) = time.monotonic(), CHOICES[name], chosen(name)
+    folder, settings = out / "choices" / key(name), {"feature_store": out / "features"}
     federation = Federation(BUNDLE, sites, strategy, folder, ROUNDS, {**SETTINGS, **file.overrides}, settings)
 
     def tell(line: str) -> None:
@@ -104,21 +117,31 @@ def measure(name: str, sites: dict[str, Path], out: Path) -> dict[str, Any]:
     run_federation(federation, tell, aggregated=file.kind == "federated")
     last = [note for note in federation.history() if note["round"] == ROUNDS]
     dice = {who: {note["site"]: note[f"val_dice_{who}"] for note in last} for who in ("global", "personal")}
-    return {"choice": name, "base": base, "patch": patch, "dice": dice, "seconds": time.monotonic() - started}
+    seconds = time.monotonic() - started
+    return {"key": key(name), "choice": name, "base": base, "patch": patch, "dice": dice, "seconds": seconds}
+
+
+def is_current(row: dict[str, Any]) -> bool:
+    """Whether a row is of a choice with the settings that it has now."""
+    return row["choice"] in CHOICES and row.get("key") == key(row["choice"])
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print the table."""
+    """Print the table, and one of the rows of older settings."""
     from rich.console import Console
     from rich.table import Table
 
-    sites = list(rows[0]["dice"]["personal"])
-    table = Table("choice", "global", "personal", *sites, title="Dice on validation cases, fold 0")
-    for row in sorted(rows, key=lambda one: list(CHOICES).index(one["choice"])):
-        found = row["dice"]
-        means = (f"{sum(found[who].values()) / len(sites):.3f}" for who in ("global", "personal"))
-        table.add_row(row["choice"], *means, *(f"{found['personal'][site]:.3f}" for site in sites))
-    Console(width=140).print(table)
+    order, sites = list(CHOICES), list(rows[0]["dice"]["personal"])
+    current = sorted((row for row in rows if is_current(row)), key=lambda row: order.index(row["choice"]))
+    older = [row for row in rows if not is_current(row)]
+    for title, part in (("", current), (", of older settings", older)):
+        table = Table("choice", "global", "personal", *sites, title=f"Dice on validation cases, fold 0{title}")
+        for row in part:
+            found = row["dice"]
+            means = (f"{sum(found[who].values()) / len(sites):.3f}" for who in ("global", "personal"))
+            table.add_row(row["choice"], *means, *(f"{found['personal'][site]:.3f}" for site in sites))
+        if part:
+            Console(width=140).print(table)
 
 
 def main() -> None:
@@ -131,7 +154,7 @@ def main() -> None:
     sites = {path.name: path for path in sorted(options.data.iterdir()) if (path / "images").is_dir()}
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     for name in options.only:
-        if name in {row["choice"] for row in rows}:
+        if key(name) in {row.get("key") for row in rows}:
             continue
         print(name, flush=True)
         rows.append(measure(name, sites, options.out))

@@ -15,8 +15,8 @@ torch.set_num_threads(1)
 DIM, EXPERTS, BOTTLENECK = 6, 3, 2
 
 
-def mixture(gate="image", scale: float = 0.5, filled: bool = True) -> LMoE:
-    layer = LMoE(DIM, EXPERTS, BOTTLENECK, scale, gate, generator=torch.Generator().manual_seed(0))
+def mixture(gate="image", scale: float = 0.5, filled: bool = True, top_k: int = 0) -> LMoE:
+    layer = LMoE(DIM, EXPERTS, BOTTLENECK, scale, gate, top_k, generator=torch.Generator().manual_seed(0))
     if filled:
         torch.manual_seed(1)
         for parameter in layer.parameters():
@@ -97,6 +97,42 @@ def test_gradient_reaches_up_at_once_and_gate_and_down_after_it():
     layer.zero_grad()
     layer(n).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("gate", ["image", "token"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_gate_learns_from_the_task_however_few_experts_count(gate, top_k):
+    layer = mixture(gate, top_k=top_k)
+    layer(tokens(2, 3, 4)).square().sum().backward()  # without the balance loss
+    assert layer.gate.weight.grad is not None and layer.gate.weight.grad.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("gate", ["image", "token"])
+@torch.no_grad()
+def test_of_top_1_the_largest_gate_counts_as_it_is(gate):
+    sparse, dense, n = mixture(gate, top_k=1), mixture(gate), tokens(2, 3, 4)
+    largest, chosen = dense.gates(n).max(-1, keepdim=True)
+    assert torch.equal(sparse.gates(n), torch.zeros_like(dense.gates(n)).scatter(-1, chosen, largest))
+
+
+@pytest.mark.parametrize("gate", ["image", "token"])
+@torch.no_grad()
+def test_of_top_2_the_two_largest_gates_are_scaled_to_sum_1(gate):
+    sparse, dense, n = mixture(gate, top_k=2), mixture(gate), tokens(2, 3, 4)
+    gates = dense.gates(n)
+    kept = torch.where(gates > gates.min(-1, keepdim=True).values, gates, 0.0)  # all but the least of three
+    torch.testing.assert_close(sparse.gates(n), kept / kept.sum(-1, keepdim=True))
+    torch.testing.assert_close(mixture(gate, top_k=EXPERTS).gates(n), gates, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_usage_of_top_1_is_how_often_each_expert_was_chosen():
+    layer, n = mixture("token", top_k=1).train(), tokens(2, 3, 4)
+    layer(n)
+    usage, chosen = layer.usage(), layer.gates(n).argmax(-1).flatten()
+    expected = (torch.bincount(chosen, minlength=EXPERTS) / len(chosen)).tolist()
+    assert [usage[f"share_{e}"] for e in range(EXPERTS)] == pytest.approx(expected, abs=1e-6)
+    assert usage["entropy"] == pytest.approx(0, abs=1e-6)
 
 
 def test_experts_start_different_from_each_other():

@@ -215,12 +215,15 @@ def test_checkpointing_is_not_part_of_the_fingerprint():
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("gate", ["image", "token"])
 @torch.no_grad()
-def test_exactly_k_gates_count_and_sum_to_one(gate, top_k):
+def test_exactly_k_gates_count_and_sum_to_one_but_for_top_1(gate, top_k):
     network = build_network("vit_test", 64, gate=gate, top_k=top_k)
     layer = next(iter(network.expert_layers().values()))
     gates = layer.gates(torch.randn(5, 4, 4, 64, generator=torch.Generator().manual_seed(0)))
     assert ((gates > 0).sum(-1) == top_k).all()
-    torch.testing.assert_close(gates.sum(-1), torch.ones(gates.shape[:-1]))
+    if top_k > 1:
+        torch.testing.assert_close(gates.sum(-1), torch.ones(gates.shape[:-1]))
+    else:  # the largest probability as it is, so that the gate has a gradient
+        assert (gates.sum(-1) < 1).all()
 
 
 @torch.no_grad()

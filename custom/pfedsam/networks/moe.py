@@ -22,7 +22,9 @@ class LMoE(nn.Module):
         bottleneck: hidden width of each expert.
         scale: s.
         gate: `image` gates by the mean token of an image, `token` gates each token.
-        top_k: only the k largest gates count, scaled to sum 1; 0 for all of them.
+        top_k: only the k largest gates count, scaled to sum 1; 0 for all of them. With k = 1 the largest counts as it
+            is, as in Switch Transformers (Fedus et al., arXiv 2101.03961, section 2.1): scaled it would always be 1,
+            and the gate would have no gradient of the task.
         generator: for the initial weights.
         device: of the parameters.
     """
@@ -57,7 +59,7 @@ class LMoE(nn.Module):
         self.forget_usage()
 
     def gates(self, n: Tensor) -> Tensor:
-        """Gate values `(B, ..., E)` that sum to 1; for gates per image the spatial dimensions are 1."""
+        """Gate values `(B, ..., E)` that sum to 1, but for top 1; for gates per image the spatial dimensions are 1."""
         return self._select(self._probabilities(n))
 
     def forward(self, n: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ class LMoE(nn.Module):
         self._seen = 0
 
     def usage(self) -> dict[str, float]:
-        """Mean entropy of the gates in nats and mean share of each expert since `forget_usage`."""
+        """Mean entropy of the gates in nats and mean share of each expert since `forget_usage`, of gates of sum 1."""
         if self._share is None or self._entropy is None:
             return {}
         shares = (self._share / self._seen).tolist()
@@ -100,11 +102,14 @@ class LMoE(nn.Module):
         if not 0 < self.top_k < self.number:
             return probabilities
         values, chosen = probabilities.topk(self.top_k, dim=-1)
-        return torch.zeros_like(probabilities).scatter(-1, chosen, values / values.sum(-1, keepdim=True))
+        if self.top_k > 1:
+            values = values / values.sum(-1, keepdim=True)
+        return torch.zeros_like(probabilities).scatter(-1, chosen, values)
 
     @torch.no_grad()
     def _note(self, gates: Tensor) -> None:
         flat = gates.detach().float().flatten(0, -2)
+        flat = flat / flat.sum(-1, keepdim=True)  # top 1 does not sum to 1
         share, entropy = flat.sum(0), -(flat * flat.clamp_min(1e-12).log()).sum()
         self._share = share if self._share is None else self._share + share
         self._entropy = entropy if self._entropy is None else self._entropy + entropy
