@@ -12,7 +12,7 @@ import torch
 
 from pfedsam import state as module
 from pfedsam.errors import PFedSAMError
-from pfedsam.site_model import SiteModel, write
+from pfedsam.site_model import SiteModel, read, write
 from pfedsam.state import CURRENT, LOCK, PREVIOUS, SiteState, delete_state, list_states, state_root
 
 FINGERPRINT = "ab" * 32
@@ -62,6 +62,25 @@ def round_of(state: SiteState) -> int:
 
 def corrupt(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
+
+
+def zero_the_tail(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-16] + bytes(16))
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[(8 + int.from_bytes(data[:8], "little") + len(data)) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def not_a_number(path: Path) -> None:
+    spoilt = model(9)
+    spoilt.personal["b"][1] = torch.nan
+    write(path, spoilt)
+
+
+DAMAGE = [corrupt, zero_the_tail, flip_a_bit, not_a_number]
 
 
 # the root -------------------------------------------------------------------------------------------------------------
@@ -173,6 +192,47 @@ def test_state_before_the_last_is_kept_and_used_when_the_last_is_corrupt(opened)
     assert {path.name for path in opened.folder.iterdir()} == {PREVIOUS, LOCK}
 
 
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_damaged_state_is_passed_over_and_never_takes_the_place_of_the_one_before_it(
+    opened, tmp_path, damage, loaded, caplog
+):
+    opened.save(model(1))
+    opened.save(model(2))
+    opened.close()
+    damage(opened.folder / CURRENT)
+    again = site_state(tmp_path)
+    again.open()
+    if loaded:
+        assert round_of(again) == 1
+        assert str(again.folder / CURRENT) in caplog.text and "Trying the state before it" in caplog.text
+    again.save(model(3))
+    assert read(again.folder / CURRENT).info["round"] == 3
+    assert read(again.folder / PREVIOUS).info["round"] == 1
+    again.save(model(4))
+    assert read(again.folder / PREVIOUS).info["round"] == 3
+    again.close()
+
+
+def test_what_a_killed_save_left_never_takes_the_place_of_the_one_before_it(opened):
+    opened.save(model(1))
+    opened.save(model(2))
+    os.link(opened.folder / CURRENT, opened.folder / f".{PREVIOUS}")
+    flip_a_bit(opened.folder / CURRENT)
+    assert round_of(opened) == 1
+    opened.save(model(3))
+    assert read(opened.folder / PREVIOUS).info["round"] == 1
+
+
+def test_a_state_with_values_that_are_not_finite_is_not_saved(opened):
+    opened.save(model(1))
+    opened.save(model(2))
+    spoilt = model(3)
+    spoilt.personal["b"][1] = torch.inf
+    assert code_of(opened.save, spoilt) == "E13"
+    assert round_of(opened) == 2 and read(opened.folder / PREVIOUS).info["round"] == 1
+
+
 def test_saving_goes_on_after_a_corrupt_state(opened):
     opened.save(model(1))
     opened.save(model(2))
@@ -249,6 +309,29 @@ def test_all_states_are_listed_in_order_also_a_corrupt_one(tmp_path):
     assert entries[0].problem and entries[0].info == {}
     assert not entries[1].problem and entries[1].info["round"] == 5
     assert entries[1].file.is_file()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_an_entry_names_the_file_that_a_job_goes_on_from(opened, tmp_path, damage):
+    opened.save(model(1))
+    opened.save(model(2))
+    (entry,) = list_states(tmp_path)
+    assert (entry.file.name, entry.info["round"], entry.problem) == (CURRENT, 2, "")
+    damage(opened.folder / CURRENT)
+    (entry,) = list_states(tmp_path)
+    assert (entry.file.name, entry.info["round"]) == (PREVIOUS, 1)
+    assert str(opened.folder / CURRENT) in entry.problem and "The state before it is used" in entry.problem
+
+
+@pytest.mark.parametrize("left", [PREVIOUS, f".{PREVIOUS}", f".{CURRENT}.abc.tmp"])
+def test_a_folder_with_any_tensors_is_listed_and_can_be_deleted(opened, tmp_path, left):
+    opened.save(model(1))
+    opened.close()
+    (opened.folder / CURRENT).rename(opened.folder / left)
+    (entry,) = list_states(tmp_path)
+    assert entry.problem and entry.info.get("round") == (1 if left == PREVIOUS else None)
+    delete_state(entry)
+    assert not list(tmp_path.iterdir())
 
 
 def test_deleted_state_is_gone_with_the_one_before_it_and_others_stay(opened, tmp_path):

@@ -1,17 +1,20 @@
 """A site's model as one file: the shared tensors, the personal tensors trained beside them, and what belongs to them.
 
-The file is safetensors (no code can hide in it) with a JSON text as metadata. A personal part is only valid with the
-shared part it was trained beside, so both always travel in one file. The file never leaves the site.
+The file is safetensors (no code can hide in it) with a JSON text as metadata and a SHA-256 over both, so that a
+damaged file is not taken for a model. A personal part is only valid with the shared part it was trained beside, so both
+always travel in one file. The file never leaves the site.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -30,7 +33,9 @@ from pfedsam.parameters import (
     trains_encoder,
 )
 
-SCHEMA = 1
+#: Format version of the files that are written. Version 1 has the same layout and need not have a digest.
+SCHEMA = 2
+_KNOWN = ("1", "2")
 _PARTS = ("shared", "personal", "moments")
 
 
@@ -110,21 +115,18 @@ def write(path: str | Path, model: SiteModel) -> None:
     Raises:
         OSError: if the disk is full or not writable; a file that was there before is intact.
     """
-    parts: dict[str, Mapping[str, Tensor]] = {
-        "shared": model.shared,
-        "personal": model.personal,
-        "moments": model.moments,
-    }
-    tensors = {f"{part}/{name}": t.contiguous() for part, state in parts.items() for name, t in state.items()}
-    data = save(tensors, metadata={"schema": str(SCHEMA), "info": json.dumps(model.info)})
-    write_atomically(path, data)
+    tensors = {name: tensor.contiguous() for name, tensor in _named(model).items()}
+    info = json.dumps(model.info)
+    metadata = {"schema": str(SCHEMA), "info": info, "sha256": _digest(info, tensors)}
+    write_atomically(path, save(tensors, metadata=metadata))
 
 
 def read(path: str | Path) -> SiteModel:
     """Read a model. Nothing in the file is executed.
 
     Raises:
-        PFedSAMError: E13 if the file is missing, corrupt, of another schema or no site model.
+        PFedSAMError: E13 if the file is missing, damaged, of another schema or no site model, or holds values that are
+            not finite.
     """
     path = Path(path)
     remedy = "Give the state.safetensors of a site (see `pfedsam state list`) or a model.safetensors of a training run."
@@ -135,15 +137,65 @@ def read(path: str | Path) -> SiteModel:
         schema, info = metadata.get("schema"), json.loads(metadata.get("info", "null"))
     except ValueError as error:
         raise PFedSAMError("E13", f"{path} is not readable: {error}.", remedy) from None
-    if schema != str(SCHEMA) or not isinstance(info, dict) or not isinstance(info.get("roles"), dict):
-        raise PFedSAMError("E13", f"{path} has schema {schema}, expected {SCHEMA}.", remedy)
+    if schema not in _KNOWN or not isinstance(info, dict) or not isinstance(info.get("roles"), dict):
+        raise PFedSAMError("E13", f"{path} has schema {schema}, expected one of {', '.join(_KNOWN)}.", remedy)
+    _check_digest(path, tensors, metadata)
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         if part not in parts or not rest:
             raise PFedSAMError("E13", f"{path} holds an unknown tensor '{name}'.", remedy)
         parts[part][rest] = tensor
-    return SiteModel(**parts, info=info)
+    model = SiteModel(**parts, info=info)
+    require_finite(model, str(path))
+    return model
+
+
+def require_finite(model: SiteModel, what: str) -> None:
+    """Refuse a model that training has spoilt: no site can go on from it.
+
+    Args:
+        model: the model.
+        what: what it is, for the sentence.
+
+    Raises:
+        PFedSAMError: E13 naming the first tensor with a value that is not finite.
+    """
+    for name, tensor in _named(model).items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise PFedSAMError(
+                "E13", f"{what}: '{name}' holds values that are not finite.", "Take an earlier state or model."
+            )
+
+
+def _named(model: SiteModel) -> dict[str, Tensor]:
+    """All tensors by their names in the file."""
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "shared": model.shared,
+        "personal": model.personal,
+        "moments": model.moments,
+    }
+    return {f"{part}/{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+
+
+def _digest(info: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the JSON text and, in the order of their names, name, dtype, shape and bytes of each tensor."""
+    digest = hashlib.sha256(info.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_digest(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    expected, found = metadata.get("sha256"), _digest(metadata["info"], tensors)
+    if found == expected or (expected is None and metadata["schema"] == "1"):
+        return
+    raise PFedSAMError(
+        "E13",
+        f"{path} is damaged: its content has SHA-256 {found[:12]}, the file says {(expected or 'nothing')[:12]}.",
+        "Check the disk. A job goes on from the state before it; a model of its own comes back from a backup only.",
+    )
 
 
 def save_alone(path: str, network: SegmentAnything, trainer: Any) -> None:
@@ -168,4 +220,4 @@ def model_settings(
     return name, {**(told if isinstance(told, dict) else {}), **overrides}
 
 
-__all__ = ["SiteModel", "model_settings", "read", "save_alone", "write"]
+__all__ = ["SiteModel", "model_settings", "read", "require_finite", "save_alone", "write"]

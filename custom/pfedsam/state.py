@@ -16,12 +16,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.site_model import SiteModel, read, write
+from pfedsam.site_model import SiteModel, read, require_finite, write
 
 logger = logging.getLogger(__name__)
 
 ROOT_VARIABLE = "PFEDSAM_STATE_ROOT"
 CURRENT, PREVIOUS, LOCK = "state.safetensors", "previous.safetensors", "lock"
+_BACKUP = f".{PREVIOUS}"
+#: Whatever holds tensors of a site, also what a write that was killed has left.
+_HOLD_TENSORS = (CURRENT, PREVIOUS, _BACKUP, f".{CURRENT}.*.tmp")
 
 
 def state_root(site_setting: str | None = None) -> Path:
@@ -44,6 +47,8 @@ class SiteState:
         self.folder = root / federation / site / f"{bundle}-{fingerprint[:12]}"
         self.fingerprint = fingerprint
         self._lock = FileLock(self.folder / LOCK, timeout=0)
+        #: Whether the current file was read or written here, so that it may take the place of the one before it.
+        self._whole = False
 
     def open(self) -> None:
         """Create the folder and take its lock.
@@ -72,20 +77,23 @@ class SiteState:
         self._lock.release()
 
     def save(self, model: SiteModel) -> None:
-        """Write the state atomically; the last one is kept as `previous.safetensors`.
+        """Write the state atomically; the last one, if it is readable, is kept as `previous.safetensors`.
 
         Raises:
-            PFedSAMError: E13 if it cannot be written; the last state is intact then.
+            PFedSAMError: E13 if it cannot be written or holds values that are not finite; the last state is intact
+                then.
         """
-        current, previous = self.folder / CURRENT, self.folder / PREVIOUS
-        backup = self.folder / f".{PREVIOUS}"
+        require_finite(model, f"the state for {self.folder}")
+        current, previous, backup = (self.folder / name for name in (CURRENT, PREVIOUS, _BACKUP))
         try:
-            if current.exists():
+            backup.unlink(missing_ok=True)
+            keep = current.exists() and (self._whole or _readable(current))
+            if keep:
                 # a link, not a move: there is a valid `current` at every moment
-                backup.unlink(missing_ok=True)
                 os.link(current, backup)
             write(current, model)
-            if backup.exists():
+            self._whole = True
+            if keep:
                 os.replace(backup, previous)
         except OSError as error:
             raise PFedSAMError(
@@ -93,62 +101,82 @@ class SiteState:
             ) from None
 
     def load(self) -> SiteModel | None:
-        """The last state, the one before if the last is corrupt, or None if there is none.
+        """The last state, the one before if the last is damaged, or None if there is none.
 
         Raises:
             PFedSAMError: E13 if there are files but none is readable, E11 if the state is of other base weights.
         """
-        problem: PFedSAMError | None = None
-        for name in (CURRENT, PREVIOUS):
-            path = self.folder / name
-            if not path.exists():
-                continue
-            try:
-                model = read(path)
-            except PFedSAMError as error:
-                logger.error("%s Trying the state before it.", error)
-                problem = problem or error
-                continue
-            if model.info.get("fingerprint") != self.fingerprint:
-                raise PFedSAMError("E11", f"{path} belongs to other base weights.", "Move it away, or use them.")
-            return model
-        if problem is not None:
+        path, model, problem = _last(self.folder)
+        if model is None and problem is not None:
             raise problem
-        return None
+        if problem is not None:
+            logger.error("%s Trying the state before it.", problem)
+        if model is not None and model.info.get("fingerprint") != self.fingerprint:
+            raise PFedSAMError("E11", f"{path} belongs to other base weights.", "Move it away, or use them.")
+        self._whole = model is not None and path.name == CURRENT
+        return model
+
+
+def _last(folder: Path) -> tuple[Path, SiteModel | None, PFedSAMError | None]:
+    """The file that a job goes on from, its model if there is one, and why the current file is not it."""
+    problem: PFedSAMError | None = None
+    for path in (folder / CURRENT, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            return path, read(path), problem
+        except PFedSAMError as error:
+            problem = problem or error
+    return folder / CURRENT, None, problem
+
+
+def _readable(path: Path) -> bool:
+    try:
+        read(path)
+    except PFedSAMError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
 class StateEntry:
-    """One state on disk, as `pfedsam state list` shows it."""
+    """One state on disk, as `pfedsam state list` shows it.
+
+    Attributes:
+        federation, site, bundle: what it belongs to.
+        fingerprint: the first twelve digits.
+        folder: of the state.
+        file: what a job goes on from: the current state, or the one before it.
+        info: of that file; empty if none is readable.
+        problem: what is wrong with the current file.
+    """
 
     federation: str
     site: str
     bundle: str
     fingerprint: str
     folder: Path
+    file: Path
     info: dict[str, Any]
     problem: str = ""
 
-    @property
-    def file(self) -> Path:
-        """The current state."""
-        return self.folder / CURRENT
-
 
 def list_states(root: Path) -> list[StateEntry]:
-    """All states under a root, sorted by federation, site and bundle."""
-    entries = []
-    for folder in sorted(path.parent for path in root.glob(f"*/*/*/{CURRENT}")):
-        bundle, _, fingerprint = folder.name.rpartition("-")
-        info, problem = {}, ""
-        try:
-            info = read(folder / CURRENT).info
-        except PFedSAMError as error:
-            problem = error.message
-        entries.append(
-            StateEntry(folder.parents[1].name, folder.parent.name, bundle, fingerprint, folder, info, problem)
-        )
-    return entries
+    """All states under a root, sorted by federation, site and bundle; also those that no job can go on from."""
+    folders = {path.parent for pattern in _HOLD_TENSORS for path in root.glob(f"*/*/*/{pattern}")}
+    return [_entry(folder) for folder in sorted(folders)]
+
+
+def _entry(folder: Path) -> StateEntry:
+    path, model, error = _last(folder)
+    problem = error.message if error else ""
+    if model is None and error is None:
+        problem = f"{folder} holds nothing but a write that was interrupted."
+    elif path.name == PREVIOUS:
+        problem = f"{problem} The state before it is used.".strip()
+    bundle, _, fingerprint = folder.name.rpartition("-")
+    info = model.info if model else {}
+    return StateEntry(folder.parents[1].name, folder.parent.name, bundle, fingerprint, folder, path, info, problem)
 
 
 def delete_state(entry: StateEntry) -> None:

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pfedsam.commands.console import StateRoot, console
 from pfedsam.errors import PFedSAMError
 
+if TYPE_CHECKING:
+    from pfedsam.state import StateEntry
+
 app = typer.Typer(help="The personal state of the sites on this machine.", no_args_is_help=True)
+
+Kit = Annotated[Path | None, typer.Option(help="The site's startup kit, in place of --root: what its settings say.")]
+Fingerprint = Annotated[str, typer.Option(help="How the fingerprint begins, if there is more than one state.")]
+Bundle = Annotated[str | None, typer.Option(help="Name of the bundle, if there are states of more than one.")]
 
 
 @app.command("list")
-def state_list(
-    root: StateRoot = None,
-) -> None:
+def state_list(root: StateRoot = None, kit: Kit = None) -> None:
     """Show the state of every federation and site under the state root."""
     from rich.table import Table
 
-    from pfedsam.state import list_states, state_root
+    from pfedsam.state import list_states
 
-    where = root or state_root()
+    where = _where(root, kit)
+    entries = list_states(where)
+    if not entries:
+        console.print(_nothing(where), highlight=False, markup=False, soft_wrap=True)
+        return
     table = Table(title=f"personal state under {where}")
     for column in ("federation", "site", "bundle", "fingerprint", "round", "final", "personal Dice", "problem"):
-        table.add_column(column)
-    for entry in list_states(where):
+        # a person types its beginning: it is never cut
+        table.add_column(column, no_wrap=column == "fingerprint", min_width=12 if column == "fingerprint" else None)
+    for entry in entries:
         info = entry.info
         dice = info.get("val_dice_personal")
         final = {True: "yes", False: "no"}.get(info.get("final"), "")  # type: ignore[arg-type]
@@ -41,14 +51,18 @@ def state_export(
     site: str,
     out: Annotated[Path, typer.Argument(help="File to write: the pair of shared and personal tensors.")],
     root: StateRoot = None,
+    kit: Kit = None,
+    fingerprint: Fingerprint = "",
+    bundle: Bundle = None,
 ) -> None:
     """Write a site's model without the optimiser's moments. It holds personal tensors: keep it at the site."""
     from pfedsam.site_model import read, write
 
-    model = read(_one_state(federation, site, root).file)
+    model = read(_one(_found(federation, site, _where(root, kit), fingerprint, bundle)).file)
     model.moments = {}
     write(out, model)
-    console.print(f"{out} written: round {model.info.get('round')}, {len(model.personal)} personal tensors")
+    told = f"{out} written: round {model.info.get('round')}, {len(model.personal)} personal tensors"
+    console.print(told, markup=False, soft_wrap=True)
 
 
 @app.command("delete")
@@ -56,27 +70,78 @@ def state_delete(
     federation: str,
     site: str,
     root: StateRoot = None,
+    kit: Kit = None,
+    fingerprint: Fingerprint = "",
+    bundle: Bundle = None,
+    every: Annotated[bool, typer.Option("--all", help="All states of this site in this federation.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a site's state for good, for example when it leaves a federation."""
     from pfedsam.state import delete_state
 
-    entry = _one_state(federation, site, root)
+    found = _found(federation, site, _where(root, kit), fingerprint, bundle)
+    chosen = found if every else [_one(found)]
     if not yes:
-        typer.confirm(f"Delete {entry.folder} for good?", abort=True)
-    delete_state(entry)
-    console.print(f"deleted {entry.folder}")
+        folders = "\n".join(str(entry.folder) for entry in chosen)
+        typer.confirm(f"{folders}\nDelete for good?", abort=True)
+    for entry in chosen:
+        delete_state(entry)
+        console.print(f"deleted {entry.folder}", markup=False, soft_wrap=True)
 
 
-def _one_state(federation: str, site: str, root: Path | None) -> Any:
-    from pfedsam.state import list_states, state_root
+def _where(root: Path | None, kit: Path | None) -> Path:
+    """The state root by one of the two options, else by the environment."""
+    from pfedsam.state import state_root
 
-    where = root or state_root()
-    found = [entry for entry in list_states(where) if (entry.federation, entry.site) == (federation, site)]
-    if len(found) != 1:
+    if kit is None:
+        return root or state_root()
+    if root is not None:
+        raise typer.BadParameter("give one of --root and --kit", param_hint="--kit")
+    from pfedsam.federated.settings import SITE_SETTINGS, read_settings
+
+    path = kit / "local" / SITE_SETTINGS
+    if not path.is_file():
+        raise PFedSAMError("E01", f"there is no {path}.", "Make the kit ready with `pfedsam site init`, or use --root.")
+    return state_root(read_settings(path).state_root)
+
+
+def _nothing(where: Path) -> str:
+    return (
+        f"no state under {where}. A site keeps it where its settings say: --kit <startup kit>; "
+        "or say where to look: --root <folder>."
+    )
+
+
+def _found(federation: str, site: str, where: Path, fingerprint: str, bundle: str | None) -> list[StateEntry]:
+    """The states that are meant, at least one."""
+    from pfedsam.state import list_states
+
+    entries = list_states(where)
+    found = [
+        entry
+        for entry in entries
+        if (entry.federation, entry.site) == (federation, site)
+        and entry.fingerprint.startswith(fingerprint[: len(entry.fingerprint)])
+        and bundle in (None, entry.bundle)
+    ]
+    if found:
+        return found
+    if not entries:
+        raise PFedSAMError("E13", _nothing(where))
+    known = sorted({f"{entry.federation} {entry.site}" for entry in entries})
+    raise PFedSAMError(
+        "E13",
+        f"no state of site '{site}' in federation '{federation}' with this bundle and fingerprint under {where}.",
+        f"There are: {', '.join(known)}; see `pfedsam state list`, --kit and --root.",
+    )
+
+
+def _one(found: list[StateEntry]) -> StateEntry:
+    if len(found) > 1:
+        names = ", ".join(f"{entry.bundle}-{entry.fingerprint}" for entry in found)
         raise PFedSAMError(
             "E13",
-            f"{len(found)} states of site '{site}' in federation '{federation}' under {where}, expected one.",
-            "See `pfedsam state list`.",
+            f"{len(found)} states of site '{found[0].site}' in federation '{found[0].federation}': {names}.",
+            "Choose one with --fingerprint or --bundle (`delete` also takes --all).",
         )
     return found[0]

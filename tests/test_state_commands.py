@@ -1,0 +1,131 @@
+"""`pfedsam state` as a hospital uses it: it looks where the site keeps its state, and never at half of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+from pfedsam.cli import app
+from pfedsam.commands import poc
+from pfedsam.errors import PFedSAMError
+from pfedsam.federated.processes import Deployment
+from pfedsam.site_model import SiteModel, read, write
+from pfedsam.state import CURRENT, ROOT_VARIABLE
+
+FIRST, SECOND = "ab" * 6, "cd" * 6
+PROJECT = Path(__file__).resolve().parents[1] / "poc_workspace" / "project.yml"
+
+
+def keep(root: Path, fingerprint: str = FIRST, federation: str = "lgg", site: str = "north", bundle: str = "b") -> Path:
+    """A state on disk; returns its folder."""
+    info = {"fingerprint": fingerprint * 5, "roles": {"shared": [], "personal": []}, "round": 3}
+    folder = root / federation / site / f"{bundle}-{fingerprint}"
+    write(folder / CURRENT, SiteModel({"a": torch.ones(2)}, {"b": torch.ones(2)}, {"b#step": torch.ones(1)}, info))
+    return folder
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["state", *map(str, arguments)])
+
+
+def refused(*arguments: str | Path) -> str:
+    done = run(*arguments)
+    assert isinstance(done.exception, PFedSAMError), done.output
+    return str(done.exception)
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "default"))
+    return tmp_path / "states"
+
+
+@pytest.fixture
+def kit(tmp_path: Path, root: Path) -> Path:
+    """What `pfedsam site init --state-root` writes."""
+    kit = tmp_path / "kit"
+    (kit / "local").mkdir(parents=True)
+    (kit / "local" / "pfedsam.json").write_text(json.dumps({"state_root": str(root)}))
+    return kit
+
+
+def test_the_kit_says_where_a_site_keeps_its_state(root: Path, kit: Path, tmp_path: Path) -> None:
+    folder = keep(root)
+    assert FIRST in run("list", "--kit", kit).output
+    done = run("export", "lgg", "north", tmp_path / "out", "--kit", kit)
+    assert done.exit_code == 0 and read(tmp_path / "out").moments == {}
+    assert run("delete", "lgg", "north", "--yes", "--kit", kit).exit_code == 0
+    assert not folder.exists()
+
+
+def test_where_nothing_is_found_the_folder_and_both_options_are_named(root: Path, tmp_path: Path) -> None:
+    keep(root)
+    for said in (run("list").output, refused("delete", "lgg", "north", "--yes")):
+        assert all(word in said for word in (str(tmp_path / "default"), "--kit", "--root")), said
+
+
+def test_a_state_of_another_name_is_not_taken_and_the_known_ones_are_named(root: Path) -> None:
+    folder = keep(root)
+    said = refused("delete", "lgg", "nroth", "--yes", "--root", root)
+    assert "lgg north" in said and "--kit" in said and folder.exists()
+
+
+def test_a_kit_without_settings_and_two_places_at_once_are_refused(root: Path, kit: Path, tmp_path: Path) -> None:
+    assert "E01" in refused("list", "--kit", tmp_path)
+    assert run("list", "--kit", kit, "--root", root).exit_code == 2
+
+
+def test_of_two_fingerprints_one_is_chosen_by_how_it_begins(root: Path) -> None:
+    first, second = keep(root), keep(root, SECOND)
+    said = refused("delete", "lgg", "north", "--yes", "--root", root)
+    assert FIRST in said and SECOND in said and "--fingerprint" in said and "--all" in said
+    assert "no state" in refused("delete", "lgg", "north", "--yes", "--root", root, "--fingerprint", "0")
+    assert first.exists() and second.exists()
+    # the whole fingerprint, of which the folder has the first digits only
+    done = run("delete", "lgg", "north", "--yes", "--root", root, "--fingerprint", SECOND * 5)
+    assert done.exit_code == 0 and first.exists() and not second.exists()
+
+
+def test_of_two_bundles_one_is_chosen_by_its_name(root: Path) -> None:
+    first, second = keep(root), keep(root, bundle="fundus")
+    assert run("delete", "lgg", "north", "--yes", "--root", root, "--bundle", "fundus").exit_code == 0
+    assert first.exists() and not second.exists()
+
+
+def test_all_states_of_a_site_in_a_federation_go_at_once_and_others_stay(root: Path) -> None:
+    gone = [keep(root), keep(root, SECOND)]
+    stays = [keep(root, federation="other"), keep(root, site="south")]
+    done = run("delete", "lgg", "north", "--all", "--yes", "--root", root)
+    assert done.exit_code == 0 and all(str(folder) in done.output for folder in gone)
+    assert not any(folder.exists() for folder in gone) and all(folder.exists() for folder in stays)
+
+
+def test_nothing_is_deleted_without_a_yes(root: Path) -> None:
+    folder = keep(root)
+    assert run("delete", "lgg", "north", "--root", root).exit_code == 1
+    assert folder.exists()
+
+
+def test_brackets_in_a_path_are_printed_as_they_are(tmp_path: Path) -> None:
+    root = tmp_path / "[srv]" / "[/red]"
+    keep(root)
+    assert "lgg" in run("list", "--root", root).output
+    said = run("delete", "lgg", "north", "--yes", "--root", root).output
+    assert "[srv]/[/red]" in said
+
+
+def test_make_poc_shows_the_state_that_was_written_last(tmp_path: Path) -> None:
+    deployment = Deployment(tmp_path, PROJECT)
+    site = deployment.sites[0]
+    newest = keep(deployment.state_root(site), FIRST, poc.FEDERATION, site) / CURRENT
+    older = keep(deployment.state_root(site), SECOND, poc.FEDERATION, site) / CURRENT
+    os.utime(older, (1, 1))
+    assert poc._newest_state(deployment, site) == newest
+    with pytest.raises(PFedSAMError, match="E13"):
+        poc._newest_state(deployment, deployment.sites[1])
