@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pfedsam.cli import main
 from pfedsam.data.phantom import write_phantom
 
 TINY = ("--set", "backbone=vit_test", "--set", "image_size=64", "--set", "batch_size=4")
@@ -86,6 +87,15 @@ def test_bad_input_is_one_line_with_a_code_and_exit_code_1(arguments: tuple[str,
     arguments = tuple(a.format(data=data) for a in arguments)
     done = pfedsam(*arguments, home=tmp_path)
     assert done.returncode == 1 and code in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["pip install 'pfedsam[he]'", "[/srv/a]", "[bold]", "ends with a backslash\\"])
+def test_an_error_is_printed_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path):
+    monkeypatch.setattr(sys, "argv", ["pfedsam", "job", "export", name, str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert f"there is no job '{name}'" in capsys.readouterr().err
 
 
 def test_validate_tells_good_from_bad_by_its_exit_code(data: Path, tmp_path: Path):

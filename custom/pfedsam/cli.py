@@ -6,9 +6,23 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from pfedsam import __version__
-from pfedsam.commands import bundle, compare, data, evaluation, federation, inference, job, models, poc, site, state
+from pfedsam.commands import (
+    audit,
+    bundle,
+    compare,
+    data,
+    evaluation,
+    federation,
+    inference,
+    job,
+    models,
+    poc,
+    site,
+    state,
+)
 from pfedsam.commands.console import OPERATE, console
 from pfedsam.errors import PFedSAMError
 
@@ -23,7 +37,7 @@ app.add_typer(state.app, name="state", rich_help_panel=OPERATE)
 app.add_typer(job.app, name="job", rich_help_panel=OPERATE)
 app.add_typer(poc.app, name="poc", rich_help_panel=OPERATE)
 app.add_typer(site.app, name="site", rich_help_panel=OPERATE)
-app.add_typer(site.audit_app)
+app.add_typer(audit.app)
 
 
 def main() -> None:
@@ -31,7 +45,8 @@ def main() -> None:
     try:
         app()
     except PFedSAMError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True, markup=True)
+        told = f"[bold red]error[/] {escape(str(error))}"
+        Console(stderr=True).print(told, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 

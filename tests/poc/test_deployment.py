@@ -21,8 +21,9 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.federated.admin import JobResult, connect, reason_of
 from pfedsam.federated.audit import audit, statement
 from pfedsam.federated.jobs import CLIENT, SERVER, Privacy
-from pfedsam.federated.kits import check_kit
 from pfedsam.federated.processes import Deployment
+from pfedsam.federated.records import CHECKED, LEFT
+from pfedsam.federated.site_check import check_kit
 from pfedsam.inference.pair import pair
 from pfedsam.site_model import read
 
@@ -45,9 +46,9 @@ def test_a_locked_job_runs_and_personal_models_are_in_each_sites_state_only(fede
     paired = pair(last, states["hospital-a"].file)
     assert not paired.info["mixed"] and not paired.moments and paired.personal
     found = audit(federation.deployment.kit("hospital-a"), result.job_id)
-    assert found.problems == [] and len(found.results) >= 3
-    trained = [one for one in found.results if one["task"] == "train"]
-    assert all(one["bytes"] > 0 and one["excluded"] > 0 for one in trained)
+    assert found.problems == [] and len(found.stage(LEFT)) >= 3
+    trained = [one for one in found.stage(CHECKED) if one["task"] == "train"]
+    assert trained and all(one["bytes"] > 0 and one["excluded"] > 0 for one in trained)
 
 
 def test_a_whole_chain_of_allow_list_noise_and_int8_runs(federation: Federation) -> None:
@@ -59,10 +60,9 @@ def test_a_whole_chain_of_allow_list_noise_and_int8_runs(federation: Federation)
     assert result.file("best_global_model.safetensors") is not None and result.file("metrics_summary.json") is not None
     found = audit(federation.deployment.kit("hospital-a"), result.job_id)
     assert found.problems == []
-    trained = [one for one in found.results if one["task"] == "train" and not one.get("packed")]
-    packed = [one for one in found.results if one.get("packed")]
-    assert len(trained) == len(packed) == 2
-    assert [one["bytes"] for one in packed] == [one["bytes"] / 4 for one in trained]
+    checked, left = ([one for one in found.stage(name) if one["task"] == "train"] for name in (CHECKED, LEFT))
+    assert len(checked) == len(left) == 2
+    assert [one["bytes"] for one in left] == [one["bytes"] / 4 for one in checked]
 
 
 def test_site_check_finds_nothing_wrong_and_then_what_was_made_wrong(federation: Federation, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from deployed import PROJECT, Federation, running
 
 from pfedsam.federated.audit import audit
 from pfedsam.federated.jobs import Privacy
+from pfedsam.federated.records import CHECKED, LEFT
 from pfedsam.files import read_safetensors
 from pfedsam.global_model import SCHEMA
 from pfedsam.site_model import read
@@ -45,10 +46,11 @@ def test_two_encrypted_rounds_through_real_processes(encrypted: Federation) -> N
     assert metadata[SCHEMA] == "ckks-1" and {str(tensor.dtype) for tensor in tensors.values()} == {"torch.uint8"}
     found = audit(encrypted.deployment.kit("hospital-a"), result.job_id)
     assert found.problems == []
-    encrypted = [one for one in found.results if one["reply"] == "ckks"]
-    assert len(encrypted) == 2
+    checked, left = ([one for one in found.stage(name) if one["task"] == "train"] for name in (CHECKED, LEFT))
+    assert len(checked) == len(left) == 2
+    assert all(after["bytes"] > 2 * before["bytes"] for before, after in zip(checked, left, strict=True))
     # the evaluation at the end sends the ciphertexts of the last model to the sites
-    validated = [one for one in found.results if one["task"] == "validate"]
+    validated = [one for one in found.stage(LEFT) if one["task"] == "validate"]
     assert validated and all(one["reply"] == "OK" for one in validated)
     # the final personal phase starts at both sites from the same decrypted model
     first, second = (read(entry.file).shared for entry in states.values())

@@ -110,9 +110,13 @@ def test_a_server_that_was_killed_goes_on_from_its_last_round_by_resume(own: Fed
         again = resume(session, job, kept, rounds=done + 2)
         follow(session, again, timeout=180)
         result = fetch(session, again, own.folder / "results")
-    assert result.completed, result.problem()
+        assert result.completed, result.problem()
+        # as if it was lost after the last round: no round is left, the final personal phase is
+        last = resume(session, job, result.file("global_model.safetensors") or Path(), rounds=done + 2)
+        assert follow(session, last, timeout=180).completed
     for site, entry in own.states().items():
         assert entry.info["final"] and entry.info["round"] == done + 2
+        assert "final personal phase" in own.log_of(site, last) and ", phase 'global'" not in own.log_of(site, last)
         log = own.log_of(site, again)
         assert "personal state of round" in log and f"round {done}, phase" in log and "round 0, phase" not in log
 

@@ -13,9 +13,9 @@ from pfedsam.data.phantom import write_phantom
 from pfedsam.federated.admin import connect
 from pfedsam.federated.audit import audit
 from pfedsam.federated.jobs import CLIENT, SERVER
-from pfedsam.federated.kits import check_kit
 from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
-from pfedsam.federated.records import SENT_FILE, read_records
+from pfedsam.federated.records import CHECKED, SENT_FILE, read_records
+from pfedsam.federated.site_check import check_kit
 
 pytestmark = pytest.mark.slow
 HOSPITALS = PROJECT.with_name("hospitals.yml")
@@ -114,7 +114,8 @@ def test_a_job_with_code_that_sends_everything_is_stopped_by_the_sites_own_scope
         for one in results:
             assert not wanted.in_(one.blob())
             assert not [where for where, value in one.leaves if "notes" in where or isinstance(value, bytes)]
-        sent = [one for one in read_records(deployment.kit(site) / result.job_id / SENT_FILE) if one["task"] == "train"]
+        records = read_records(deployment.kit(site) / result.job_id / SENT_FILE)
+        sent = [one for one in records if one["stage"] == CHECKED and one["task"] == "train"]
         replies = [one["reply"] for one in sent]
         assert replies == ["OK"] * (len(leaks) - 1) + ["SITE_REFUSED:E19"]
         # in the plain way the experts were in the payload; the other ways took them out to hide them elsewhere

@@ -63,11 +63,11 @@ def _show(title: str, records: list[dict[str, Any]], *more: str) -> None:
 
     table = Table(title=title)
     names = {"by_group": "groups", "excluded": "kept back"}
-    for column in ("time", "task", "round", "tensors", "bytes", *(names.get(key, key) for key in more), "SHA-256"):
+    columns = ("task", "round", "tensors", "bytes", *more)
+    for column in ("time", *(names.get(key, key) for key in columns), "SHA-256"):
         table.add_column(column)
     for one in records:
-        values = [one.get(key) for key in ("task", "round", "tensors", "bytes")]
-        values += [", ".join(one[key]) or one["reply"] if key == "by_group" and key in one else one.get(key) for key in more]
-        cells = ["" if value is None else str(value) for value in values]
-        table.add_row(str(one["time"])[11:19], *cells, str(one.get("sha256", ""))[:12])
+        told = one | {"by_group": ", ".join(one.get("by_group", ())) or one["reply"]}
+        cells = (told.get(key) for key in columns)
+        table.add_row(one["time"][11:19], *("" if v is None else str(v) for v in cells), one.get("sha256", "")[:12])
     console.print(table)

@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from pfedsam.errors import PFedSAMError
 
-console = Console()
+#: Paths and names may hold brackets: a text is printed as it is, unless a call asks for markup.
+console = Console(markup=False)
 
 #: Panels of `pfedsam --help`.
 DATA, TRAIN, LOOK, OPERATE = "Data and weights", "Train", "Look", "Operate"

@@ -91,7 +91,7 @@ def export_model(
     out: Annotated[Path, typer.Argument(help="File to write (safetensors).")],
     bundle: ModelBundle = None,
     torchscript: Annotated[Path | None, typer.Option(help="Also write the personal network as TorchScript.")] = None,
-    onnx: Annotated[Path | None, typer.Option(help="Also write it as ONNX (pip install 'pfedsam[export]').")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="Also write it as ONNX (extra 'export' of pfedsam).")] = None,
     global_: Annotated[bool, typer.Option("--global", help="TorchScript and ONNX of the global model.")] = False,
     set_: Overrides = None,
 ) -> None:

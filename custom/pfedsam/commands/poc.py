@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from pfedsam.commands.console import Job, Overrides, console, literals, quiet_libraries
 from pfedsam.errors import PFedSAMError
@@ -83,10 +84,12 @@ def status(runtime: Runtime = RUNTIME) -> None:
     deployment = _deployment(runtime, runtime / "project.yml", None)
     for name in (deployment.server, *deployment.sites):
         running = [process.pid for process in deployment.processes(name)]
-        console.print(f"{name}: {f'running {running}' if running else 'not running'}; log: {deployment.log(name)}")
+        told = f"running {running}" if running else "not running"
+        console.print(f"{name}: {told}; log: {deployment.log(name)}", markup=False, soft_wrap=True)
     for site in deployment.sites:
         for entry in list_states(deployment.state_root(site)):
-            console.print(f"{site}: state of federation '{entry.federation}', round {entry.info.get('round')}")
+            told = f"state of federation '{entry.federation}', round {entry.info.get('round')}"
+            console.print(f"{site}: {told}{entry.problem and f'; {entry.problem}'}", markup=False, soft_wrap=True)
 
 
 @app.command("down")
@@ -113,7 +116,9 @@ def _up(deployment: Any, data: Path | None) -> dict[str, Path]:
     with console.status("provisioning"):
         deployment.provision()
         deployment.init(sites, {"federations": [FEDERATION]})
-    console.print(f"startup kits: {deployment.kit(deployment.server).parent}", highlight=False, soft_wrap=True)
+    console.print(
+        f"startup kits: {deployment.kit(deployment.server).parent}", highlight=False, markup=False, soft_wrap=True
+    )
     try:
         with console.status(f"starting {deployment.server} and {', '.join(deployment.sites)}"):
             deployment.start()
@@ -162,28 +167,36 @@ def _submit(deployment: Any, job: str, rounds: int, set_: list[str] | None, phan
     if not result.completed:
         raise PFedSAMError("E22", f"the job ended as {result.status}: {found.problem()}.", f"See {found.folder}.")
     model = found.file("global_model.safetensors")
-    console.print(f"{result.status}; global model: {model}", highlight=False, soft_wrap=True)
+    console.print(f"{result.status}; global model: {model}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _down(deployment: Any) -> None:
     with console.status("stopping"):
         left = deployment.stop()
-    console.print("nothing is left running" if not left else f"still running: {left}", highlight=False)
+    console.print("nothing is left running" if not left else f"still running: {left}", highlight=False, markup=False)
 
 
 def _show(deployment: Any, sites: dict[str, Path], job: str, overrides: dict[str, Any]) -> None:
     """The per-site table, from each site's own state."""
     from pfedsam.commands.evaluation import show_evaluation
     from pfedsam.federated.jobs import find_job, plan_settings
-    from pfedsam.state import list_states
 
     models = {}
     for site in deployment.sites:
-        (entry,) = [one for one in list_states(deployment.state_root(site)) if one.federation == FEDERATION]
-        models[site] = (sites[site], entry.file)
+        models[site] = (sites[site], _newest_state(deployment, site))
     bundle = plan_settings(find_job(job))["bundle"]
     console.print("Few short rounds: this shows that the deployment works, not how good the method is.")
     show_evaluation(models, bundle, overrides, deployment.root / "results", _sent(deployment))
+
+
+def _newest_state(deployment: Any, site: str) -> Path:
+    """The state that was written last: another backbone or image size of an earlier run has one of its own."""
+    from pfedsam.state import list_states
+
+    entries = [one for one in list_states(deployment.state_root(site)) if one.federation == FEDERATION and one.info]
+    if not entries:
+        raise PFedSAMError("E13", f"site {site} has kept no readable state.", f"See {deployment.log(site)}.")
+    return max((entry.file for entry in entries), key=lambda file: file.stat().st_mtime)
 
 
 def _sent(deployment: Any) -> dict[str, list[int]]:
@@ -213,6 +226,6 @@ class _News:
             text = log.read_text(errors="replace") if log.exists() else ""
             found = NEWS.findall(text)
             for line in found[self.read[site] :]:
-                console.print(f"  {site}: {line}", highlight=False)
-                self.show(f"{site}: {line}")
+                console.print(f"  {site}: {line}", highlight=False, markup=False)
+                self.show(escape(f"{site}: {line}"))
             self.read[site] = len(found)

@@ -1,18 +1,17 @@
-"""`pfedsam site` and `pfedsam audit`: for a hospital's IT and its privacy officer."""
+"""`pfedsam site`: for a hospital's IT."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pfedsam.commands.console import OPERATE, console
+from pfedsam.commands.console import console
 from pfedsam.errors import PFedSAMError
 
 app = typer.Typer(help="A startup kit made ready for a hospital, and checked.", no_args_is_help=True)
-audit_app = typer.Typer()
 
 Kit = Annotated[Path, typer.Argument(help="Folder of the startup kit, with startup/ and local/.")]
 
@@ -22,89 +21,112 @@ def init(
     kit: Kit,
     data_root: Annotated[Path | None, typer.Option(help="Site folder, or the folder that holds it.")] = None,
     state_root: Annotated[Path | None, typer.Option(help="Where the personal model is kept; back this up.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0 ...")] = "auto",
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda:0 ...")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="SAM's base weights on this machine.")] = None,
     labels: Annotated[str | None, typer.Option(help='What label values mean: {"1": "disc", "2": "cup"}')] = None,
     federations: Annotated[str | None, typer.Option(help="Names that this site has agreed to, with commas.")] = None,
+    may_share: Annotated[
+        str | None, typer.Option(help="Parameter groups that this site is willing to share, with commas.")
+    ] = None,
+    largest_clip: Annotated[float | None, typer.Option(help="Jobs must clip to a norm of at most so much.")] = None,
+    least_noise: Annotated[
+        float | None, typer.Option(help="Jobs must add noise of at least so many times the clip.")
+    ] = None,
+    curves: Annotated[
+        bool | None, typer.Option("--curves/--no-curves", help="Send losses and validation Dice for curves.")
+    ] = None,
     byoc: Annotated[
         bool, typer.Option("--byoc", help="Let jobs carry code. No filter stops hostile code in the same process.")
     ] = False,
 ) -> None:
     """Make a startup kit ready: exact classes, our filter on every task, no code in jobs, no log streaming.
 
-    Works on a site's kit and on the server's (which needs no data). Files that were there are kept as <name>.before.
+    Works on a site's kit and on the server's (which needs no data). Called again, it keeps what is not given, also what
+    was added by hand, and says what it changes; a file that it changes is kept as <name>.before. Code in jobs is denied
+    again unless --byoc is given.
     """
     from pfedsam.federated.kits import init_kit, is_server
-    from pfedsam.federated.settings import SiteSettings
+    from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings, read_settings
 
-    if not is_server(kit) and data_root is None:
+    if not is_server(kit) and data_root is None and not read_settings(kit / "local" / SITE_SETTINGS).data_root:
         raise PFedSAMError("E01", "a site needs its data.", "Say where: --data-root.")
     told = {
         "data_root": data_root and str(data_root.resolve()),
         "state_root": state_root and str(state_root.resolve()),
         "device": device,
+        "threads": threads,
         "checkpoint": checkpoint and str(checkpoint.resolve()),
-        "labels": json.loads(labels) if labels else None,
-        "federations": [one.strip() for one in federations.split(",")] if federations else None,
+        "labels": _labels(labels),
+        "federations": _words(federations),
+        "may_share": _words(may_share),
+        "largest_clip": largest_clip,
+        "least_noise": least_noise,
+        "curves": curves,
     }
-    for path in init_kit(kit, SiteSettings.model_validate(told), byoc=byoc):
-        console.print(f"{path}", highlight=False)
-    console.print(f"Next: pfedsam site check {kit}", highlight=False)
+    given = {key: value for key, value in told.items() if value is not None}
+    try:
+        settings = SiteSettings.model_validate(given)
+    except ValueError as error:
+        raise PFedSAMError("E01", f"{error}".replace("\n", " "), "See `pfedsam site init --help`.") from None
+    for file in init_kit(kit, settings, byoc=byoc):
+        said = "written" if file.changes is None else "changed" if file.changes else "as before"
+        _say(f"{file.path}: {said}", *(file.changes or ()), sep="\n  ")
+    _say(f"Next: pfedsam site check {kit}")
+
+
+def _say(*lines: str, **how: Any) -> None:
+    console.print(*lines, markup=False, highlight=False, soft_wrap=True, **how)
+
+
+def _words(text: str | None) -> list[str] | None:
+    """The names in a list with commas."""
+    return None if text is None else [one.strip() for one in text.split(",") if one.strip()]
+
+
+def _labels(text: str | None) -> Any:
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError as error:
+        raise PFedSAMError("E01", f"--labels is no JSON: {error}.", 'For example: {"1": "disc"}') from None
 
 
 @app.command("check")
 def check(kit: Kit) -> None:
     """Look at policy, certificates, disk, memory, versions, network, data and state. Exit code 1 if one is wrong."""
     with console.status("looking"):
-        from pfedsam.federated.kits import check_kit
+        from pfedsam.federated.site_check import check_kit
 
         findings = list(check_kit(kit))
     for one in findings:
         mark, style = ("ok   ", "green") if one.fine else ("WRONG", "bold red")
-        console.print(f"[{style}]{mark}[/] {one.name}: ", end="")
-        console.print(one.message, markup=False, highlight=False, soft_wrap=True)
+        if one.fine and one.warning:
+            mark, style = "NOTE ", "yellow"
+        console.print(f"[{style}]{mark}[/] {one.name}: ", end="", markup=True)
+        _say(one.message)
     raise typer.Exit(0 if all(one.fine for one in findings) else 1)
 
 
-@audit_app.command("audit", rich_help_panel=OPERATE)
-def audit(
-    workspace: Annotated[Path | None, typer.Argument(help="The site's startup kit folder.")] = None,
-    job: Annotated[str, typer.Argument(help="Id of the job, or how it begins.")] = "",
-    statement: Annotated[bool, typer.Option("--statement", help="Print the data-flow statement and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+@app.command("clean")
+def clean(
+    kit: Kit,
+    older_than: Annotated[int, typer.Option(min=1, help="Days since something was last written in it.")] = 84,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """What left this site in a job: every result, its tensors and bytes, the filters, hashes of the configuration.
+    """Remove the folders of finished jobs and rotated logs, which name cases. States and audit records stay.
 
-    Exit code 1 if the site's records and NVFlare's audit log do not fit together, or something left that may not.
+    What left the site in a removed job is kept in <kit>/audit: `pfedsam audit <kit>/audit <job>`.
     """
-    from rich.table import Table
+    from pfedsam.federated.retention import outdated, remove
 
-    from pfedsam.federated import audit as rooms
-
-    if statement:
-        print(rooms.statement())
+    found = outdated(kit, older_than)
+    for one in found:
+        _say(f"{one.path}: {one.days:.0f} days old, {one.bytes / 1e6:.1f} MB")
+    if not found:
+        _say(f"nothing in {kit} is older than {older_than} days")
         return
-    if workspace is None:
-        raise PFedSAMError("E01", "no workspace is given.", "pfedsam audit <startup kit> <job>, or --statement.")
-    found = rooms.audit(workspace, job)
-    if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
-        raise typer.Exit(1 if found.problems else 0)
-    table = Table(title=f"what left this site in job {found.job}")
-    for column in ("time", "task", "round", "tensors", "bytes", "groups", "kept back", "SHA-256"):
-        table.add_column(column)
-    for one in found.results:
-        groups = ", ".join(one.get("by_group", {})) or one.get("reply", "")
-        numbers = (str(one.get(key, "") if one.get(key) is not None else "") for key in ("round", "tensors", "bytes"))
-        kept, digest = str(one.get("excluded", "")), str(one.get("sha256", ""))[:12]
-        table.add_row(str(one["time"])[11:19], str(one["task"]), *numbers, groups, kept, digest)
-    console.print(table)
-    for file, digest in found.hashes.items():
-        console.print(f"{digest[:16]}  {file}", highlight=False, soft_wrap=True)
-    for action in found.actions:
-        console.print(f"{action['user']}: {action['action']}", highlight=False)
-    for problem in found.problems:
-        console.print(f"problem: {problem}", style="bold red", highlight=False)
-    fine = f"{len(found.submitted)} results by NVFlare's audit log, as many by the filter: they agree"
-    console.print(fine if not found.problems else f"{len(found.problems)} problem(s)", highlight=False)
-    raise typer.Exit(1 if found.problems else 0)
+    if not yes:
+        typer.confirm(f"Remove these {len(found)} for good?", abort=True)
+    for one in found:
+        remove(kit, one)
+    _say(f"removed {len(found)}")

@@ -13,12 +13,12 @@ from pfedsam.data.checks import Severity, SiteReport
 
 def print_report(report: SiteReport, console: Console) -> None:
     """Print a table of the cases and the findings below it; an error is red and also says so."""
-    table = Table(title=f"Site {escape(report.folder)}")
+    table = Table(title=f"Site {report.folder}")
     for column in ("case", "section", "shape", "spacing mm", "axes", "type", "labels", "foreground", "empty", "range"):
         table.add_column(column, overflow="fold")
     for row in report.cases:
         table.add_row(
-            escape(row.name),
+            row.name,
             row.section or "-",
             " x ".join(map(str, row.shape)) or "-",
             " x ".join(f"{step:.3g}" for step in row.spacing) if row.spacing else "-",
@@ -33,8 +33,10 @@ def print_report(report: SiteReport, console: Console) -> None:
     colours: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "note": "cyan"}
     for finding in sorted(report.findings, key=lambda finding: list(colours).index(finding.severity)):
         head = f"[{colours[finding.severity]}]{finding.severity.upper()} {finding.code}[/]"
-        console.print(f"{head} {escape(finding.message)} {escape(finding.remedy)}".rstrip(), soft_wrap=True)
+        console.print(
+            f"{head} {escape(finding.message)} {escape(finding.remedy)}".rstrip(), soft_wrap=True, markup=True
+        )
     counts = Counter(finding.severity for finding in report.findings)
     summary = ", ".join(f"{counts[severity]} {severity}(s)" for severity in colours)
     verdict = "[green]OK[/]: the site can train" if report.ok else "[bold red]NOT OK[/]: correct the errors first"
-    console.print(f"{verdict} ({len(report.cases)} case(s), {summary}).")
+    console.print(f"{verdict} ({len(report.cases)} case(s), {summary}).", markup=True)

@@ -214,19 +214,38 @@ def resume(session: Session, job: Path, global_model: Path, rounds: int) -> str:
         global_model: the last global model that was saved; it is carried in the job, and read without pickle.
         rounds: of the whole federation.
 
+    Returns:
+        The new job's id.
+
     Raises:
-        PFedSAMError: E10 if the model cannot be read, E16 if no round is left, E22 if the server refuses the job.
+        PFedSAMError: E10 if the model cannot be read, E16 if more rounds are done than were asked for, E22 if the
+            server refuses the job.
+    """
+    with tempfile.TemporaryDirectory(prefix="pfedsam-resume-") as scratch:
+        return submit(session, resumed_job(job, Path(scratch) / job.name, global_model, rounds))
+
+
+def resumed_job(job: Path, out: Path, global_model: Path, rounds: int) -> Path:
+    """Write the job that does what is left: the rounds that were not done, the final personal phase, the evaluation.
+
+    Args:
+        job: the job folder as it was submitted.
+        out: folder to write.
+        global_model: the last global model that was saved.
+        rounds: of the whole federation; if all are done, the final personal phase is left.
+
+    Raises:
+        PFedSAMError: E10 if the model cannot be read, E16 if more rounds are done than were asked for.
     """
     done = round_of(global_model) + 1
-    if done >= rounds:
+    if done > rounds:
         raise PFedSAMError("E16", f"{done} rounds are done, {rounds} were asked for.", "Ask for more rounds.")
-    with tempfile.TemporaryDirectory(prefix="pfedsam-resume-") as scratch:
-        again = export_job(
-            job,
-            Path(scratch) / job.name,
-            server={"num_rounds": rounds - done, "start_round": done},
-            persistor={"theta0": CARRIED},
-        )
-        # beside the configuration: a job that carries it there is still one without code
-        shutil.copy(global_model, again / "app" / "config" / CARRIED)
-        return submit(session, again)
+    export_job(
+        job,
+        out,
+        server={"num_rounds": rounds - done, "start_round": done},
+        persistor={"theta0": CARRIED},
+    )
+    # beside the configuration: a job that carries it there is still one without code
+    shutil.copy(global_model, out / "app" / "config" / CARRIED)
+    return out

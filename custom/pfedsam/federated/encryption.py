@@ -50,7 +50,7 @@ try:
     from nvflare.app_opt.he.model_decryptor import HEModelDecryptor
     from nvflare.app_opt.he.model_encryptor import HEModelEncryptor
 except ImportError as error:
-    raise PFedSAMError("E16", f"encryption needs TenSEAL ({error}).", "pip install 'pfedsam[he]'") from None
+    raise PFedSAMError("E16", f"encryption needs TenSEAL ({error}).", "Install the extra 'he' of pfedsam.") from None
 
 SERVER_CONTEXT = "server_context.tenseal"
 #: Schema of an encrypted global model: what reads plain ones refuses it.

@@ -197,7 +197,7 @@ def _add_filters(config: dict[str, Any], side: str, privacy: Privacy) -> None:
 
 def _check_encryption(source: Path) -> None:
     if find_spec("tenseal") is None:
-        raise PFedSAMError("E16", "encryption needs TenSEAL.", "pip install 'pfedsam[he]'")
+        raise PFedSAMError("E16", "encryption needs TenSEAL.", "Install the extra 'he' of pfedsam.")
     if _component(server_settings(source), "aggregator")["path"].startswith(_AGGREGATORS):
         raise PFedSAMError("E16", "only the mean can be taken of ciphertexts.", "Set aggregation to mean.")
 

@@ -6,40 +6,45 @@
 | `resources.json` | exactly the classes of our jobs; no log streaming |
 | `privacy.json` | our outgoing filter on every task of every job |
 | `authorization.json` | no code in jobs; who may submit |
+
+A file that is there is taken as it is, and only what is said here is set in it: what was added by hand stays.
 """
 
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.jobs import needed_classes
-from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings
+from pfedsam.federated.jobs import CLIENT, SERVER, needed_classes
+from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings, read_settings
+from pfedsam.parameters import GROUPS
 
 RESOURCES, PRIVACY, AUTHORIZATION = "resources.json", "privacy.json", "authorization.json"
 FILTER = "pfedsam.federated.filters.PersonalisedFilter"
 SCOPE = "pfedsam"
 #: Components of NVFlare that send a site's log files to the server.
-_LOG_SENDERS = ("SiteLogStreamer", "JobLogStreamer", "JobLogReceiver")
-#: A certificate that expires sooner is a problem.
-_EXPIRES_SOON_DAYS = 30
+LOG_SENDERS = ("SiteLogStreamer", "JobLogStreamer", "JobLogReceiver")
+#: What every role keeps if its default is "any".
+_OPERATIONS = ("submit_job", "clone_job", "manage_job", "download_job", "view", "operate")
 _SILENT_SECONDS = 120
-_LEAST_DISK_GIB, _LEAST_MEMORY_GIB = 5, 4
-_CONNECT_SECONDS = 5
+_LONGEST_VALUE = 120
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line of `pfedsam site check`."""
+class PolicyFile:
+    """A file that `init_kit` has looked after.
 
-    name: str
-    fine: bool
-    message: str
+    Attributes:
+        path: of the file; the one before it is kept as `<name>.before` if something has changed.
+        changes: one line for each thing that is another than before; None if the file is new.
+    """
+
+    path: Path
+    changes: tuple[str, ...] | None
 
 
 def is_server(kit: Path) -> bool:
@@ -56,71 +61,69 @@ def is_server(kit: Path) -> bool:
     )
 
 
-def init_kit(kit: Path, settings: SiteSettings, *, byoc: bool = False) -> list[Path]:
-    """Write the policy of a site or a server.
+def init_kit(kit: Path, settings: SiteSettings, *, byoc: bool = False) -> list[PolicyFile]:
+    """Write the policy of a site or a server, or bring it up to date.
 
     Args:
         kit: folder of the startup kit, as provisioned.
-        settings: of the site; a server keeps its job store inside the kit and needs no settings.
+        settings: of the site: what is set in them replaces what the site's file says, the rest of it stays. A server
+            keeps its job store inside the kit and needs no settings.
         byoc: let jobs carry code. Such code runs with the rights of the site's process: no filter stops it.
 
     Returns:
-        The files written. An old one is kept as `<name>.before`.
+        The files, with what changed in each.
 
     Raises:
-        PFedSAMError: E01 if it is no startup kit.
+        PFedSAMError: E01 if it is no startup kit, a file that is there cannot be read, or the settings name a
+            parameter group that does not exist. Nothing is written then.
     """
-    server = is_server(kit)
-    local = kit / "local"
-    resources = json.loads((local / f"{RESOURCES}.default").read_text())
-    resources["class_allow_list"] = needed_classes()
-    resources["allow_log_streaming"] = False
-    resources["components"] = [
-        one for one in resources.get("components", []) if one["path"].rsplit(".", 1)[-1] not in _LOG_SENDERS
-    ]
-    files: dict[str, Any] = {RESOURCES: _with_storage(resources, kit) if server else resources}
-    permissions = json.loads((local / f"{AUTHORIZATION}.default").read_text())
-    for role, rights in permissions["permissions"].items():
-        # "any" for everything includes code in jobs
-        permissions["permissions"][role] = _rights(rights, byoc)
-    files[AUTHORIZATION] = permissions
+    server, local = is_server(kit), kit / "local"
+    files: dict[str, Any] = {
+        RESOURCES: _resources(kit, server),
+        AUTHORIZATION: _authorization(local, byoc),
+    }
     if not server:
-        scope = {"name": SCOPE, "properties": {}, "task_result_filters": [{"path": FILTER}], "task_data_filters": []}
-        files[PRIVACY] = {"scopes": [scope], "default_scope": SCOPE}
-        files[SITE_SETTINGS] = settings.model_dump(exclude_none=True)
+        files[PRIVACY] = _privacy(_load(local / PRIVACY, {}))
+        before = read_settings(local / SITE_SETTINGS)
+        told = before.model_copy(update=settings.model_dump(exclude_unset=True, exclude_none=True))
+        unknown = sorted(set(told.may_share or ()) - set(GROUPS))
+        if unknown:
+            raise PFedSAMError("E01", f"there are no parameter groups {unknown} to share.", f"Some of {list(GROUPS)}.")
+        files[SITE_SETTINGS] = told.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     return [_write(local / name, content) for name, content in files.items()]
 
 
-def check_kit(kit: Path) -> Iterator[Finding]:
-    """Look at everything that a job will need, and change nothing.
-
-    Raises:
-        PFedSAMError: E01 if it is no startup kit.
-    """
-    server = is_server(kit)
-    yield from _check_policy(kit, server)
-    yield from _check_certificate(kit)
-    yield from _check_machine(kit)
-    yield _check_port(kit) if server else _check_reachable(kit)
-    if not server:
-        yield from _check_data(kit)
+def outgoing(scope: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The filters of a site's privacy scope that its results go through, in their order."""
+    filters = scope.get("task_result_filters") or ()
+    return [one for one in filters if str(one.get("direction") or "out").lower() != "in"]
 
 
-def _rights(rights: Any, byoc: bool) -> Any:
-    if byoc:
-        return rights
-    operations = ("submit_job", "clone_job", "manage_job", "download_job", "view", "operate", "shell_commands")
-    if rights == "any":
-        rights = dict.fromkeys(operations, "any")
-    # a shell command of an administrator reads files of the site
-    closed = {"byoc": "none", "shell_commands": "none", "server-predeployed-flwr": "none"}
-    return {**rights, **closed}
+def _load(path: Path, default: Any) -> Any:
+    try:
+        return json.loads(path.read_text()) if path.exists() else default
+    except (OSError, ValueError) as error:
+        raise PFedSAMError("E01", f"{path} could not be read: {error}.", "Mend it, or move it away.") from None
+
+
+def _resources(kit: Path, server: bool) -> dict[str, Any]:
+    path = kit / "local" / RESOURCES
+    default = path.with_name(f"{RESOURCES}.default")
+    resources = _load(path, None) or _load(default, {})
+    resources["class_allow_list"] = needed_classes(SERVER if server else CLIENT)
+    resources["class_list_enforcement_mode"] = "enforce"
+    resources["allow_log_streaming"] = False
+    resources["components"] = [
+        one for one in resources.get("components", []) if one["path"].rsplit(".", 1)[-1] not in LOG_SENDERS
+    ]
+    if server and not path.exists():
+        # a site that is silent for so long counts as gone; a cut of a minute is survived
+        resources["servers"][0]["heart_beat_timeout"] = _SILENT_SECONDS
+    return _with_storage(resources, kit) if server else resources
 
 
 def _with_storage(resources: dict[str, Any], kit: Path) -> dict[str, Any]:
     """Jobs and snapshots inside the kit, not in a folder that all servers of a machine share."""
-    # a site that is silent for so long counts as gone; a cut of a minute is survived
-    resources["servers"][0]["heart_beat_timeout"] = _SILENT_SECONDS
     resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit.resolve() / "snapshots")
     for component in resources["components"]:
         if component["id"] == "job_manager":
@@ -128,144 +131,56 @@ def _with_storage(resources: dict[str, Any], kit: Path) -> dict[str, Any]:
     return resources
 
 
-def _write(path: Path, content: Any) -> Path:
-    text = json.dumps(content, indent=2) + "\n"
-    if path.exists() and path.read_text() != text:
-        path.replace(path.with_name(path.name + ".before"))
-    path.write_text(text)
-    return path
+def _authorization(local: Path, byoc: bool) -> dict[str, Any]:
+    """Rights of each role: what is there, without code in jobs (or with it, as NVFlare's default gives it)."""
+    default = _load(local / f"{AUTHORIZATION}.default", {"permissions": {}})
+    found = _load(local / AUTHORIZATION, default)
+    permissions = {}
+    for role, given in found["permissions"].items():
+        rights = dict.fromkeys(_OPERATIONS, "any") if given == "any" else given
+        first = default["permissions"].get(role, {})
+        code = first if isinstance(first, str) else first.get("byoc", "none")
+        # a shell command of an administrator reads files of the site
+        closed = {"byoc": code if byoc else "none", "shell_commands": "none", "server-predeployed-flwr": "none"}
+        permissions[role] = {**rights, **closed}
+    return {**found, "permissions": permissions}
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+def _privacy(found: dict[str, Any]) -> dict[str, Any]:
+    """Our filter as the first outgoing one of every scope, because a job may name any of them; ours by default."""
+    scopes = list(found.get("scopes") or ())
+    if SCOPE not in [one.get("name") for one in scopes]:
+        scopes.insert(0, {"name": SCOPE, "properties": {}, "task_result_filters": [], "task_data_filters": []})
+    for scope in scopes:
+        others = [one for one in scope.get("task_result_filters") or () if one.get("path") != FILTER]
+        scope["task_result_filters"] = [{"path": FILTER}, *others]
+    return {**found, "scopes": scopes, "default_scope": SCOPE}
 
 
-def _check_policy(kit: Path, server: bool) -> Iterator[Finding]:
-    local = kit / "local"
-    resources = _read(local / RESOURCES) or {}
-    missing = sorted(set(needed_classes()) - set(resources.get("class_allow_list", ())))
-    prefixes = [name for name in resources.get("class_allow_list", ()) if name.endswith(".")]
-    fine = not missing and not prefixes and resources.get("class_list_enforcement_mode") == "enforce"
-    wrong = f"missing {missing[:2]}" if missing else f"prefixes {prefixes[:2]}, or not enforced"
-    what = "exact classes, enforced" if fine else wrong
-    yield Finding("classes", fine, f"{local / RESOURCES}: {what}")
-    streams = resources.get("allow_log_streaming", True) or any(
-        one["path"].endswith(_LOG_SENDERS) for one in resources.get("components", ())
-    )
-    yield Finding("log streaming", not streams, "off" if not streams else f"on in {local / RESOURCES}: logs name cases")
-    permissions = (_read(local / AUTHORIZATION) or {}).get("permissions", {})
-    open_roles = [r for r, rights in permissions.items() if rights == "any" or _may_bring_code(rights)]
-    closed = bool(permissions) and not open_roles
-    yield Finding("code in jobs", closed, "denied" if closed else f"allowed for {open_roles or 'everybody'}")
-    if server:
-        return
-    privacy = _read(local / PRIVACY) or {}
-    scopes = {one["name"]: one for one in privacy.get("scopes", ())}
-    chain = scopes.get(privacy.get("default_scope"), {}).get("task_result_filters") or [{}]
-    found = chain[0].get("path")
-    yield Finding("outgoing filter", found == FILTER, f"{local / PRIVACY}: the first filter is {found}")
+def _write(path: Path, content: Any) -> PolicyFile:
+    before = _load(path, None)
+    changes = tuple(_changes(before, content))
+    if before is None or changes:
+        if before is not None:
+            path.replace(path.with_name(path.name + ".before"))
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    return PolicyFile(path, None if before is None else changes)
 
 
-def _may_bring_code(rights: Mapping[str, Any]) -> bool:
-    return rights.get("byoc", "none") != "none"
+def _changes(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    """What differs between two JSON values, one line for each key."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _changes(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+    elif isinstance(old, list) and isinstance(new, list):
+        yield from (f"{where}: added {_short(one)}" for one in new if one not in old)
+        yield from (f"{where}: removed {_short(one)}" for one in old if one not in new)
+        if old != new and all(one in old for one in new) and all(one in new for one in old):
+            yield f"{where}: in another order"
+    elif old != new:
+        yield f"{where}: {_short(old)} -> {_short(new)}"
 
 
-def _check_certificate(kit: Path) -> Iterator[Finding]:
-    from datetime import datetime, timezone
-
-    from cryptography import x509
-
-    for path in [*sorted((kit / "startup").glob("*.crt")), kit / "startup" / "rootCA.pem"]:
-        try:
-            expires = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
-        except (OSError, ValueError) as error:
-            yield Finding("certificate", False, f"{path}: {error}")
-            continue
-        days = (expires - datetime.now(timezone.utc)).days
-        message = f"{path.name} expires {expires:%Y-%m-%d}, in {days} days"
-        yield Finding("certificate", days >= _EXPIRES_SOON_DAYS, message)
-
-
-def _target(content: Any) -> tuple[str, int]:
-    """Host and port of the server, as NVFlare's configuration names them."""
-    host, _, port = str(content["servers"][0]["service"]["target"]).rpartition(":")
-    return host, int(port)
-
-
-def _check_reachable(kit: Path) -> Finding:
-    """Whether the server's port answers from this machine."""
-    try:
-        host, port = _target(_read(kit / "startup" / "fed_client.json"))
-    except (KeyError, IndexError, TypeError, ValueError):
-        return Finding("server", False, f"{kit / 'startup' / 'fed_client.json'} names no server")
-    try:
-        with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
-            return Finding("server", True, f"{host} port {port} answers")
-    except OSError as error:
-        why = f"{type(error).__name__}: {error}"
-        return Finding("server", False, f"{host} port {port} does not answer ({why}): not running, or a firewall")
-
-
-def _check_port(kit: Path) -> Finding:
-    """Whether the port that the server will open is free, or the server's own."""
-    import psutil
-
-    try:
-        _, port = _target(_read(kit / "startup" / "fed_server.json"))
-    except (KeyError, IndexError, TypeError, ValueError):
-        return Finding("port", False, f"{kit / 'startup' / 'fed_server.json'} names no port")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-            return Finding("port", True, f"port {port} is free")
-        except OSError:
-            pass
-    for process in psutil.process_iter(["cmdline"]):
-        if str(kit.resolve()) in (process.info["cmdline"] or ()):
-            return Finding("port", True, f"port {port} is this server's, which runs as process {process.pid}")
-    return Finding("port", False, f"port {port} is taken by something else")
-
-
-def _check_machine(kit: Path) -> Iterator[Finding]:
-    import shutil
-    from importlib.metadata import version
-
-    import psutil
-
-    free = shutil.disk_usage(kit).free / 2**30
-    yield Finding("disk", free >= _LEAST_DISK_GIB, f"{free:.0f} GiB free, at least {_LEAST_DISK_GIB} are wanted")
-    memory = psutil.virtual_memory().available / 2**30
-    message = f"{memory:.0f} GiB available, at least {_LEAST_MEMORY_GIB} are wanted"
-    yield Finding("memory", memory >= _LEAST_MEMORY_GIB, message)
-    told = ", ".join(f"{name} {version(name)}" for name in ("pfedsam", "nvflare", "monai", "torch"))
-    yield Finding("versions", True, told)
-
-
-def _check_data(kit: Path) -> Iterator[Finding]:
-    from pfedsam.data.sites import read_site
-    from pfedsam.federated.settings import read_settings, site_folder
-    from pfedsam.state import state_root
-
-    try:
-        settings = read_settings(kit / "local" / SITE_SETTINGS)
-        name = (_read(kit / "startup" / "fed_client.json") or {}).get("client", {}).get("fqsn", kit.name)
-        folder = site_folder(settings.data_root, str(name))
-        yield Finding("data", True, f"{folder}: {len(read_site(folder))} cases (pfedsam validate {folder} says more)")
-    except PFedSAMError as error:
-        yield Finding("data", False, str(error))
-        return
-    root = state_root(settings.state_root)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / ".probe"
-        probe.write_text("")
-        probe.unlink()
-        inside = kit.resolve() in root.resolve().parents
-        text = f"{root}" + (" lies inside the NVFlare workspace: an upgrade would remove it" if inside else "")
-        yield Finding("state", not inside, text)
-    except OSError as error:
-        yield Finding("state", False, f"{root} cannot be written: {error}")
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."

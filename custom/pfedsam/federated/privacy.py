@@ -113,7 +113,7 @@ def epsilon(noise_multiplier: float, rounds: int, delta: float = DELTA) -> float
     try:
         from dp_accounting import GaussianDpEvent, rdp
     except ImportError:
-        raise PFedSAMError("E16", "the accountant is not installed.", "pip install 'pfedsam[privacy]'") from None
+        raise PFedSAMError("E16", "there is no accountant.", "Install the extra 'privacy' of pfedsam.") from None
     accountant = rdp.RdpAccountant()
     accountant.compose(GaussianDpEvent(noise_multiplier), rounds)
     return float(accountant.get_epsilon(delta))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -44,7 +45,7 @@ class Deployment:
     """A provisioned project whose participants all run on this machine.
 
     Args:
-        root: folder of everything that is generated: kits, HOME, logs, states, pids.
+        root: folder of everything that is generated: kits, HOME, logs, states.
         project: NVFlare project file.
         port: of the server, in place of the project's own.
     """
@@ -146,7 +147,7 @@ class Deployment:
         if self.server in names:
             self.require_free_port()
         for name in names:
-            self._remember(name, self._start(name, environment or {}))
+            self._start(name, environment or {})
 
     def wait(self, session: Session, timeout: float = 90.0) -> None:
         """Wait until every site is connected.
@@ -165,47 +166,49 @@ class Deployment:
             time.sleep(0.5)
 
     def processes(self, name: str | None = None) -> list[psutil.Process]:
-        """What runs: the process of a participant, or of all, with the job processes below it."""
-        found = []
-        for who, pid in self._pids().items():
-            if name in (None, who) and psutil.pid_exists(pid):
-                process = psutil.Process(pid)
-                if process.status() != psutil.STATUS_ZOMBIE and str(self.root) in " ".join(process.cmdline()):
-                    found += [process, *process.children(recursive=True)]
-        return found
+        """What runs of a participant, or of all, with everything that these processes started.
+
+        They are found by their command lines, which name the kit: also a job process whose parent is gone, or one that
+        another call has started.
+        """
+        folder = self.root if name is None else self.kit(name)
+        me = psutil.Process()
+        spared = {me, *me.parents()}
+        found: dict[psutil.Process, None] = {}
+        for process in psutil.process_iter(["cmdline", "uids"]):
+            if process in spared or not _is_nvflare(process, folder):
+                continue
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found |= dict.fromkeys([process, *process.children(recursive=True)])
+        return [process for process in found if process not in spared]
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """End a participant and its job processes at once, as a power cut would."""
-        for process in self.processes(name):
-            try:
+        running = self.processes(name)
+        for process in running:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(self.processes(name), timeout=_GRACE_SECONDS)
+        psutil.wait_procs(running, timeout=_GRACE_SECONDS)
 
     def stop(self) -> list[int]:
-        """End everything that this deployment started: politely, then by force.
+        """End every process of this deployment, whoever started it: politely, then by force.
 
         Returns:
             Pids that are still there (none, if all went well).
         """
-        running = self.processes()
         for number in (signal.SIGTERM, signal.SIGKILL):
+            # looked for again: one may have been started in the meantime
+            running = self.processes()
             for process in running:
-                try:
+                with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(number)
-                except psutil.NoSuchProcess:
-                    continue
-            _, running = psutil.wait_procs(running, timeout=_GRACE_SECONDS)
-            if not running:
-                break
-        (self.root / "processes.json").unlink(missing_ok=True)
-        return [process.pid for process in running]
+            psutil.wait_procs(running, timeout=_GRACE_SECONDS)
+        return [process.pid for process in self.processes()]
 
     def _of(self, kind: str) -> list[dict[str, Any]]:
         return [one for one in self._content["participants"] if one["type"] == kind]
 
-    def _start(self, name: str, environment: Mapping[str, str]) -> int:
+    def _start(self, name: str, environment: Mapping[str, str]) -> None:
         kit = self.kit(name)
         server = name == self.server
         kind, module = ("server", "server_train") if server else ("client", "client_train")
@@ -217,7 +220,7 @@ class Deployment:
         with self.log(name).open("a") as log:
             # a session of its own: Ctrl-C in the terminal is for us, who then stop them in order
             how: dict[str, Any] = {"env": self._environment(environment), "start_new_session": True}
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **how).pid
+            subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **how)
 
     def _environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
         # a job ends so many seconds after its last workflow when a site is gone for good; NVFlare's own value is 900
@@ -230,9 +233,11 @@ class Deployment:
     def _threads(self) -> str:
         return str(max(1, (os.cpu_count() or 1) // max(1, len(self.sites))))
 
-    def _pids(self) -> dict[str, int]:
-        path = self.root / "processes.json"
-        return json.loads(path.read_text()) if path.exists() else {}
 
-    def _remember(self, name: str, pid: int) -> None:
-        (self.root / "processes.json").write_text(json.dumps({**self._pids(), name: pid}))
+def _is_nvflare(process: psutil.Process, folder: Path) -> bool:
+    """Whether a process of this user runs a module of NVFlare on something in a folder; not one that reads a log."""
+    command, uids = process.info["cmdline"] or (), process.info["uids"]
+    if uids is None or uids.real != os.getuid():
+        return False
+    below = re.compile(re.escape(str(folder)) + r"(/|$)")
+    return any(word.startswith("nvflare.") for word in command) and any(below.match(word) for word in command)

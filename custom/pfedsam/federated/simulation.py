@@ -83,8 +83,9 @@ class Simulation:
         return self.out / "global_model.safetensors"
 
     def states(self) -> dict[str, StateEntry]:
-        """The state of each site in this federation, for this bundle and backbone."""
-        return {entry.site: entry for entry in list_states(self.state_root) if entry.federation == self.federation}
+        """The newest state of each site in this federation."""
+        mine = [one for one in list_states(self.state_root) if one.federation == self.federation and one.file.exists()]
+        return {entry.site: entry for entry in sorted(mine, key=lambda one: one.file.stat().st_mtime)}
 
 
 def run(simulation: Simulation, event: Callable[[str], None] | None = None) -> bool:

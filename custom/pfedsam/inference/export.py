@@ -98,7 +98,7 @@ def export_onnx(network: Any, out: str | Path) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise PFedSAMError("E16", f"ONNX needs {error.name}.", "pip install 'pfedsam[export]'") from None
+        raise PFedSAMError("E16", f"ONNX needs {error.name}.", "Install the extra 'export' of pfedsam.") from None
     first, other = _examples(network)
     batch = torch.export.Dim("batch", min=1, max=64)
     torch.onnx.export(

@@ -1,0 +1,220 @@
+"""A startup kit that is made ready: called again, nothing that was decided before is lost, and what changes is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pfedsam.cli import app
+from pfedsam.errors import PFedSAMError
+from pfedsam.federated.jobs import CLIENT, GUARD, NOISE, SERVER, needed_classes
+from pfedsam.federated.kits import AUTHORIZATION, FILTER, PRIVACY, RESOURCES, SCOPE, init_kit
+from pfedsam.federated.processes import Deployment
+from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings
+from pfedsam.federated.site_check import Finding, check_kit
+
+PROJECT = Path(__file__).resolve().parents[2] / "poc_workspace" / "project.yml"
+OTHER = {"path": "nvflare.app_common.filters.svt_privacy.SVTPrivacy", "args": {"fraction": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def provisioned(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
+    """Kits as NVFlare makes them."""
+    deployment = Deployment(tmp_path_factory.mktemp("kits"), PROJECT)
+    deployment.provision()
+    return deployment
+
+
+@pytest.fixture
+def fresh(provisioned: Deployment, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(provisioned.kit(provisioned.sites[0]), tmp_path / "site"))
+
+
+@pytest.fixture
+def kit(fresh: Path) -> Path:
+    """A site's kit that was made ready once."""
+    told = {"data_root": "/data", "federations": ["lgg"], "threads": 3, "may_share": ["lora_a", "lora_b"]}
+    assert all(file.changes is None for file in init_kit(fresh, SiteSettings.model_validate(told)))
+    return fresh
+
+
+@pytest.fixture
+def server(provisioned: Deployment, tmp_path: Path) -> Path:
+    kit = Path(shutil.copytree(provisioned.kit(provisioned.server), tmp_path / "server"))
+    init_kit(kit, SiteSettings())
+    return kit
+
+
+def content(kit: Path, name: str) -> Any:
+    return json.loads((kit / "local" / name).read_text())
+
+
+def change(kit: Path, name: str, **changed: Any) -> None:
+    (kit / "local" / name).write_text(json.dumps({**content(kit, name), **changed}))
+
+
+def again(kit: Path, byoc: bool = False, **settings: Any) -> dict[str, tuple[str, ...]]:
+    """What a second call changes, by file; without the files in which nothing does."""
+    files = init_kit(kit, SiteSettings.model_validate(settings), byoc=byoc)
+    return {file.path.name: file.changes for file in files if file.changes}
+
+
+def found(kit: Path, name: str) -> list[Finding]:
+    return [one for one in check_kit(kit) if one.name == name]
+
+
+# init -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_call_without_options_changes_nothing(kit: Path, server: Path) -> None:
+    for one in (kit, server):
+        before = {path: path.read_bytes() for path in (one / "local").iterdir()}
+        assert again(one) == {}
+        assert {path: path.read_bytes() for path in (one / "local").iterdir()} == before
+
+
+def test_settings_that_are_not_given_stay_and_those_that_are_given_are_told(kit: Path) -> None:
+    changes = again(kit, federations=["lgg", "fundus"], device="cpu")
+    assert changes == {SITE_SETTINGS: ('federations: added "fundus"', 'device: null -> "cpu"')}
+    assert content(kit, SITE_SETTINGS) == {
+        "data_root": "/data",
+        "device": "cpu",
+        "threads": 3,
+        "federations": ["lgg", "fundus"],
+        "may_share": ["lora_a", "lora_b"],
+    }
+    before = json.loads((kit / "local" / f"{SITE_SETTINGS}.before").read_text())
+    assert before["federations"] == ["lgg"]
+
+
+def test_a_group_that_does_not_exist_is_refused_and_nothing_is_written(fresh: Path) -> None:
+    before = sorted((fresh / "local").iterdir())
+    with pytest.raises(PFedSAMError, match=r"E01.*expert_weights"):
+        init_kit(fresh, SiteSettings(may_share=("expert_weights",)))
+    assert sorted((fresh / "local").iterdir()) == before
+
+
+def test_filters_and_scopes_that_were_added_by_hand_stay_after_ours(kit: Path) -> None:
+    scope = {"name": SCOPE, "properties": {"a": 1}, "task_result_filters": [OTHER, {"path": FILTER}, OTHER]}
+    private = {"name": "private", "task_result_filters": [OTHER], "task_data_filters": [OTHER]}
+    change(kit, PRIVACY, scopes=[private, scope], default_scope="private")
+    changes = again(kit)
+    assert set(changes) == {PRIVACY} and 'default_scope: "private" -> "pfedsam"' in changes[PRIVACY]
+    written = {one["name"]: one for one in content(kit, PRIVACY)["scopes"]}
+    assert written[SCOPE]["task_result_filters"] == [{"path": FILTER}, OTHER, OTHER]
+    assert written[SCOPE]["properties"] == {"a": 1}
+    assert written["private"]["task_result_filters"] == [{"path": FILTER}, OTHER]
+    assert written["private"]["task_data_filters"] == [OTHER]
+    assert again(kit) == {}
+
+
+def test_resources_that_were_set_by_hand_stay_and_what_opens_the_site_is_closed_and_told(kit: Path) -> None:
+    resources = content(kit, RESOURCES)
+    manager = next(one for one in resources["components"] if one["id"] == "resource_manager")
+    manager["args"]["num_of_gpus"] = 2
+    sender = {"id": "logs", "path": "nvflare.app_common.logging.site_log_streamer.SiteLogStreamer"}
+    change(
+        kit,
+        RESOURCES,
+        components=[*resources["components"], sender],
+        class_allow_list=[*resources["class_allow_list"], "my.Class"],
+        class_list_enforcement_mode="warn",
+        allow_log_streaming=True,
+    )
+    (changes,) = again(kit).values()
+    assert 'class_allow_list: removed "my.Class"' in changes and "allow_log_streaming: true -> false" in changes
+    assert any("SiteLogStreamer" in one for one in changes)
+    assert content(kit, RESOURCES) == resources
+
+
+def test_a_right_that_was_taken_away_stays_so_and_code_is_denied_again(kit: Path) -> None:
+    permissions = content(kit, AUTHORIZATION)["permissions"]
+    permissions["lead"] |= {"submit_job": "none"}
+    change(kit, AUTHORIZATION, permissions=permissions)
+    assert again(kit) == {}
+    opened = again(kit, byoc=True)
+    assert opened[AUTHORIZATION] == (
+        'permissions.project_admin.byoc: "none" -> "any"',
+        'permissions.lead.byoc: "none" -> "any"',
+    )
+    assert again(kit)[AUTHORIZATION] == (
+        'permissions.project_admin.byoc: "any" -> "none"',
+        'permissions.lead.byoc: "any" -> "none"',
+    )
+    assert content(kit, AUTHORIZATION)["permissions"]["lead"]["submit_job"] == "none"
+
+
+def test_a_file_that_cannot_be_read_is_named_and_not_replaced(kit: Path) -> None:
+    (kit / "local" / PRIVACY).write_text("{")
+    with pytest.raises(PFedSAMError, match=rf"E01.*{PRIVACY}"):
+        init_kit(kit, SiteSettings())
+    assert (kit / "local" / PRIVACY).read_text() == "{"
+
+
+def test_each_side_allows_the_classes_of_its_own_side_only(kit: Path, server: Path) -> None:
+    assert content(kit, RESOURCES)["class_allow_list"] == needed_classes(CLIENT)
+    assert content(server, RESOURCES)["class_allow_list"] == needed_classes(SERVER)
+    assert NOISE in needed_classes(CLIENT) and GUARD not in needed_classes(CLIENT)
+
+
+def test_the_command_keeps_and_tells(kit: Path) -> None:
+    done = CliRunner().invoke(app, ["site", "init", str(kit), "--threads", "1", "--may-share", "lora_a"])
+    assert done.exit_code == 0, done.output
+    assert "threads: 3 -> 1" in done.output and 'may_share: removed "lora_b"' in done.output
+    assert "as before" in done.output
+    written = content(kit, SITE_SETTINGS)
+    assert (written["threads"], written["may_share"], written["federations"]) == (1, ["lora_a"], ["lgg"])
+
+
+@pytest.mark.parametrize(("option", "value"), [("--labels", "{"), ("--largest-clip", "-1")])
+def test_a_wrong_option_is_an_error_of_ours(kit: Path, option: str, value: str) -> None:
+    done = CliRunner().invoke(app, ["site", "init", str(kit), option, value])
+    assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E01"
+
+
+def test_a_site_needs_its_data(fresh: Path) -> None:
+    done = CliRunner().invoke(app, ["site", "init", str(fresh)])
+    assert isinstance(done.exception, PFedSAMError) and "--data-root" in str(done.exception)
+
+
+# check ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_kit_that_was_made_ready_is_fine_without_a_warning(kit: Path, server: Path) -> None:
+    for one in (kit, server):
+        (classes,) = found(one, "classes")
+        assert classes.fine and not classes.warning
+    (filters,) = found(kit, "outgoing filter")
+    assert filters.fine
+
+
+def test_classes_beyond_the_needed_ones_are_a_warning(kit: Path) -> None:
+    change(kit, RESOURCES, class_allow_list=[*needed_classes(CLIENT), "subprocess.Popen"])
+    first, second = found(kit, "classes")
+    assert first.fine and second.fine and second.warning and "subprocess.Popen" in second.message
+    done = CliRunner().invoke(app, ["site", "check", str(kit)])
+    assert "NOTE" in done.output and "subprocess.Popen" in done.output
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [[], [OTHER], [OTHER, {"path": FILTER}], [{"path": FILTER, "direction": "in"}]],
+    ids=["none", "another", "another first", "of what comes in"],
+)
+@pytest.mark.parametrize("name", [SCOPE, "open"])
+def test_a_scope_whose_first_outgoing_filter_is_not_ours_is_wrong(kit: Path, name: str, filters: list[Any]) -> None:
+    ours = {"name": SCOPE, "task_result_filters": [{"path": FILTER}]}
+    change(kit, PRIVACY, scopes=[ours, {"name": name, "task_result_filters": filters}][name == SCOPE :])
+    (finding,) = found(kit, "outgoing filter")
+    assert not finding.fine and f"'{name}'" in finding.message
+
+
+def test_a_default_scope_that_does_not_exist_is_wrong(kit: Path) -> None:
+    change(kit, PRIVACY, default_scope="nothing")
+    (finding,) = found(kit, "outgoing filter")
+    assert not finding.fine and "nothing" in finding.message
