@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,11 @@ from pathlib import Path
 import pytest
 
 from pfedsam.data.phantom import write_phantom
+from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.compare import Comparison, _append, read_records
-from pfedsam.evaluation.runs import Run
+from pfedsam.evaluation.runs import Run, case_hash, code_version, execute
+from pfedsam.evaluation.unseen import case_counts
+from pfedsam.federated.compared import run_simulated
 
 SETTINGS = {"backbone": "vit_test", "image_size": 32, "batch_size": 4, "positives_per_case": 2, "negatives_per_case": 1}
 SITES = ("site-1", "site-2")
@@ -177,8 +181,104 @@ def test_an_unseen_hospital_is_scored_with_its_global_and_personal_models(data: 
     for record in records:
         assert {note["site"] for note in record["history"]} == set(SITES) - {record["held_out"]}
         assert {row["site"] for row in record["cases"]} == {record["held_out"]}
-        assert {row["model"] for row in record["cases"]} == {"global", "personal_5"}
+        assert {row["model"] for row in record["cases"]} == {"global", "personal_3"}
     assert "Unseen hospital" in done.stdout
+
+
+def unseen_run(data: Path, strategy: str) -> Run:
+    return Run(str(data), SITES, "brain_lesion_mri", strategy, 0, 1, dict(SETTINGS), 1, held_out="site-2")
+
+
+def test_alone_an_unseen_hospital_trains_through_all_rounds_without_the_others(data: Path, tmp_path: Path) -> None:
+    record = execute(unseen_run(data, "local_only"), tmp_path)
+    # the site has 3 cases to train on, so no model may be called one of 5
+    assert {(row["site"], row["model"]) for row in record["cases"]} == {("site-2", "alone_3")}
+    assert [(note["site"], note["round"], note["cases"]) for note in record["history"]] == [
+        ("site-2", 0, 3),
+        ("site-2", 1, 3),
+    ]
+    assert all(note["phases"] for note in record["history"])
+    assert not list(tmp_path.glob("trainings/*/models/*"))
+
+
+def test_the_pooled_model_of_the_others_is_the_global_one_of_an_unseen_hospital(data: Path, tmp_path: Path) -> None:
+    record = execute(unseen_run(data, "centralised"), tmp_path)
+    assert {(row["site"], row["model"]) for row in record["cases"]} == {("site-2", "global")}
+    assert {note["site"] for note in record["history"]} == {"pooled"}
+    (pooled,) = tmp_path.glob("trainings/*/pooled/images")
+    assert {path.name.split("__")[0] for path in pooled.iterdir()} == {"site-1"}
+
+
+def test_a_federation_has_a_global_and_a_personal_model_for_an_unseen_hospital(data: Path, tmp_path: Path) -> None:
+    record = execute(unseen_run(data, "pfedsam"), tmp_path)
+    assert {(row["site"], row["model"]) for row in record["cases"]} == {("site-2", "global"), ("site-2", "personal_3")}
+    assert {note["site"] for note in record["history"]} == {"site-1"}
+
+
+def test_an_ensemble_has_nothing_for_an_unseen_hospital(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(PFedSAMError, match=r"E16.*ensemble_local.*centralised.*local_only"):
+        execute(unseen_run(data, "ensemble_local"), tmp_path)
+    told = run(data, tmp_path / "out", "pfedsam,ensemble_local", "--unseen")
+    assert told.returncode == 1 and "E16" in told.stderr
+    assert list(tmp_path.iterdir()) == []  # not even of the strategy that can
+
+
+def test_a_model_of_an_unseen_hospital_has_the_true_number_of_cases() -> None:
+    assert [case_counts(n) for n in (3, 5, 12, 40)] == [[3], [5], [5, 10], [5, 10, 20]]
+
+
+def test_a_record_tells_which_cases_are_of_one_patient(data: Path, tmp_path: Path) -> None:
+    site = shutil.copytree(data / "site-1", tmp_path / "data" / "site-1")
+    names = sorted(path.name.split(".")[0] for path in (site / "images").iterdir())
+    patients = dict(zip(names, ("p", "p", "q", "r", "s", "t"), strict=True))
+    listed = {"patients": patients, "training": names[3:5], "validation": names[5:], "test": names[:3]}
+    (site / "datalist.json").write_text(json.dumps(listed))
+    one = Run(str(site.parent), ("site-1",), "brain_lesion_mri", "local_only", 0, 1, dict(SETTINGS))
+    rows = execute(one, tmp_path / "out")["cases"]
+    assert {(row["case"], row["patient"]) for row in rows} == {
+        (case_hash("site-1", name), case_hash("site-1", patients[name])) for name in names[:3]
+    }
+    assert len({row["patient"] for row in rows}) == 2
+
+
+def test_nvflare_trains_any_strategy_and_what_needs_no_server_is_trained_here(data: Path, tmp_path: Path) -> None:
+    def told(strategy: str) -> dict:
+        about = (str(data), SITES, "brain_lesion_mri", strategy, 0, 1, dict(SETTINGS), 1)
+        return execute(Run(*about, simulator=True), tmp_path, simulator=run_simulated)
+
+    # an ablation, which has no job of its own
+    record = told("aggregation_svd")
+    assert record["simulator"]
+    assert {row["site"] for row in record["cases"]} == set(SITES)
+    assert {row["model"] for row in record["cases"]} == {"global", "personal"}
+    assert record["bytes_per_round"] > 0
+    assert record["steps"] is record["teacher_passes"] is None
+    assert {note["site"]: note["phases"] for note in record["history"]} == dict.fromkeys(SITES)
+    alone = told("local_only")
+    assert not alone["simulator"]
+    assert alone["steps"] > 0 and alone["bytes_per_round"] == 0
+
+
+def test_only_a_change_of_code_changes_the_version(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        return subprocess.run(("git", *who, *words), cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    for folder in ("custom", "jobs", "bundles", "tests"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    first = git("log", "-1", "--format=%h").strip()
+    assert code_version(tmp_path) == first
+    (tmp_path / "tests" / "file").write_text("a line of results")
+    assert code_version(tmp_path) == first
+    git("commit", "-qam", "results")
+    assert code_version(tmp_path) == first
+    (tmp_path / "custom" / "new.py").write_text("1")
+    assert code_version(tmp_path) == f"{first}+"
+    assert code_version(tmp_path / "nowhere") == ""
 
 
 def test_records_name_no_case(killed_and_resumed, data: Path) -> None:

@@ -6,21 +6,32 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from torch.utils.tensorboard import SummaryWriter
 
 from pfedsam.bundles import folder
+from pfedsam.data.phantom import write_phantom
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.pictures import case_picture
+from pfedsam.evaluation.plots import curve_figure, share_figure
 from pfedsam.evaluation.report import read_curves, write_report
+from pfedsam.evaluation.runs import case_hash
 from pfedsam.evaluation.site import CasePrediction, CaseScore, SiteEvaluation
 from pfedsam.evaluation.tables import results
 
-SITES = ("site-1", "site-2")
+SITES = ("site-1", "site-2", "case_western_st_joseph", "thomas_jefferson")
+LAYERS = 8
+TINY = ("backbone=vit_test", "image_size=32", "batch_size=4", "positives_per_case=2", "negatives_per_case=1")
 SECRET = "patient-4711"
 
 
@@ -35,9 +46,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         label = np.zeros((1, 24, 24, 6), bool)
         label[0, 6:14, 6:14, 2:4] = True
         shown = CasePrediction(SECRET, "image", label, {m: np.roll(label, 2, 1) for m in ("global", "personal")})
-        for n in range(6 - 3 * place):
+        for n in range(3 if place else 6):
             for model in ("global", "personal"):
-                dice = 0.5 + 0.05 * n - (0.2 * place if model == "personal" else 0)
+                dice = 0.5 + 0.05 * n - (0.2 if place == 1 and model == "personal" else 0)
                 case = SECRET if n == 0 else f"{SECRET}-{n}"
                 scores.append(CaseScore(site, case, model, (dice,), (2.0,), (1.0,), (0.5,), (n == 5,)))
         found = SiteEvaluation(site, scores, {"best": shown, "median": shown, "worst": shown})
@@ -49,13 +60,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(4):
                 writer.add_scalar("val_dice_global", 0.1 * number, number)
                 writer.add_scalar("loss/local", 1 / (number + 1), number)
-                writer.add_scalar("gate_entropy/layer_0", 1.2, number)
-                for expert, share in enumerate((0.5, 0.49, 0.01, 0.0)):
-                    writer.add_scalar(f"expert_share_{expert}/layer_0", share, number)
+                for layer in range(LAYERS):
+                    writer.add_scalar(f"gate_entropy/layer_{layer}", 1.2 + 0.01 * layer, number)
+                    for expert, share in enumerate((0.5, 0.49, 0.01, 0.0) if not layer else (0.25,) * 4):
+                        writer.add_scalar(f"expert_share_{expert}/layer_{layer}", share, number)
         sent = out / "workspace" / site / "simulate_job" / "pfedsam_sent.jsonl"
         sent.parent.mkdir(parents=True)
+        allowed, left = {"stage": "checked", "by_group": {"lora_a": 1500}}, {"stage": "left"}
+        common = {"task": "train", "tensors": 3}
         lines = [
-            {"task": "train", "round": n, "bytes": 1000, "tensors": 3, "by_group": {"lora_a": 1000}} for n in (0, 1)
+            *(
+                {**stage, **common, "round": n, "bytes": b}
+                for n in (0, 1)
+                for stage, b in ((allowed, 1.5e6), (left, 1e6))
+            ),
+            {"stage": "scalars", "tags": []},
         ]
         sent.write_text("\n".join(map(json.dumps, lines)) + "\n")
     shutil.copytree(folder("jobs") / "pfedsam", out / "job")
@@ -98,7 +117,7 @@ def test_the_worst_site_is_marked_in_words(page: str) -> None:
 
 def test_every_site_has_three_pictures_with_words(page: str) -> None:
     pictures = re.findall(r'<img src="data:image/png;base64,[^"]+" alt="([^"]+)"', page)
-    assert len(pictures) == 6
+    assert len(pictures) == 3 * len(SITES)
     assert pictures[0].startswith("site-1, best test case")
 
 
@@ -107,6 +126,88 @@ def test_warnings(page: str) -> None:
     assert "At site-1 expert 3 of layer 0 is dead" in page
     assert "site-2 has 3 test case(s)" in page
     assert "At site-1 the global model missed a class in 1 of 6 cases" in page
+
+
+def local_only(site: str, dice: float, case: str = SECRET) -> dict:
+    """A record of a comparison in which the site trained alone."""
+    row = {"site": site, "case": case_hash(site, case), "model": "personal", "dice": [dice], "failed": [False]}
+    cases = [{**row, "hd95": [1.0], "asd": [1.0], "nsd": [1.0]}]
+    return {"key": site + case, "strategy": "local_only", "seed": 0, "held_out": None, "cases": cases}
+
+
+def write_records(path: Path, *records: dict) -> Path:
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    return path
+
+
+def test_sites_that_do_better_alone_are_named_with_what_to_do(run: Path, tmp_path: Path) -> None:
+    # the personal models have 0.5 at site-1 and 0.3 at site-2 on this case
+    records = [local_only("site-1", 0.4), local_only("site-2", 0.45), local_only(SITES[2], 0.9, "of another fold")]
+    other = {**local_only("site-1", 0.99), "key": "other", "strategy": "fedavg_lora"}
+    unseen = {**local_only("site-1", 0.99), "key": "unseen", "held_out": "site-1"}
+    file = write_records(tmp_path / "runs.jsonl", *records, other, unseen)
+    page = write_report(run, tmp_path / "page.html", file).read_text()
+    told = "At site-2 the personal model is worse than the site&#39;s own training (local_only) by 0.150 on the same 1"
+    assert told in page
+    assert "fedrep and ditto" in page
+    assert "At site-1 the personal model is worse" not in page
+    for site in SITES[2:]:
+        assert f"{site} is in no record of local_only" in page
+    assert "Whether a site would do better alone" not in page
+
+
+def test_a_comparison_without_the_sites_alone_is_an_error(run: Path, page: str, tmp_path: Path) -> None:
+    assert "Whether a site would do better alone" in page
+    files = [
+        tmp_path / "none.jsonl",
+        write_records(tmp_path / "other.jsonl", {**local_only("site-1", 0.5), "strategy": "pfedsam"}),
+        write_records(tmp_path / "elsewhere.jsonl", local_only("hospital", 0.5)),
+    ]
+    for file in files:
+        with pytest.raises(PFedSAMError, match=rf"E16: .*{file.name} holds no record of local_only"):
+            write_report(run, tmp_path / "page.html", file)
+    assert not (tmp_path / "page.html").exists()
+
+
+def words_of(figure: Figure) -> list[tuple[str, Bbox]]:
+    """Every text that a figure draws, with its place in pixels."""
+    FigureCanvasAgg(figure).draw()
+    texts = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    for axes in figure.axes:
+        texts += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            texts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    return [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text() and text.get_visible()]
+
+
+@pytest.mark.parametrize("rounds", [(0, 1, 2, 3), (8,)], ids=["every round", "once"])
+@pytest.mark.parametrize("what", ["entropy", "shares"])
+def test_no_words_of_a_figure_overprint_at_the_default_depth(what: str, rounds: tuple[int, ...]) -> None:
+    tags = {
+        "entropy": [f"gate_entropy/layer_{layer}" for layer in range(LAYERS)],
+        "shares": [f"expert_share_{expert}/layer_{layer}" for layer in range(LAYERS) for expert in range(4)],
+    }[what]
+    # as uneven as shares are that still have their number
+    values = {"expert_share_0": 0.6}
+    lines = [(site, tag, n, values.get(tag.split("/")[0], 0.13)) for site in SITES for tag in tags for n in rounds]
+    rows = pd.DataFrame(lines, columns=["site", "tag", "round", "value"])
+    figure, told = share_figure(rows) if what == "shares" else curve_figure(rows, "nat")
+    words = words_of(figure)
+    assert [text.split(",")[0] for text, _ in words if "layer" in text] == [f"layer {n}" for n in range(LAYERS)]
+    assert all(site in told for site in SITES)
+    wide, high = figure.canvas.get_width_height()
+    for text, box in words:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= wide and box.y1 <= high, f"'{text}' is cut off"
+    for (one, first), (other, second) in combinations(words, 2):
+        assert not first.overlaps(second), f"'{one}' and '{other}' overprint"
+
+
+def test_layers_are_in_the_order_of_their_numbers() -> None:
+    tags = [f"gate_entropy/layer_{layer}" for layer in (10, 2, 1)]
+    rows = pd.DataFrame([("x", tag, n, 1.0) for tag in tags for n in (0, 1)], columns=["site", "tag", "round", "value"])
+    figure, _ = curve_figure(rows, "nat")
+    assert [axes.get_title() for axes in figure.axes] == ["layer 1", "layer 2", "layer 10"]
 
 
 def test_curves_groups_settings_and_citation(page: str, run: Path) -> None:
@@ -125,6 +226,10 @@ def test_curves_groups_settings_and_citation(page: str, run: Path) -> None:
     assert curves[(curves.tag == "val_dice_global") & (curves.site == "site-1")]["round"].tolist() == [0, 1, 2, 3]
 
 
+def test_megabytes_are_of_what_left_after_all_filters(page: str) -> None:
+    assert f"sent at all sites ends at {2 * len(SITES):.2f}" in page
+
+
 def test_ids_of_the_figures_do_not_meet(page: str) -> None:
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
@@ -140,17 +245,45 @@ def test_a_run_without_curves_or_job_has_a_page(run: Path, tmp_path: Path) -> No
     assert "site-1" in write_report(tmp_path).read_text()
 
 
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of `pfedsam simulate`: two phantom sites, one round of the smallest network."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_phantom(folder / "data", sites=2, cases=6, shape=(32, 32, 6))
+    options = [word for pair in TINY for word in ("--set", pair)]
+    line = [sys.executable, "-m", "pfedsam.cli", "simulate", folder / "data", "--out", folder / "run", "--rounds", "1"]
+    subprocess.run([*line, *options], check=True, cwd=folder)
+    return folder / "run"
+
+
 @pytest.mark.slow
-def test_in_a_real_browser(run: Path, tmp_path: Path) -> None:
+def test_a_run_that_trained_has_all_its_figures_and_pictures(trained_run: Path) -> None:
+    page = (trained_run / "report.html").read_text()
+    for title in (
+        "Dice of every test case",
+        "Validation Dice over rounds",
+        "Training loss over rounds",
+        "Gate entropy",
+        "Share of each expert at the end",
+        "Megabytes sent by all sites up to each round",
+    ):
+        assert f"<h3>{title}</h3>" in page
+    assert page.count("<img ") >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["run", "trained_run"])
+def test_in_a_real_browser(source: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Needs Debian's chromium, node and npm (`apt install chromium nodejs npm`)."""
     browser = shutil.which("chromium")
     if not (browser and shutil.which("npm")):
         pytest.skip("chromium or npm is not installed: apt install chromium nodejs npm")
+    page = write_report(request.getfixturevalue(source))
     subprocess.run(["npm", "install", "--silent", "axe-core@4", "puppeteer-core@24"], cwd=tmp_path, check=True)
     script = Path(__file__).with_name("browser.js")
     shutil.copy(script, tmp_path)
     done = subprocess.run(
-        ["node", "browser.js", browser, write_report(run)], cwd=tmp_path, capture_output=True, text=True, check=True
+        ["node", "browser.js", browser, page], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout)
     assert found["errors"] == found["requests"] == []

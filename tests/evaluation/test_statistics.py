@@ -7,14 +7,27 @@ import math
 import numpy as np
 import pytest
 
-from pfedsam.evaluation.comparison_tables import markdown, tables
-from pfedsam.evaluation.statistics import against, bytes_to_share, interval, site_summary, summary, unseen_summary
+from pfedsam.evaluation.comparison_tables import markdown, tables, warnings
+from pfedsam.evaluation.statistics import (
+    against,
+    bytes_to_share,
+    case_table,
+    interval,
+    site_summary,
+    summary,
+    unseen_summary,
+)
 
 
-def record(strategy: str, dice: dict[str, list[float]], *, seed: int = 0, held_out: str | None = None, **more) -> dict:
+def record(
+    strategy: str, dice: dict[str, list[float]], *, seed: int = 0, fold: int | None = None,
+    held_out: str | None = None, **more,
+) -> dict:  # fmt: skip
+    """A record whose cases are those of the fold, by default of a fold for each seed."""
+    fold = seed if fold is None else fold
     cases = [
         {
-            "site": site, "case": f"{site}-{seed}-{n}", "model": "personal", "dice": [d], "hd95": [2.0], "asd": [1.0],
+            "site": site, "case": f"{site}-{fold}-{n}", "model": "personal", "dice": [d], "hd95": [2.0], "asd": [1.0],
             "nsd": [0.5], "failed": [d == 0],
         }
         for site, values in dice.items()
@@ -48,6 +61,36 @@ def test_best_strategy_comes_first_and_seeds_deviate() -> None:
     assert list(table.index) == ["b", "a"]
     assert table.loc["b", "deviation"] == pytest.approx(np.std([0.6, 0.8], ddof=1))
     assert table.loc["b", "seeds"] == 2
+
+
+def test_an_extra_hard_fold_does_not_change_a_rank() -> None:
+    records = [record(name, {"x": [dice], "y": [dice]}) for name, dice in (("a", 0.7), ("b", 0.6), ("c", 0.5))]
+    hard = record("a", {"x": [0.1], "y": [0.0]}, seed=1)
+    before, after = summary(records), summary([*records, hard])
+    assert list(after.index) == list(before.index) == ["a", "b", "c"]
+    assert after["mean"].tolist() == before["mean"].tolist()
+    assert after["folds"].tolist() == ["1/1 (+1)", "1/1", "1/1"]
+    assert after["failed"].sum() == 0
+    assert site_summary([*records, hard]).loc[("a", "x"), "mean"] == pytest.approx(0.7)
+
+
+def test_an_incomplete_strategy_is_below_the_complete_ones() -> None:
+    seeds = (0, 1, 2)
+    records = [record(name, {"x": [dice]}, seed=seed) for name, dice in (("a", 0.5), ("b", 0.4)) for seed in seeds]
+    records.append(record("lucky", {"x": [0.9]}))
+    table = summary(records)
+    assert list(table.index) == ["a", "b", "lucky"]
+    assert table["complete"].tolist() == [True, True, False]
+    assert table["folds"].tolist() == ["3/3", "3/3", "1/3"]
+    assert table.loc["a", "mean"] == pytest.approx(0.5)
+    assert "| lucky | 1/3 |" in markdown(records, "a")
+    assert "not to be ranked" in markdown(records, "a") and "not to be ranked" not in markdown(records[:-1], "a")
+
+
+def test_strategies_are_ranked_on_the_cases_that_all_have() -> None:
+    table = summary([record("a", {"x": [0.6, 0.6, 0.0]}), record("b", {"x": [0.5, 0.5]})])
+    assert list(table.index) == ["a", "b"]
+    assert table["cases"].tolist() == [2, 2]
 
 
 def test_a_missed_case_is_counted() -> None:
@@ -98,6 +141,55 @@ def test_only_the_same_cases_are_paired() -> None:
     assert against(records, "ours").loc["other", "pairs"] == 2
 
 
+def test_the_same_cases_under_three_seeds_give_the_p_of_one() -> None:
+    random = np.random.default_rng(3)
+    ours, other = random.uniform(0.5, 0.7, 12), random.uniform(0.4, 0.6, 12)
+
+    def told(seeds: tuple[int, ...]):
+        pairs = (("ours", ours), ("other", other))
+        return [record(name, {"x": values.tolist()}, seed=s, fold=0) for name, values in pairs for s in seeds]
+
+    one, three = against(told((0,)), "ours"), against(told((0, 1, 2)), "ours")
+    assert three.loc["other", "pairs"] == 12
+    np.testing.assert_allclose(three[["difference", "low", "high", "p"]], one[["difference", "low", "high", "p"]])
+    limits = ["mean", "low", "high", "patients"]
+    np.testing.assert_allclose(site_summary(told((0, 1, 2)))[limits], site_summary(told((0,)))[limits])
+
+
+def test_cases_of_one_patient_count_once() -> None:
+    ours, other = record("ours", {"x": [0.9, 0.5, 0.7]}), record("other", {"x": [0.5, 0.5, 0.4]})
+    for row, patient in zip(ours["cases"], ("p", "p", "q"), strict=True):
+        row["patient"] = patient
+    # a record that does not tell the patients takes them from one that does
+    assert case_table([ours, other]).patient.tolist() == ["p", "p", "q"] * 2
+    table = against([ours, other], "ours")
+    assert table.loc["other", "pairs"] == 2
+    assert table.loc["other", "difference"] == pytest.approx(((0.4 + 0.0) / 2 + 0.3) / 2)
+    assert summary([ours]).loc["ours", "mean"] == pytest.approx((0.7 + 0.7) / 2)
+    assert summary([ours]).loc["ours", "cases"] == 3
+    # without any, a case is a patient
+    assert against([record("ours", {"x": [0.9, 0.5, 0.7]}), other], "ours").loc["other", "pairs"] == 3
+
+
+def test_records_of_several_code_versions_are_told() -> None:
+    old, new = record("ours", {"x": [0.5]}), record("other", {"x": [0.6]})
+    assert warnings([old, new]) == []
+    assert "Warning" not in markdown([old, new], "ours")
+    new["card"]["code"] = "2"
+    (line,) = warnings([old, new])
+    assert "1 (ours); 2 (other)" in line
+    assert line in markdown([old, new], "ours")
+
+
+def test_what_was_not_counted_is_a_dash_and_in_no_mean() -> None:
+    simulated = record("a", {"x": [0.5]}, steps=None, teacher_passes=None)
+    both = summary([simulated, record("a", {"x": [0.5]}, seed=1, steps=30)])
+    assert both.loc["a", "steps"] == 30
+    text = markdown([simulated], "a")
+    assert "| a | 1/1 | 0.500 | 0.500 | 2.0 | 1.0 | 0.500 | 0/1 | - |" in text
+    assert "nan" not in text
+
+
 def test_bytes_until_the_dice_is_near_its_last() -> None:
     dice = {0: 0.1, 1: 0.5, 2: 0.79, 3: 0.8}
     history = [
@@ -115,8 +207,11 @@ def test_unseen_hospitals_are_apart() -> None:
     one = record("a", {"x": [0.2]}, held_out="x")
     one["cases"] += [{**one["cases"][0], "model": "personal_5", "dice": [0.4]}]
     one["cases"][0]["model"] = "global"
-    table = unseen_summary([one])
-    assert list(table.columns) == ["global", "personal_5"]
+    alone = record("b", {"x": [0.3]}, held_out="x")
+    alone["cases"] = [{**alone["cases"][0], "model": f"alone_{n}"} for n in (10, 5)]
+    table = unseen_summary([one, alone])
+    assert list(table.columns) == ["global", "alone_5", "personal_5", "alone_10"]
+    assert "| b, x | - | 0.300 | - | 0.300 |" in markdown([one, alone], "a")
     assert summary([one]).empty
 
 
@@ -124,5 +219,5 @@ def test_the_markdown_names_what_is_missing() -> None:
     records = [record("ours", {"x": [0.5, 0.6]}), record("other", {"x": [0.5, 0.4]})]
     text = markdown(records, "ours", ["third, seed 0"])
     assert "Missing: third, seed 0." in text
-    assert "| ours | 0.550 |" in text
+    assert "| ours | 1/1 | 0.550 |" in text
     assert len(tables(records, "ours")) == 4

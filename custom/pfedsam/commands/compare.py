@@ -28,7 +28,9 @@ def compare(
     workers: Annotated[int, typer.Option(min=0, help="Runs at a time, one thread each; 0: one a core.")] = 0,
     validate_every: Annotated[int, typer.Option(min=1, help="Validate the global model every so many rounds.")] = 3,
     unseen: Annotated[bool, typer.Option("--unseen", help="Leave one site out in turn, as a new hospital.")] = False,
-    nvflare: Annotated[bool, typer.Option("--nvflare", help="Train with NVFlare's simulator.")] = False,
+    nvflare: Annotated[
+        bool, typer.Option("--nvflare", help="Train with NVFlare's simulator what needs a server.")
+    ] = False,
     reference: Annotated[str, typer.Option(help="Strategy that the others are tested against.")] = "pfedsam",
     records: Annotated[Path | None, typer.Option(help="File of the records; by default <out>/runs.jsonl.")] = None,
     table_only: Annotated[bool, typer.Option("--table", help="Run nothing, show the records that are there.")] = False,
@@ -105,23 +107,28 @@ def _runs(
     except ValueError:
         raise typer.BadParameter(f"'{seeds}' are no numbers", param_hint="--seeds") from None
     common: dict[str, Any] = {"overrides": overrides, "validate_every": validate_every, "simulator": nvflare}
-    return [
+    runs = [
         Run(str(data.resolve()), sites, bundle, name, seed, rounds, held_out=held_out, **common)
         for seed in chosen
         for held_out in (sites if unseen else (None,))
         for name in names
     ]
+    for run in runs:
+        run.check()
+    return runs
 
 
 def show_comparison(comparison: Any, reference: str) -> None:
     """Print the tables of what is done and name what is missing; write them as Markdown and JSON beside the records."""
-    from pfedsam.evaluation.comparison_tables import markdown, tables
+    from pfedsam.evaluation.comparison_tables import markdown, tables, warnings
 
     records = comparison.records()
     missing = [run.name for run in comparison.missing()]
     if records:
         for table in tables(records, reference):
             console.print(table)
+        for line in warnings(records):
+            console.print(line, style="yellow", highlight=False)
         comparison.out.mkdir(parents=True, exist_ok=True)
         file = comparison.out / "tables.md"
         file.write_text(markdown(records, reference, missing))

@@ -35,13 +35,16 @@ def evaluate(
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder of `pfedsam demo` or `pfedsam simulate`.")],
     out: Annotated[Path | None, typer.Option(help="HTML file; <run>/report.html by default.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Records of `pfedsam compare` with local_only: where is a site better alone?")
+    ] = None,
 ) -> None:
     """One self-contained page about a run: tables, curves, pictures, warnings. It names sites, never cases."""
     with console.status("writing the report"):
         quiet_libraries()
         from pfedsam.evaluation.report import write_report
 
-        path = write_report(run, out)
+        path = write_report(run, out, compare)
     console.print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB; open it in a browser)")
 
 

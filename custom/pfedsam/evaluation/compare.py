@@ -54,14 +54,15 @@ class Comparison:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records in a file; of two with one key the last counts, a line that was cut off is left out."""
+    """The records in a file; of two with one key the last counts, what is no record (a line cut off) is left out."""
     found: dict[str, dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        found[record["key"]] = record
+        if isinstance(record, dict) and "key" in record:
+            found[record["key"]] = record
     return list(found.values())
 
 

@@ -21,8 +21,9 @@ def tables(records: Records, reference: str) -> list[Table]:
 
 
 def markdown(records: Records, reference: str, missing: Sequence[str] = ()) -> str:
-    """The same tables as Markdown, the missing runs, and the run card."""
+    """The same tables as Markdown, what to beware of, the missing runs, and the run card."""
     parts = [f"**{title}**\n\n{_markdown(frame)}\n" for title, frame in _frames(records, reference)]
+    parts += [f"{line}\n" for line in warnings(records)]
     if missing:
         parts.append(f"Missing: {'; '.join(missing)}.\n")
     cards = {f"{r['card']['code']}; {r['card']['machine']}" for r in records}
@@ -36,48 +37,74 @@ def markdown(records: Records, reference: str, missing: Sequence[str] = ()) -> s
     return "\n".join(parts) + "\n"
 
 
+def warnings(records: Records) -> list[str]:
+    """What to know before numbers of one table are compared: records of different code versions."""
+    versions: dict[str, set[str]] = {}
+    for record in records:
+        versions.setdefault(record["card"]["code"], set()).add(record["strategy"])
+    if len(versions) < 2:
+        return []
+    told = "; ".join(f"{code} ({_some(sorted(names))})" for code, names in sorted(versions.items()))
+    return [f"Warning: the records are of {len(versions)} code versions: {told}."]
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def _frames(records: Records, reference: str) -> list[tuple[str, pd.DataFrame]]:
     """Titles, and tables of finished text."""
     frames = []
     found = summary(records)
     if len(found):
         shown = pd.DataFrame(index=found.index)
-        shown["mean Dice"] = [f"{value:.3f}" for value in found["mean"]]
-        shown["worst site"] = [f"{value:.3f}" for value in found["worst"]]
+        shown["folds"] = found["folds"]
+        shown["mean Dice"] = _numbers(found["mean"], 3)
+        shown["worst site"] = _numbers(found["worst"], 3)
         if found["deviation"].notna().any():
-            shown["SD of seeds"] = [f"{value:.3f}" for value in found["deviation"]]
-        shown["HD95"] = [f"{value:.1f}" for value in found["hd95"]]
-        shown["ASD"] = [f"{value:.1f}" for value in found["asd"]]
-        shown["NSD"] = [f"{value:.3f}" for value in found["nsd"]]
+            shown["SD of seeds"] = _numbers(found["deviation"], 3)
+        shown["HD95"] = _numbers(found["hd95"], 1)
+        shown["ASD"] = _numbers(found["asd"], 1)
+        shown["NSD"] = _numbers(found["nsd"], 3)
         shown["failed"] = [f"{a}/{b}" for a, b in zip(found["failed"], found["cases"], strict=True)]
-        frames.append(("Strategies on the test cases, mean over sites", shown))
+        shown["steps"] = _numbers(found["steps"], 0)
+        below = "" if found["complete"].all() else "; below, with fewer folds, on its own cases: not to be ranked"
+        title = "Strategies on the test cases that all have, mean over sites; steps of the optimiser in a fold"
+        frames.append((f"{title}{below}", shown))
         shown = pd.DataFrame(index=found.index)
-        shown["MB"] = [f"{value:.2f}" for value in found["megabytes"]]
-        shown["MB to 95 %"] = [f"{value:.1f}" for value in found["to_95"]]
-        shown["steps"] = [f"{value:.0f}" for value in found["steps"]]
-        shown["teacher passes"] = [f"{value:.0f}" for value in found["teacher_passes"]]
-        shown["minutes"] = [f"{value:.0f}" for value in found["minutes"]]
+        shown["MB"] = _numbers(found["megabytes"], 2)
+        shown["MB to 95 %"] = _numbers(found["to_95"], 1)
+        shown["teacher passes"] = _numbers(found["teacher_passes"], 0)
+        shown["minutes"] = _numbers(found["minutes"], 0)
         frames.append(("Cost: MB sent by a site in a round, by all to 95 % of the Dice; training of a seed", shown))
         sites = site_summary(records)
         text = sites.apply(lambda row: f"{row['mean']:.3f} [{row['low']:.2f}, {row['high']:.2f}]", axis=1)
         text.index = pd.MultiIndex.from_tuples(text.index, names=["strategy", "site"])
-        frames.append(("Dice of each site, bootstrap 95 % interval", text.unstack("site").loc[found.index]))
+        shown = text.unstack("site").loc[found.index].fillna("-")
+        frames.append(("Dice of each site on the same cases, bootstrap 95 % interval over patients", shown))
     tests = against(records, reference)
     if len(tests):
         shown = pd.DataFrame(index=tests.index)
         shown[f"{reference} minus it"] = [
             f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in tests.itertuples()
         ]
-        shown["p (Holm)"] = [f"{value:.3f}" for value in tests["p"]]
+        shown["p (Holm)"] = _numbers(tests["p"], 3)
         shown["pairs"] = [str(value) for value in tests["pairs"]]
         shown[f"{reference} is"] = tests["verdict"]
         frames.append((f"{reference} against each other strategy, paired over patients", shown))
     unseen = unseen_summary(records)
     if len(unseen):
-        shown = unseen.map(lambda value: f"{value:.3f}")
+        shown = unseen.apply(lambda column: pd.Series(_numbers(column, 3), index=column.index))
         shown.index = [f"{strategy}, {site}" for strategy, site in unseen.index]
-        frames.append(("Unseen hospital: the global model, and personal models of some cases", shown))
+        title = "Unseen hospital: the global model, and models of some of its cases (alone: without a global model)"
+        frames.append((title, shown))
     return frames
+
+
+def _numbers(values: pd.Series, digits: int) -> list[str]:
+    """With so many digits, `-` for what was not measured."""
+    return ["-" if pd.isna(value) else f"{value:.{digits}f}" for value in values]
 
 
 def _rich(frame: pd.DataFrame, title: str) -> Table:

@@ -1,7 +1,7 @@
 """One run of a comparison: a strategy on one split of the sites, trained, evaluated on the test cases, as one record.
 
-A record is one JSON line and holds all that the tables need. Cases are named by a hash, so that a record can be kept
-with the code without naming a patient; the same case has the same hash in every run.
+A record is one JSON line and holds all that the tables need. Cases and patients are named by a hash, so that a record
+can be kept with the code without naming a patient; the same case has the same hash in every run.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from filelock import FileLock
 
 import pfedsam
 from pfedsam.bundles import folder
-from pfedsam.data.sites import read_split
+from pfedsam.data.sites import Split, read_split
+from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.site import CaseScore, evaluate_site
-from pfedsam.site_model import write
-from pfedsam.strategies import StrategyFile, find_strategy
+from pfedsam.evaluation.unseen import unseen
+from pfedsam.strategies import StrategyFile, find_strategy, strategy_names
 from pfedsam.training.federation import Federation, pooled_site, run_federation
-from pfedsam.training.local import LocalTraining
 
-#: Numbers of labelled cases with which an unseen hospital makes its personal model.
-UNSEEN_CASES = (5, 10, 20)
 #: Trains a run in a folder by other means than this process: the model file of each site, and a note a round and site.
 Simulator = Callable[["Run", Path, Callable[[str], None]], tuple[dict[str, Path], list[dict[str, Any]]]]
 #: Settings that change nothing but speed or memory.
 _INDIFFERENT = ("cache_limit_gb", "val_batch_size", "checkpointing")
+#: Folders of the source tree on which the numbers depend.
+_CODE = ("custom", "jobs", "bundles")
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Run:
         rounds: of the federation.
         overrides: listed ids of the bundle's configuration; a strategy's own come on top.
         validate_every: validate the global model every so many rounds.
-        held_out: a site that takes no part, for which a personal model is made afterwards.
-        simulator: train with NVFlare's simulator instead of in this process.
+        held_out: a site that takes no part, see `pfedsam.evaluation.unseen`.
+        simulator: train with NVFlare's simulator, if the strategy needs a server, instead of in this process.
     """
 
     data: str
@@ -67,7 +67,7 @@ class Run:
     def name(self) -> str:
         """For people."""
         unseen = f", without {self.held_out}" if self.held_out else ""
-        return f"{self.strategy}, seed {self.seed}{unseen}{', simulator' if self.simulator else ''}"
+        return f"{self.strategy}, seed {self.seed}{unseen}{', simulator' if self.simulated else ''}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -78,6 +78,23 @@ class Run:
     def file(self) -> StrategyFile:
         """The strategy (E16 if there is none)."""
         return find_strategy(self.strategy)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether NVFlare's simulator trains it."""
+        return self.simulator and self.file.kind == "federated"
+
+    def check(self) -> None:
+        """Raise PFedSAMError E16 if the strategy has nothing for an unseen site."""
+        if self.held_out and self.file.kind == "ensemble":
+            can = [name for name in strategy_names() if find_strategy(name).kind != "ensemble"]
+            raise PFedSAMError(
+                "E16",
+                f"'{self.strategy}' has no model for an unseen site: it is a vote of models.",
+                f"Take any of {can}.",
+            )
+        if self.held_out and self.simulated:
+            raise PFedSAMError("E16", f"'{self.name}': NVFlare's simulator has no unseen site.", "Leave out --nvflare.")
 
     def folders(self) -> dict[str, Path]:
         """Site folders by name."""
@@ -98,13 +115,15 @@ class Run:
         """Hash of all that the record depends on: a run with a record is not repeated."""
         return f"{self.training_key()}-{_hash([self.strategy, self.file.kind])[:8]}"
 
+    def splits(self) -> dict[str, Split]:
+        """The cases of each section of each site."""
+        folds = int(self.settings.get("folds", 3))
+        return {site: read_split(path, self.seed, folds) for site, path in self.folders().items()}
+
     def split_hash(self) -> str:
         """Hash of which case is in which section at which site."""
-        folds = int(self.settings.get("folds", 3))
-        splits = {site: read_split(path, self.seed, folds) for site, path in self.folders().items()}
-        return _hash(
-            {site: {s: [c.name for c in cases] for s, cases in split.items()} for site, split in splits.items()}
-        )[:16]
+        splits = self.splits().items()
+        return _hash({site: {s: [c.name for c in cases] for s, cases in split.items()} for site, split in splits})[:16]
 
     def federation(self, out: Path) -> Federation:
         """What is trained, in the comparison's folder `out`; `begun` is set where other runs share the rounds."""
@@ -143,9 +162,10 @@ def execute(
         simulator: trains the runs that ask for NVFlare's simulator.
 
     Raises:
-        PFedSAMError: of the first site that fails.
+        PFedSAMError: E16 if the run makes no sense, see `Run.check`; else of the first site that fails.
         ValueError: if the run asks for a simulator and none is given.
     """
+    run.check()
     if run.simulator and simulator is None:
         raise ValueError(f"{run.name}: no simulator was given")
     tell = event or (lambda line: None)
@@ -155,30 +175,35 @@ def execute(
     started = time.monotonic()
     with FileLock(folder_ / "lock"):
         federation = run.federation(out)
-        if run.simulator and simulator is not None:
+        models: dict[str, Path] = {}
+        history: list[dict[str, Any]] = []
+        if run.simulated and simulator is not None:
             models, history = simulator(run, folder_, tell)
-        else:
+        elif not (run.held_out and run.file.kind == "local"):  # others alone are nothing to an unseen site
             run_federation(federation, tell, aggregated=run.file.kind == "federated")
             models, history = {site: federation.model_of(site) for site in federation.sites}, federation.history()
         trained = time.monotonic()
-        test = _unseen(run, federation, tell) if run.held_out else None
-        scores = _test(run, models, out / "features", folder_, tell) if test is None else test
-    phases = [phase for note in history for phase in note["phases"].values()]
+        if run.held_out:
+            scores, notes = unseen(run, federation, tell)
+            history += notes
+        else:
+            scores = _test(run, models, out / "features", folder_, tell)
     # of all sites and rounds, also those that another run or an earlier start has done
-    training = sum(note["seconds"] for note in history) if not run.simulator else trained - started
+    training = trained - started if run.simulated else sum(note["seconds"] for note in history)
+    patients = {(site, c.name): c.patient for site, split in run.splits().items() for c in split["test"]}
     return {
         "key": run.key(),
         "strategy": run.strategy,
         "kind": run.file.kind,
         "seed": run.seed,
         "held_out": run.held_out,
-        "simulator": run.simulator,
+        "simulator": run.simulated,
         "rounds": run.rounds,
         "settings": run.settings,
-        "cases": [_case_row(score) for score in scores],
+        "cases": [_case_row(score, patients[score.site, score.case]) for score in scores],
         "history": history,
-        "steps": sum(phase["steps"] for phase in phases),
-        "teacher_passes": sum(phase["teacher_passes"] for phase in phases),
+        "steps": _counted(history, "steps"),
+        "teacher_passes": _counted(history, "teacher_passes"),
         "bytes_per_round": max((note["bytes"] for note in history), default=0),
         "seconds": {"training": training, "evaluation": time.monotonic() - trained},
         "card": run_card(run),
@@ -224,43 +249,24 @@ def _test(run: Run, models: Mapping[str, Path], store: Path, out: Path, tell: Ca
     return scores
 
 
-def _unseen(run: Run, federation: Federation, tell: Callable[[str], None]) -> list[CaseScore]:
-    """An unseen hospital: the global model as it is, and personal models of some cases beside it."""
-    assert run.held_out is not None
-    site, path = run.held_out, run.folders()[run.held_out]
-    theta, _ = federation.global_model()
-    available = len(read_split(path, run.seed, int(run.settings.get("folds", 3)))["training"])
-    scores: list[CaseScore] = []
-    for cases in (n for n in UNSEEN_CASES if n <= available or n == min(UNSEEN_CASES)):
-        output = federation.out / "sites" / f"{site}-{cases}"
-        local = LocalTraining(
-            run.bundle, path, federation.strategy, run.settings, output, cases=cases, **federation.settings
-        )
-        local.open()
-        local.receive(theta, local.fingerprint)
-        local.finish(run.rounds)
-        file = federation.out / "models" / f"{site}-{cases}.safetensors"
-        write(file, local.model(round=run.rounds, final=True))
-        models = ("global", "personal") if not scores else ("personal",)
-        found = evaluate_site(
-            run.bundle,
-            path,
-            file,
-            overrides=run.settings,
-            site=site,
-            models=models,
-            feature_store=federation.settings["feature_store"],
-            output_dir=output,
-        )
-        for score in found.scores:
-            name = f"personal_{cases}" if score.model == "personal" else "global"
-            scores.append(CaseScore(**{**score.to_dict(), "model": name}))
-        tell(f"{run.name}: {site} with {cases} cases, Dice {found.mean('personal'):.3f}")
-    return scores
+def _counted(history: Sequence[Mapping[str, Any]], what: str) -> int | None:
+    """Sum over all phases, None if they were not noted."""
+    if any(note["phases"] is None for note in history):
+        return None
+    return sum(phase[what] for note in history for phase in note["phases"].values())
 
 
-def _case_row(score: CaseScore) -> dict[str, Any]:
-    return {**score.to_dict(), "case": _hash([score.site, score.case])[:12]}
+def case_hash(site: str, case: str) -> str:
+    """What stands for a case, or for a patient, of a site in a record."""
+    return _hash([site, case])[:12]
+
+
+def _case_row(score: CaseScore, patient: str) -> dict[str, Any]:
+    return {
+        **score.to_dict(),
+        "case": case_hash(score.site, score.case),
+        "patient": case_hash(score.site, patient),
+    }
 
 
 def _hash(value: Any) -> str:
@@ -268,12 +274,22 @@ def _hash(value: Any) -> str:
 
 
 def _commit() -> str:
-    """Commit of the source tree with a `+` if it was changed, or nothing for an installed package."""
+    """Version of the source tree, or nothing for an installed package."""
     root = folder("bundles").parent
-    if not (root / ".git").exists():
-        return ""
-    try:
-        told: Sequence[str] = ("git", "describe", "--always", "--dirty=+", "--exclude=*")
+    return code_version(root) if (root / ".git").exists() else ""
+
+
+def code_version(root: Path) -> str:
+    """The last commit that changed the code in a source tree, with a `+` if the code differs from it, "" without git.
+
+    Code is what is in `custom`, `jobs` and `bundles`: a new line of results makes no new version.
+    """
+
+    def git(*words: str) -> str:
+        told = ("git", "--no-optional-locks", *words, "--", *_CODE)
         return subprocess.run(told, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return ""

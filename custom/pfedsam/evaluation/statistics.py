@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,20 +20,72 @@ ALPHA = 0.05
 def case_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row for each case, model and run: the classes' mean of each metric, `failed` if any class was missed.
 
-    Columns: `strategy`, `seed`, `held_out`, `site`, `case`, `model`, `dice`, `hd95`, `asd`, `nsd`, `failed`.
+    A record that does not tell the patient of a case takes it from one that does, else the case is the patient.
+
+    Columns: `strategy`, `seed`, `held_out`, `site`, `case`, `patient`, `model`, `dice`, `hd95`, `asd`, `nsd`, `failed`.
     """
+    told = {
+        (row["site"], row["case"]): row["patient"] for record in records for row in record["cases"] if "patient" in row
+    }
     rows = [
         {
             **{key: record[key] for key in ("strategy", "seed", "held_out")},
             **{key: row[key] for key in ("site", "case", "model")},
+            "patient": told.get((row["site"], row["case"]), row["case"]),
             **{metric: float(np.mean(row[metric])) for metric in METRICS},
             "failed": any(row["failed"]),
         }
         for record in records
         for row in record["cases"]
     ]
-    columns = ["strategy", "seed", "held_out", "site", "case", "model", *METRICS, "failed"]
+    columns = ["strategy", "seed", "held_out", "site", "case", "patient", "model", *METRICS, "failed"]
     return pd.DataFrame(rows, columns=columns)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Cases on which strategies can be compared.
+
+    Attributes:
+        cases: rows of `case_table`: of a complete strategy those that all complete ones have, of another all its own.
+        seeds: those that the complete strategies have in common, sorted.
+        found: seeds of each strategy, sorted.
+        complete: names of the strategies that have all of `seeds`; none if they have no case in common.
+    """
+
+    cases: pd.DataFrame
+    seeds: tuple[int, ...]
+    found: dict[str, tuple[int, ...]]
+    complete: tuple[str, ...]
+
+    def folds(self, strategy: str) -> str:
+        """As `1/3`: seeds that a strategy has of those compared, and `(+1)` for one that was left out."""
+        own = self.found[strategy]
+        extra = len(set(own) - set(self.seeds))
+        left_out = f" (+{extra})" if extra else ""
+        return f"{len(set(own) & set(self.seeds))}/{len(self.seeds)}{left_out}"
+
+
+def compared(records: Sequence[Mapping[str, Any]], model: str = "personal") -> Compared:
+    """The (seed, site, case) that all complete strategies have.
+
+    Complete is a strategy with the seeds that the most strategies have (of two such sets the larger one), whatever
+    it has beside them: one fold more of one strategy neither changes its rank nor makes the others incomplete.
+    """
+    cases = case_table(records)
+    cases = cases[(cases.model == model) & cases.held_out.isna()]
+    found = {str(name): tuple(sorted(set(rows.seed))) for name, rows in cases.groupby("strategy")}
+    if not found:
+        return Compared(cases, (), found, ())
+    sets = Counter(found.values())
+    seeds = max(sets, key=lambda one: (sets[one], len(one)))
+    complete = tuple(name for name, own in found.items() if set(seeds) <= set(own))
+    ours = cases[cases.strategy.isin(complete) & cases.seed.isin(seeds)]
+    having = ours.groupby(["seed", "site", "case"]).strategy.transform("nunique")
+    common = ours[having == len(complete)]
+    if common.empty:
+        return Compared(cases, seeds, found, ())
+    return Compared(pd.concat([common, cases[~cases.strategy.isin(complete)]]), seeds, found, complete)
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -44,76 +98,84 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
 
 
 def summary(records: Sequence[Mapping[str, Any]], model: str = "personal") -> pd.DataFrame:
-    """One row for each strategy, best mean first.
+    """One row for each strategy: the complete ones on their common cases, best mean first, then the incomplete ones.
 
     Args:
         records: of any number of strategies and seeds.
         model: `personal` is what a site would use; `global` only where a strategy has both.
 
     Returns:
-        Index `strategy`; columns: `mean` and `worst` (over sites, of the mean Dice over the site's cases), `deviation`
-        (of `mean` over the seeds, NaN for one), the means of `hd95`, `asd`, `nsd` over sites, `failed` (number of
-        cases), `cases`, `seeds`, `steps`, `teacher_passes`, `megabytes` (sent by a site in a round), `to_95` (megabytes
-        sent by all sites until the validation Dice of the global model is 95 % of its last), `minutes`.
+        Index `strategy`; columns: `mean` and `worst` (over sites, of the mean Dice over the site's patients),
+        `deviation` (of `mean` over the seeds, NaN for one), the means of `hd95`, `asd`, `nsd` over sites, `failed`
+        (number of cases), `cases`, `complete` and `folds` (see `Compared`), `seeds` (in the row), `steps` (of the
+        optimiser) and `teacher_passes` of a seed (NaN where they were not counted), `megabytes` (sent by a site in a
+        round), `to_95` (megabytes sent by all sites until the validation Dice of the global model is 95 % of its last),
+        `minutes`.
+        Costs are means over the seeds whose cases are in the row.
     """
-    cases = case_table(records)
-    cases = cases[(cases.model == model) & cases.held_out.isna()]
+    chosen = compared(records, model)
     found = {}
-    for strategy, rows in cases.groupby("strategy"):
-        sites = rows.groupby("site")[[*METRICS]].mean()
-        by_seed = rows.groupby(["seed", "site"]).dice.mean().groupby("seed").mean()
-        runs = [one for one in records if one["strategy"] == strategy and not one["held_out"]]
+    for strategy, rows in chosen.cases.groupby("strategy"):
+        sites = _over_patients(rows, [])
+        seeds = set(rows.seed)
+        runs = [r for r in records if r["strategy"] == strategy and not r["held_out"] and r["seed"] in seeds]
         found[strategy] = {
             "mean": sites.dice.mean(),
             "worst": sites.dice.min(),
             "worst_site": sites.dice.idxmin(),
-            "deviation": by_seed.std(),
+            "deviation": _over_patients(rows, ["seed"]).dice.groupby("seed").mean().std(),
             **{metric: sites[metric].mean() for metric in METRICS[1:]},
             "failed": int(rows.failed.sum()),
             "cases": len(rows),
-            "seeds": len(runs),
-            "steps": float(np.mean([one["steps"] for one in runs])),
-            "teacher_passes": float(np.mean([one["teacher_passes"] for one in runs])),
+            "complete": strategy in chosen.complete,
+            "folds": chosen.folds(str(strategy)),
+            "seeds": len(seeds),
+            "steps": _mean_known([one["steps"] for one in runs]),
+            "teacher_passes": _mean_known([one["teacher_passes"] for one in runs]),
             "megabytes": float(np.mean([one["bytes_per_round"] for one in runs])) / 1e6,
             "to_95": float(np.mean([bytes_to_share(one) for one in runs])) / 1e6,
             "minutes": float(np.mean([one["seconds"]["training"] for one in runs])) / 60,
         }
     table = pd.DataFrame.from_dict(found, orient="index")
     table.index.name = "strategy"
-    return table.sort_values("mean", ascending=False) if len(table) else table
+    return table.sort_values(["complete", "mean"], ascending=False) if len(table) else table
 
 
 def site_summary(records: Sequence[Mapping[str, Any]], model: str = "personal") -> pd.DataFrame:
-    """Mean Dice of each strategy and site with its bootstrap interval: columns `mean`, `low`, `high`, `cases`."""
-    cases = case_table(records)
-    cases = cases[(cases.model == model) & cases.held_out.isna()]
+    """Mean Dice of each strategy and site over its patients with the bootstrap interval, on the cases of `summary`.
+
+    Returns:
+        Index (strategy, site); columns `mean`, `low`, `high`, `patients`.
+    """
     found = {}
-    for key, rows in cases.groupby(["strategy", "site"]):
-        low, high = interval(rows.dice.tolist())
-        found[key] = {"mean": rows.dice.mean(), "low": low, "high": high, "cases": len(rows)}
+    for key, rows in compared(records, model).cases.groupby(["strategy", "site"]):
+        patients = rows.groupby("patient", sort=False).dice.mean()
+        low, high = interval(patients.tolist())
+        found[key] = {"mean": patients.mean(), "low": low, "high": high, "patients": len(patients)}
     return pd.DataFrame.from_dict(found, orient="index")
 
 
 def against(records: Sequence[Mapping[str, Any]], reference: str) -> pd.DataFrame:
-    """The reference against each other strategy on the same cases.
+    """The reference against each other strategy on the (seed, site, case) that both have.
 
-    Paired over patients (a case of a seed): mean difference of Dice, reference minus other, its bootstrap interval, and
-    Wilcoxon's signed-rank test with Holm's correction over the strategies.
+    Paired over patients: the difference of Dice, reference minus other, is averaged over the seeds and cases of one
+    patient of a site, so that a patient counts once. Of these: mean, its bootstrap interval, and Wilcoxon's signed-rank
+    test with Holm's correction over the strategies.
 
     Returns:
-        Index: the other strategy; columns `difference`, `low`, `high`, `p` (corrected), `pairs`, `verdict`:
+        Index: the other strategy; columns `difference`, `low`, `high`, `p` (corrected), `pairs` (patients), `verdict`:
         `better`, `worse`, or `not distinguishable` where the interval holds 0 or p is at least 0.05. Empty if the
         reference has no record.
     """
     cases = case_table(records)
     cases = cases[(cases.model == "personal") & cases.held_out.isna()]
-    wide = cases.pivot_table(index=["seed", "site", "case"], columns="strategy", values="dice")
+    wide = cases.pivot_table(index=["seed", "site", "patient", "case"], columns="strategy", values="dice")
     columns = ["difference", "low", "high", "p", "pairs", "verdict"]
     if reference not in wide:
         return pd.DataFrame(columns=columns)
     found = {}
     for other in wide.columns.drop(reference):
-        differences = (wide[reference] - wide[other]).dropna()
+        differences = (wide[reference] - wide[other]).dropna().groupby(["site", "patient"]).mean()
         if differences.empty:
             continue
         low, high = interval(differences.tolist())
@@ -129,12 +191,15 @@ def against(records: Sequence[Mapping[str, Any]], reference: str) -> pd.DataFram
 
 
 def unseen_summary(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Leave-one-site-out: mean Dice by strategy and unseen site (rows) and model (columns)."""
+    """Leave-one-site-out: mean Dice by strategy and unseen site (rows) and model (columns), NaN for what it has not.
+
+    Models: `global`, and by the number n of its training cases `personal_<n>` (beside the global model), `alone_<n>`.
+    """
     cases = case_table(records)
     cases = cases[cases.held_out.notna()]
     if cases.empty:
         return pd.DataFrame()
-    order = sorted(cases.model.unique(), key=lambda name: int(name.rpartition("_")[2]) if "_" in name else 0)
+    order = sorted(cases.model.unique(), key=lambda name: (int(name.partition("_")[2] or 0), name))
     return cases.pivot_table(index=["strategy", "site"], columns="model", values="dice")[order]
 
 
@@ -153,3 +218,15 @@ def bytes_to_share(record: Mapping[str, Any], share: float = 0.95) -> float:
         return float("nan")
     first = dice.index[dice >= share * dice.iloc[-1]][0]
     return float(notes[notes["round"] < first].bytes.sum())
+
+
+def _over_patients(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Means of the metrics over the patients of a site, for each of `keys`: a patient of many cases counts once."""
+    patients = rows.groupby([*keys, "site", "patient"])[[*METRICS]].mean()
+    return patients.groupby([*keys, "site"]).mean()
+
+
+def _mean_known(values: Sequence[float | None]) -> float:
+    """Mean of what was counted, NaN if nothing was."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else float("nan")
