@@ -159,13 +159,16 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, str]] = 
                 "name": "x",
                 "shared": ["lora_a", "lora_b", "decoder_subset", "experts"],
                 "personal": [],
-                "phases": [{"name": "one", "trains": ["shared"], "epochs": 1, "learning_rate": 1e-3}],
+                "phases": [{"name": "one", "trains": ["shared"], "experts": True}],
             }
         },
         None,
-        r"E\d\d",
+        "E16",
     ),
-    "a class that is not listed": ({}, with_another_class, "(?i)not authorized|NotAuthorized|not allowed|allow"),
+    "a path": ({"overrides": {**TINY, "checkpoint": "/etc/passwd"}}, None, "E18"),
+    "a target": ({"overrides": {**TINY, "batch_size": {"_target_": "os.getpid"}}}, None, "E18"),
+    "a variable of the machine": ({"federation": "{$USER}"}, None, "E18"),
+    "a class that is not listed": ({}, with_another_class, "(?i)not authorized|NotAuthorized|not allowed"),
 }
 
 
