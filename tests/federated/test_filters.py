@@ -207,6 +207,19 @@ def test_applied_by_site_and_job_a_refusal_counts_once_too(tmp_path):
     assert line["reply"] == sent.get_return_code() == "SITE_REFUSED:E19"
 
 
+@pytest.mark.parametrize("task", ["train", "validate"])
+def test_without_a_filter_behind_ours_what_leaves_has_the_digest_of_what_was_checked(tmp_path, task):
+    ours = PersonalisedFilter()
+    fl_ctx = context(tmp_path, task=task, chain=[ours])
+    metrics = DXO(DataKind.METRICS, data={"val_dice": 0.5, "n_validation": 3}).to_shareable()
+    sent = ours.process(trained() if task == "train" else metrics, fl_ctx)
+    fl_ctx.set_prop(FLContextKey.TASK_RESULT, sent, private=True, sticky=False)
+    ours.handle_event(EventType.AFTER_TASK_RESULT_FILTER, fl_ctx)
+    checked, left = lines(tmp_path, SENT_FILE)
+    assert (checked["stage"], left["stage"]) == ("checked", "left")
+    assert (left["sha256"], left["bytes"]) == (checked["sha256"], checked["bytes"])
+
+
 def test_what_leaves_after_the_filters_behind_ours_is_written_down_as_it_is(tmp_path):
     chain = [PersonalisedFilter(), ClipAndNoise(1.0, 0.5), PackPayload("int8")]
     fl_ctx = context(tmp_path, chain=chain)

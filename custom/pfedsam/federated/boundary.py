@@ -83,7 +83,7 @@ class Passed:
 
     def sha256(self) -> str:
         """SHA-256 over the metadata and all arrays, in the order of their names."""
-        digest = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.metadata, sort_keys=True, default=str).encode())
         for name, array in sorted(self.tensors.items()):
             digest.update(f"{name}|{array.dtype}|{array.shape}".encode())
             digest.update(array.tobytes())
