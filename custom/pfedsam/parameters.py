@@ -240,12 +240,15 @@ def base_fingerprint(network: nn.Module, settings: Mapping[str, Any]) -> str:
     Call it when the checkpoint is loaded and before anything is trained: the decoder belongs to `W0` at that moment.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(tensors(network).items()):
-        if group_of(name) in ADDED:
-            continue
+    update_digest(digest, {name: t for name, t in tensors(network).items() if group_of(name) not in ADDED})
+    return digest.hexdigest()
+
+
+def update_digest(digest: hashlib._Hash, state: Mapping[str, Tensor]) -> None:
+    """Add name, dtype, shape and bytes of each tensor, in the order of the names, to a hash."""
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _state(network: nn.Module, roles: Roles, role: Role) -> dict[str, Tensor]:

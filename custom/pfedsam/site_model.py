@@ -31,6 +31,7 @@ from pfedsam.parameters import (
     personal_state,
     shared_state,
     trains_encoder,
+    update_digest,
 )
 
 #: Format version of the files that are written. Version 1 has the same layout and need not have a digest.
@@ -181,9 +182,7 @@ def _named(model: SiteModel) -> dict[str, Tensor]:
 def _digest(info: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the JSON text and, in the order of their names, name, dtype, shape and bytes of each tensor."""
     digest = hashlib.sha256(info.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    update_digest(digest, tensors)
     return digest.hexdigest()
 
 

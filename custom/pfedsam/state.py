@@ -167,6 +167,12 @@ def list_states(root: Path) -> list[StateEntry]:
     return [_entry(folder) for folder in sorted(folders)]
 
 
+def newest_states(root: Path, federation: str) -> dict[str, StateEntry]:
+    """The readable state of each site that was written last: another backbone or image size has one of its own."""
+    readable = [one for one in list_states(root) if one.federation == federation and one.info]
+    return {one.site: one for one in sorted(readable, key=lambda one: one.file.stat().st_mtime)}
+
+
 def _entry(folder: Path) -> StateEntry:
     path, model, error = _last(folder)
     problem = error.message if error else ""

@@ -40,16 +40,16 @@ def audit(
     _show(f"results of job {found.job} after the allow-list", found.stage(CHECKED), "by_group", "excluded")
     _show("what left this site, after all filters", found.stage(LEFT), "reply")
     for task, chain in {one["task"]: one["filters"] for one in found.stage(CHECKED) if "filters" in one}.items():
-        console.print(f"filters of task {task}: {', then '.join(chain)}", markup=False, highlight=False)
+        console.print(f"filters of task {task}: {', then '.join(chain)}", highlight=False)
     for one in found.stage(SCALARS):
         tags = ", ".join(f"{tag} ({count})" for tag, count in sorted(one["tags"].items()))
-        console.print(f"scalars for curves, beside the filters: {tags}", markup=False, highlight=False)
+        console.print(f"scalars for curves, beside the filters: {tags}", highlight=False)
     for file, digest in found.hashes.items():
-        console.print(f"{digest[:16]}  {file}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{digest[:16]}  {file}", highlight=False, soft_wrap=True)
     for action in found.actions:
-        console.print(f"{action['user']}: {action['action']}", markup=False, highlight=False)
+        console.print(f"{action['user']}: {action['action']}", highlight=False)
     for problem in found.problems:
-        console.print(f"problem: {problem}", style="bold red", markup=False, highlight=False)
+        console.print(f"problem: {problem}", style="bold red", highlight=False)
     codes = sorted({one["reply"] for one in found.submitted} - {"OK"})
     fine = f"{len(found.stage(LEFT))} results by NVFlare's audit log, as many by the filter: they agree"
     console.print(fine if not found.problems else f"{len(found.problems)} problem(s)", highlight=False)

@@ -55,5 +55,5 @@ def verify_bundle(
         failed += not check.passed
         mark, style = ("ok    ", "green") if check.passed else ("FAILED", "bold red")
         console.print(f"[{style}]{mark}[/] {check.name}: ", end="", markup=True)
-        console.print(check.message, markup=False, highlight=False, soft_wrap=True)
+        console.print(check.message, highlight=False, soft_wrap=True)
     raise typer.Exit(1 if failed else 0)

@@ -85,11 +85,11 @@ def status(runtime: Runtime = RUNTIME) -> None:
     for name in (deployment.server, *deployment.sites):
         running = [process.pid for process in deployment.processes(name)]
         told = f"running {running}" if running else "not running"
-        console.print(f"{name}: {told}; log: {deployment.log(name)}", markup=False, soft_wrap=True)
+        console.print(f"{name}: {told}; log: {deployment.log(name)}", soft_wrap=True)
     for site in deployment.sites:
         for entry in list_states(deployment.state_root(site)):
             told = f"state of federation '{entry.federation}', round {entry.info.get('round')}"
-            console.print(f"{site}: {told}{entry.problem and f'; {entry.problem}'}", markup=False, soft_wrap=True)
+            console.print(f"{site}: {told}{entry.problem and f'; {entry.problem}'}", soft_wrap=True)
 
 
 @app.command("down")
@@ -116,9 +116,7 @@ def _up(deployment: Any, data: Path | None) -> dict[str, Path]:
     with console.status("provisioning"):
         deployment.provision()
         deployment.init(sites, {"federations": [FEDERATION]})
-    console.print(
-        f"startup kits: {deployment.kit(deployment.server).parent}", highlight=False, markup=False, soft_wrap=True
-    )
+    console.print(f"startup kits: {deployment.kit(deployment.server).parent}", highlight=False, soft_wrap=True)
     try:
         with console.status(f"starting {deployment.server} and {', '.join(deployment.sites)}"):
             deployment.start()
@@ -167,13 +165,13 @@ def _submit(deployment: Any, job: str, rounds: int, set_: list[str] | None, phan
     if not result.completed:
         raise PFedSAMError("E22", f"the job ended as {result.status}: {found.problem()}.", f"See {found.folder}.")
     model = found.file("global_model.safetensors")
-    console.print(f"{result.status}; global model: {model}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{result.status}; global model: {model}", highlight=False, soft_wrap=True)
 
 
 def _down(deployment: Any) -> None:
     with console.status("stopping"):
         left = deployment.stop()
-    console.print("nothing is left running" if not left else f"still running: {left}", highlight=False, markup=False)
+    console.print("nothing is left running" if not left else f"still running: {left}", highlight=False)
 
 
 def _show(deployment: Any, sites: dict[str, Path], job: str, overrides: dict[str, Any]) -> None:
@@ -190,13 +188,13 @@ def _show(deployment: Any, sites: dict[str, Path], job: str, overrides: dict[str
 
 
 def _newest_state(deployment: Any, site: str) -> Path:
-    """The state that was written last: another backbone or image size of an earlier run has one of its own."""
-    from pfedsam.state import list_states
+    """What a site's personal model is after the run."""
+    from pfedsam.state import newest_states
 
-    entries = [one for one in list_states(deployment.state_root(site)) if one.federation == FEDERATION and one.info]
-    if not entries:
+    entry = newest_states(deployment.state_root(site), FEDERATION).get(site)
+    if entry is None:
         raise PFedSAMError("E13", f"site {site} has kept no readable state.", f"See {deployment.log(site)}.")
-    return max((entry.file for entry in entries), key=lambda file: file.stat().st_mtime)
+    return entry.file
 
 
 def _sent(deployment: Any) -> dict[str, list[int]]:
@@ -226,6 +224,6 @@ class _News:
             text = log.read_text(errors="replace") if log.exists() else ""
             found = NEWS.findall(text)
             for line in found[self.read[site] :]:
-                console.print(f"  {site}: {line}", highlight=False, markup=False)
+                console.print(f"  {site}: {line}", highlight=False)
                 self.show(escape(f"{site}: {line}"))
             self.read[site] = len(found)

@@ -76,7 +76,7 @@ def init(
 
 
 def _say(*lines: str, **how: Any) -> None:
-    console.print(*lines, markup=False, highlight=False, soft_wrap=True, **how)
+    console.print(*lines, highlight=False, soft_wrap=True, **how)
 
 
 def _words(text: str | None) -> list[str] | None:

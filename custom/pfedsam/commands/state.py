@@ -30,7 +30,7 @@ def state_list(root: StateRoot = None, kit: Kit = None) -> None:
     where = _where(root, kit)
     entries = list_states(where)
     if not entries:
-        console.print(_nothing(where), highlight=False, markup=False, soft_wrap=True)
+        console.print(_nothing(where), highlight=False, soft_wrap=True)
         return
     table = Table(title=f"personal state under {where}")
     for column in ("federation", "site", "bundle", "fingerprint", "round", "final", "personal Dice", "problem"):
@@ -62,7 +62,7 @@ def state_export(
     model.moments = {}
     write(out, model)
     told = f"{out} written: round {model.info.get('round')}, {len(model.personal)} personal tensors"
-    console.print(told, markup=False, soft_wrap=True)
+    console.print(told, soft_wrap=True)
 
 
 @app.command("delete")
@@ -86,7 +86,7 @@ def state_delete(
         typer.confirm(f"{folders}\nDelete for good?", abort=True)
     for entry in chosen:
         delete_state(entry)
-        console.print(f"deleted {entry.folder}", markup=False, soft_wrap=True)
+        console.print(f"deleted {entry.folder}", soft_wrap=True)
 
 
 def _where(root: Path | None, kit: Path | None) -> Path:

@@ -171,7 +171,7 @@ def _work(index: int, run: Run, out: str, messages: Any, simulator: Simulator | 
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library (glibc) keep what is freed: else each large tensor is new pages, and a third of the time."""
+    """Let the C library (glibc) keep what is freed: else each large tensor is new pages from the system."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         m_trim_threshold, m_mmap_max = -1, -4  # of <malloc.h>

@@ -49,7 +49,7 @@ class Audit:
 
     def stage(self, name: str) -> list[dict[str, Any]]:
         """The records of one stage."""
-        return [one for one in self.results if one["stage"] == name]
+        return [one for one in self.results if one.get("stage") == name]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -16,7 +16,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.federated.jobs import export_job, find_job, plan_settings, server_settings
 from pfedsam.federated.records import NEWS, SENT_FILE, bytes_by_round
 from pfedsam.global_model import round_of
-from pfedsam.state import ROOT_VARIABLE, StateEntry, list_states
+from pfedsam.state import ROOT_VARIABLE, StateEntry, newest_states
 
 _PROBLEM = re.compile(r"\b(E\d\d): (.*)")
 
@@ -84,8 +84,7 @@ class Simulation:
 
     def states(self) -> dict[str, StateEntry]:
         """The newest state of each site in this federation."""
-        mine = [one for one in list_states(self.state_root) if one.federation == self.federation and one.file.exists()]
-        return {entry.site: entry for entry in sorted(mine, key=lambda one: one.file.stat().st_mtime)}
+        return newest_states(self.state_root, self.federation)
 
 
 def run(simulation: Simulation, event: Callable[[str], None] | None = None) -> bool:

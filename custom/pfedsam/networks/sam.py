@@ -21,7 +21,7 @@ from pfedsam.networks.loading import load_base, read_checkpoint
 from pfedsam.networks.moe import LMoE
 from pfedsam.networks.prompts import box_tokens
 from pfedsam.networks.weights import locate
-from pfedsam.parameters import ADDED, base_fingerprint, group_of, tensors
+from pfedsam.parameters import ADDED, base_fingerprint, group_of, tensors, update_digest
 
 
 class SegmentAnything(nn.Module):
@@ -80,9 +80,8 @@ class SegmentAnything(nn.Module):
         """SHA-256 over what `trunk` computes with: where it ends, the normalisation and the encoder's base weights."""
         digest = hashlib.sha256(f"{self.image_size}|{self._split()}".encode())
         encoder = {name: t for name, t in tensors(self).items() if name.startswith("image_encoder.")}
-        base = [tensor for name, tensor in sorted(encoder.items()) if group_of(name) not in ADDED]
-        for tensor in (self.pixel_mean, self.pixel_std, *base):
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        base = {name: tensor for name, tensor in encoder.items() if group_of(name) not in ADDED}
+        update_digest(digest, {"pixel_mean": self.pixel_mean, "pixel_std": self.pixel_std, **base})
         return digest.hexdigest()
 
     def head(self, features: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class PatchEmbed(nn.Module):
         self.seq = nn.Sequential(ConvBN(3, dim // 2), nn.GELU(), ConvBN(dim // 2, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed every pixel; channels last, as the convolutions after it are up to twice as fast so."""
+        """Embed every pixel; channels last, the layout in which the convolutions after it are fastest."""
         return self.seq(x.contiguous(memory_format=torch.channels_last))
 
 
