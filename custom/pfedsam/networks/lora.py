@@ -90,8 +90,8 @@ class QVLoRA(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., 3 * dim)`."""
-        update = F.linear(F.linear(x, self.lora_a.flatten(0, 1)), self.fused_b())
-        return F.linear(x, self.weight, self.bias) + self.scale * update
+        update = F.linear(F.linear(x, self.lora_a.flatten(0, 1)), self.scale * self.fused_b())
+        return F.linear(x, self.weight, self.bias) + update
 
 
 def _kaiming(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> nn.Parameter:

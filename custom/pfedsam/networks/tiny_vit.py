@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
@@ -86,7 +85,11 @@ class ConvStage(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention inside a window with learned biases by absolute offset.
+    """Attention inside windows with learned biases by absolute offset.
+
+    The map is padded with zeros to whole windows, as its weights were trained. All padded keys are the same vector, and
+    so are their values, so a window has one key for all of them: with the logarithm of the sum of their exponentiated
+    biases as its bias, the softmax gives it the weight of them all. Padded queries are not computed, as none is read.
 
     `qkv` is fused and *interleaved per head*: of the `3 * dim` outputs, each head owns `3 * head_dim` in a row.
     """
@@ -95,7 +98,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int, window: int):
         super().__init__()
-        self.num_heads, self.head_dim = heads, dim // heads
+        self.num_heads, self.head_dim, self.window = heads, dim // heads, window
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -106,17 +109,43 @@ class Attention(nn.Module):
         self.register_buffer("bias_index", torch.tensor(index).view(len(points), len(points)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, N, dim)` to the same shape, `N = window ** 2`.
+        """`(B, H, W, dim)` to the same shape."""
+        qkv, padded = self.qkv(self.norm(x)), self.qkv(self.norm(x.new_zeros(1, 1, 1, x.shape[-1])))
+        tall, wide = ((side - side % self.window, side % self.window) for side in x.shape[1:3])
+        rows = [row for row in qkv.split(tall, 1) if row.shape[1]]
+        parts = [[part for part in row.split(wide, 2) if part.shape[2]] for row in rows]
+        return self.proj(torch.cat([torch.cat([self._windows(p, padded) for p in row], 2) for row in parts], 1))
 
-        The biases are gathered in every call, so weights loaded after `eval()` count. They are added in the queries'
-        precision: under autocast a float32 bias would make the softmax, and all that is kept for its gradient, float32.
-        """
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(self.norm(x)).view(batch, tokens, self.num_heads, 3, self.head_dim)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4)
-        bias = self.attention_biases[:, self.bias_index].to(q.dtype)
+    def _windows(self, qkv: Tensor, padded: Tensor) -> Tensor:
+        """`(B, H, W, 3 * dim)`, windows that are all whole or all cut alike, to `(B, H, W, dim)`."""
+        batch, height, width, _ = qkv.shape
+        h, w = min(height, self.window), min(width, self.window)
+        rows, columns = height // h, width // w
+        heads = (self.num_heads, 3, self.head_dim)
+        windows = qkv.view(batch, rows, h, columns, w, *heads).permute(6, 0, 1, 3, 5, 2, 4, 7)
+        q, k, v = windows.reshape(3, -1, self.num_heads, h * w, self.head_dim)
+        bias = self._bias(h, w).to(q.dtype)
+        if bias.shape[-1] > h * w:
+            _, padded_k, padded_v = padded.view(1, *heads).permute(2, 0, 1, 3).unsqueeze(-2)
+            k = torch.cat([k, padded_k.expand(len(k), -1, -1, -1)], 2)
+            v = torch.cat([v, padded_v.expand(len(v), -1, -1, -1)], 2)
         attention = (q * self.head_dim**-0.5) @ k.transpose(-2, -1) + bias
-        return self.proj((attention.softmax(dim=-1) @ v).transpose(1, 2).reshape(batch, tokens, dim))
+        out = (attention.softmax(dim=-1) @ v).view(batch, rows, columns, self.num_heads, h, w, self.head_dim)
+        return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, -1)
+
+    def _bias(self, height: int, width: int) -> Tensor:
+        """Biases of the upper left of a window, `(heads, N, N)`, or `(heads, N, N + 1)` with those of its padding.
+
+        They are gathered in every call, so weights loaded after `eval()` count, and added in the queries' precision:
+        under autocast a float32 bias would make the softmax, and all that is kept for its gradient, float32.
+        """
+        index = self.bias_index.view([self.window] * 4)[:height, :width].flatten(0, 1)
+        biases = self.attention_biases[:, index]
+        real = biases[..., :height, :width].flatten(-2)
+        if height == width == self.window:
+            return real
+        padding = torch.cat([biases[..., height:, :].flatten(-2), biases[..., :height, width:].flatten(-2)], -1)
+        return torch.cat([real, padding.logsumexp(-1, keepdim=True)], -1)
 
 
 class Mlp(nn.Module):
@@ -140,25 +169,15 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, window: int):
         super().__init__()
-        self.window = window
         self.attn = Attention(dim, heads, window)
         self.mlp = Mlp(dim)
         self.local_conv = ConvBN(dim, dim, 3, 1, 1, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, H, W, dim)` to the same shape; sides that the window does not divide are padded with zeros."""
-        x = x + self._attend(x)
+        """`(B, H, W, dim)` to the same shape."""
+        x = x + self.attn(x)
         x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x + self.mlp(x)
-
-    def _attend(self, x: Tensor) -> Tensor:
-        batch, height, width, dim = x.shape
-        w = self.window
-        x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w))
-        rows, columns = x.shape[1] // w, x.shape[2] // w
-        windows = x.view(batch, rows, w, columns, w, dim).transpose(2, 3).reshape(-1, w * w, dim)
-        x = self.attn(windows).view(batch, rows, columns, w, w, dim).transpose(2, 3)
-        return x.reshape(batch, rows * w, columns * w, dim)[:, :height, :width]
 
 
 class Stage(nn.Module):
