@@ -59,7 +59,11 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "pfedsam": ("pfedsam", {}),
     "pfedsam, learning rate 0.002": ("pfedsam", shared_rate(0.002)),
     "pfedsam, learning rate 0.008": ("pfedsam", shared_rate(0.008)),
-    "pfedsam, learning rate times 0.8 a round": ("pfedsam", {"phases": {"global": {"decay": 0.8}}}),
+    "pfedsam, constant learning rate": ("constant_rate", {}),
+    "pfedsam, learning rate times 0.8 a round": (
+        "pfedsam",
+        {"phases": {"global": {"inverse_time_decay": 0, "decay": 0.8}}},
+    ),
     "pfedsam, no teacher": ("pfedsam", final(distillation=None)),
     "pfedsam, weight 0.5": ("pfedsam", taught(0.5)),
     "pfedsam, weight 0.5, no quality gate": ("pfedsam", taught(0.5, gate=False)),

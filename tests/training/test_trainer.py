@@ -421,6 +421,15 @@ def test_learning_rate_rises_in_the_warm_up_rounds_and_stays_afterwards(make):
     assert rates[4 * STEPS :] == [0.01] * 2 * STEPS
 
 
+def test_learning_rate_falls_with_the_rounds_as_the_inverse_of_time(make):
+    trainer = make()
+    rates: list[float] = []
+    for round_number in range(4):
+        trained(trainer, phase(learning_rate=0.01, inverse_time_decay=0.5), round_number=round_number)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.01, 0.01 / 1.5, 0.01 / 2, 0.01 / 2.5])
+
+
 # how a run ends -------------------------------------------------------------------------------------------------------
 
 

@@ -72,7 +72,9 @@ class Phase(_Settings):
         learning_rate: of the bundle's optimiser in this phase.
         keep_moments: go on with the optimiser's moments of the last round (personal tensors) or start anew (shared).
         warmup_rounds: in these first rounds the learning rate rises linearly from a tenth over the phase's steps.
-        decay: the learning rate is multiplied by this once for every round before.
+        decay: the learning rate is multiplied by this once for every round before (exponential decay).
+        inverse_time_decay: d in `rate / (1 + d * rounds before)`, a fall that fits few rounds and many. On sites that
+            differ, averaging comes to rest with a rate that falls so (Li et al., arXiv 1907.02189).
         anneal: `cosine`: within the phase the learning rate falls to zero as half a cosine over its steps (SGDR without
             restarts: Loshchilov and Hutter, arXiv 1608.03983).
         distillation: the extra loss, or None.
@@ -89,6 +91,7 @@ class Phase(_Settings):
     keep_moments: bool = False
     warmup_rounds: int = Field(0, ge=0)
     decay: float = Field(1.0, gt=0, le=1)
+    inverse_time_decay: float = Field(0.0, ge=0)
     anneal: Literal["none", "cosine"] = "none"
     distillation: Distillation | None = None
     balance: float = Field(0.01, ge=0)

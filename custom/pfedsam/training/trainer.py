@@ -269,7 +269,7 @@ class PhaseTrainer(SupervisedTrainer):
         Warm-up is a linear rise from a tenth over the steps of the phase in its first `warmup_rounds` rounds.
         """
         phase, steps = self.phase, self.phase.epochs * self.state.epoch_length
-        rate = phase.learning_rate * phase.decay**self.round
+        rate = phase.learning_rate * phase.decay**self.round / (1 + phase.inverse_time_decay * self.round)
         if self.round < phase.warmup_rounds:
             done = (self.round * steps + self.state.iteration) / (phase.warmup_rounds * steps)
             rate *= 0.1 + 0.9 * min(1.0, done)
