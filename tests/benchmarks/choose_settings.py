@@ -3,10 +3,11 @@
     python tests/benchmarks/choose_settings.py <folder with the site folders>
 
 Each choice is a strategy with a patch, as in `jobs/strategies/ablations.json`. It is trained as `pfedsam compare`
-trains it, on one fold, and the mean over the sites of the Dice on their validation cases is noted for the global and
-the personal model. Choices that differ in the final phase only share the rounds before it. Prints a table and writes
-results/choices.jsonl. A choice that is in it with all the settings it has now is not repeated; rows of other settings,
-for example of a default that is another now, stay in it and are shown as such.
+trains it, on each fold, and the Dice on the validation cases of each site is noted for the global and the personal
+model. Choices that differ in the final phase only share the rounds before it, with those of `pfedsam compare` too if
+both have the same folder `--out`. Prints a table of means over the sites and writes results/choices.jsonl. A choice and
+fold that is in it with all the settings it has now is not repeated; rows of other settings, for example of a default
+that is another now, stay in it and are shown as such.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from pfedsam.bundles import settings_of
+from pfedsam.data.sites import read_split
+from pfedsam.evaluation.runs import split_hash
 from pfedsam.strategies import StrategyFile, patched
 from pfedsam.training.federation import Federation, run_federation
 from pfedsam.training.phases import Strategy
 
-BUNDLE, ROUNDS, SEED = "brain_lesion_mri", 8, 0
+BUNDLE, ROUNDS, VALIDATE_EVERY, FOLDS = "brain_lesion_mri", 8, 3, (0, 1, 2)
 SETTINGS: dict[str, Any] = {
     "image_size": 128,
     "adapted_blocks": 8,
@@ -34,7 +38,6 @@ SETTINGS: dict[str, Any] = {
     "augmentations": 2,
     "positives_per_case": 2,
     "negatives_per_case": 1,
-    "seed": SEED,
 }
 RESULTS = Path(__file__).parent / "results" / "choices.jsonl"
 
@@ -98,74 +101,89 @@ def chosen(name: str) -> tuple[StrategyFile, Strategy]:
     """The strategy of a choice, as a file and as it is trained."""
     base, patch = CHOICES[name]
     file = patched(base, {"base": base, **patch})
-    return file, file.checked().model_copy(update={"validate_every": ROUNDS})
+    return file, file.checked().model_copy(update={"validate_every": VALIDATE_EVERY})
 
 
-def key(name: str) -> str:
+def key(name: str, fold: int) -> str:
     """Hash of the strategy and of all the bundle's settings of a choice, the defaults too."""
     file, strategy = chosen(name)
-    told = [BUNDLE, ROUNDS, strategy.model_dump(mode="json"), settings_of(BUNDLE, {**SETTINGS, **file.overrides})]
+    settings = settings_of(BUNDLE, {**SETTINGS, **file.overrides, "seed": fold})
+    told = [BUNDLE, ROUNDS, strategy.model_dump(mode="json"), settings]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def measure(name: str, sites: dict[str, Path], out: Path) -> dict[str, Any]:
-    """Validation Dice of one choice."""
+def measure(name: str, fold: int, sites: dict[str, Path], out: Path) -> dict[str, Any]:
+    """Validation Dice of one choice in one fold."""
     started, (base, patch), (file, strategy) = time.monotonic(), CHOICES[name], chosen(name)
-    folder, settings = out / "choices" / key(name), {"feature_store": out / "features"}
-    federation = Federation(BUNDLE, sites, strategy, folder, ROUNDS, {**SETTINGS, **file.overrides}, settings)
+    folder, settings = out / "choices" / key(name, fold), {"feature_store": out / "features"}
+    overrides = {**SETTINGS, **file.overrides, "seed": fold}
+    federation = Federation(BUNDLE, sites, strategy, folder, ROUNDS, overrides, settings)
 
     def tell(line: str) -> None:
         print(f"  {line}", flush=True)
 
     if file.kind == "federated":
-        federation.begun = federation.rounds_alone(out / "rounds")
+        split = split_hash({site: read_split(path, fold) for site, path in sites.items()})
+        federation.begun = federation.rounds_alone(out / "rounds", split)
     run_federation(federation, tell, aggregated=file.kind == "federated")
     last = [note for note in federation.history() if note["round"] == ROUNDS]
     dice = {who: {note["site"]: note[f"val_dice_{who}"] for note in last} for who in ("global", "personal")}
-    seconds = time.monotonic() - started
-    return {"key": key(name), "choice": name, "base": base, "patch": patch, "dice": dice, "seconds": seconds}
+    told = {"key": key(name, fold), "choice": name, "fold": fold, "base": base, "patch": patch}
+    return {**told, "dice": dice, "seconds": time.monotonic() - started}
 
 
 def is_current(row: dict[str, Any]) -> bool:
     """Whether a row is of a choice with the settings that it has now."""
-    return row["choice"] in CHOICES and row.get("key") == key(row["choice"])
+    return row["choice"] in CHOICES and "fold" in row and row.get("key") == key(row["choice"], row["fold"])
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print the table, and one of the rows of older settings."""
+    """Print the table, means over the folds of a choice, and one of the rows of older settings as they are."""
     from rich.console import Console
     from rich.table import Table
 
-    order, sites = list(CHOICES), list(rows[0]["dice"]["personal"])
-    current = sorted((row for row in rows if is_current(row)), key=lambda row: order.index(row["choice"]))
-    older = [row for row in rows if not is_current(row)]
-    for title, part in (("", current), (", of older settings", older)):
-        table = Table("choice", "global", "personal", *sites, title=f"Dice on validation cases, fold 0{title}")
-        for row in part:
-            found = row["dice"]
-            means = (f"{sum(found[who].values()) / len(sites):.3f}" for who in ("global", "personal"))
-            table.add_row(row["choice"], *means, *(f"{found['personal'][site]:.3f}" for site in sites))
-        if part:
-            Console(width=140).print(table)
+    sites = list(rows[0]["dice"]["personal"])
+    lines = pd.DataFrame(
+        {
+            "choice": row["choice"],
+            "current": is_current(row),
+            "folds": str(row.get("fold", 0)),
+            **{who: pd.Series(row["dice"][who]).mean() for who in ("global", "personal")},
+            **row["dice"]["personal"],
+        }
+        for row in rows
+    )
+    means = dict.fromkeys(["global", "personal", *sites], "mean")
+    current = lines[lines.current].groupby("choice").agg({"folds": ",".join, **means}).reset_index()
+    current = current.sort_values("choice", key=lambda names: names.map(list(CHOICES).index))
+    for title, part in (("", current), (", of older settings", lines[~lines.current])):
+        table = Table("choice", "folds", "global", "personal", *sites, title=f"Dice on validation cases{title}")
+        for line in part.to_dict("records"):
+            table.add_row(line["choice"], line["folds"], *(f"{line[name]:.3f}" for name in means))
+        if table.rows:
+            Console(width=160).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder that holds the site folders")
     parser.add_argument("--only", nargs="+", choices=CHOICES, default=list(CHOICES), metavar="CHOICE")
-    parser.add_argument("--out", type=Path, default=Path("runs/choices"))
+    parser.add_argument("--folds", nargs="+", type=int, choices=FOLDS, default=list(FOLDS))
+    parser.add_argument("--out", type=Path, default=Path("runs/choices"), help="folder of trainings and features")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    sites = {path.name: path for path in sorted(options.data.iterdir()) if (path / "images").is_dir()}
+    data = options.data.resolve()
+    sites = {path.name: path for path in sorted(data.iterdir()) if (path / "images").is_dir()}
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    for name in options.only:
-        if key(name) in {row.get("key") for row in rows}:
-            continue
-        print(name, flush=True)
-        rows.append(measure(name, sites, options.out))
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+    for fold in options.folds:
+        for name in options.only:
+            if key(name, fold) in {row.get("key") for row in rows}:
+                continue
+            print(f"{name}, fold {fold}", flush=True)
+            rows.append(measure(name, fold, sites, options.out))
+            RESULTS.parent.mkdir(exist_ok=True)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
     show(rows)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import choose_settings
 import pytest
-from choose_settings import CHOICES, SETTINGS, chosen, is_current, key, show
+from choose_settings import CHOICES, FOLDS, SETTINGS, chosen, is_current, key, show
 
 from pfedsam import bundles
 
@@ -17,7 +17,16 @@ NAME = "pfedsam, learning rate 0.002"
 
 def row(**changes: Any) -> dict[str, Any]:
     dice = {"global": {"site-1": 0.25}, "personal": {"site-1": 0.5}}
-    return {"key": key(NAME), "choice": NAME, "base": "pfedsam", "patch": {}, "dice": dice, "seconds": 1.0, **changes}
+    return {
+        "key": key(NAME, 1),
+        "choice": NAME,
+        "fold": 1,
+        "base": "pfedsam",
+        "patch": {},
+        "dice": dice,
+        "seconds": 1.0,
+        **changes,
+    }
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -28,9 +37,9 @@ def test_every_choice_is_a_possible_strategy(name: str) -> None:
 
 
 def test_no_two_choices_are_the_same() -> None:
-    keys = {name: key(name) for name in CHOICES}
+    keys = {(name, fold): key(name, fold) for name in CHOICES for fold in FOLDS}
     assert len(set(keys.values())) == len(keys)
-    assert keys == {name: key(name) for name in CHOICES}
+    assert keys == {(name, fold): key(name, fold) for name in CHOICES for fold in FOLDS}
 
 
 def test_a_changed_setting_or_default_makes_a_choice_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -65,9 +74,17 @@ def test_rows_of_older_settings_are_shown_as_such(capsys: pytest.CaptureFixture[
     assert "taken out" in older and "taken out" not in now
 
 
+def test_folds_of_a_choice_are_one_line_of_means(capsys: pytest.CaptureFixture[str]) -> None:
+    other = {"key": key(NAME, 2), "fold": 2, "dice": {"global": {"site-1": 0.75}, "personal": {"site-1": 0.9}}}
+    show([row(), row(**other)])
+    shown = capsys.readouterr().out
+    assert shown.count(NAME) == 1 and "1,2" in shown and "0.500" in shown and shown.count("0.700") == 2
+
+
 def test_rows_that_are_checked_in_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.loads(line) for line in choose_settings.RESULTS.read_text().splitlines()]
     show(rows)
     shown = capsys.readouterr().out
     assert ("of older settings" in shown) == any(not is_current(one) for one in rows)
-    assert all(f"{one['dice']['personal']['henry_ford']:.3f}" in shown for one in rows)
+    older = [one for one in rows if not is_current(one)]
+    assert all(f"{one['dice']['personal']['henry_ford']:.3f}" in shown for one in older)

@@ -122,8 +122,7 @@ class Run:
 
     def split_hash(self) -> str:
         """Hash of which case is in which section at which site."""
-        splits = self.splits().items()
-        return _hash({site: {s: [c.name for c in cases] for s, cases in split.items()} for site, split in splits})[:16]
+        return split_hash(self.splits())
 
     def federation(self, out: Path) -> Federation:
         """What is trained, in the comparison's folder `out`; `begun` is set where other runs share the rounds."""
@@ -254,6 +253,12 @@ def _counted(history: Sequence[Mapping[str, Any]], what: str) -> int | None:
     if any(note["phases"] is None for note in history):
         return None
     return sum(phase[what] for note in history for phase in note["phases"].values())
+
+
+def split_hash(splits: Mapping[str, Split]) -> str:
+    """Hash of which case is in which section, by site."""
+    told = {site: {s: [c.name for c in cases] for s, cases in split.items()} for site, split in splits.items()}
+    return _hash(told)[:16]
 
 
 def case_hash(site: str, case: str) -> str:
