@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pfedsam.data.checks import check_site
-from pfedsam.data.phantom import FLAIR, TISSUES, scanners, write_phantom
+from pfedsam.data.phantom import write_phantom
+from pfedsam.data.phantom_heads import FLAIR, TISSUES, scanners
 from pfedsam.data.sites import read_site
 from pfedsam.errors import PFedSAMError
 
