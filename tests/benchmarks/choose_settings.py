@@ -24,12 +24,12 @@ import torch
 
 from pfedsam.bundles import settings_of
 from pfedsam.data.sites import read_split
-from pfedsam.evaluation.runs import split_hash
+from pfedsam.evaluation.runs import Run, split_hash
 from pfedsam.strategies import StrategyFile, patched
 from pfedsam.training.federation import Federation, run_federation
 from pfedsam.training.phases import Strategy
 
-BUNDLE, ROUNDS, VALIDATE_EVERY, FOLDS = "brain_lesion_mri", 8, 3, (0, 1, 2)
+BUNDLE, ROUNDS, FOLDS = "brain_lesion_mri", 8, (0, 1, 2)
 SETTINGS: dict[str, Any] = {
     "image_size": 128,
     "adapted_blocks": 8,
@@ -101,7 +101,7 @@ def chosen(name: str) -> tuple[StrategyFile, Strategy]:
     """The strategy of a choice, as a file and as it is trained."""
     base, patch = CHOICES[name]
     file = patched(base, {"base": base, **patch})
-    return file, file.checked().model_copy(update={"validate_every": VALIDATE_EVERY})
+    return file, file.checked().model_copy(update={"validate_every": Run.validate_every})
 
 
 def key(name: str, fold: int) -> str:
