@@ -52,6 +52,11 @@ def taught(weight: float, gate: bool = True) -> dict[str, Any]:
     return final(distillation={"warmup_rounds": 0, "weight": weight, "quality_gate": gate})
 
 
+def whole(patch: dict[str, Any]) -> dict[str, Any]:
+    """A patch with the personal part kept whole, as the final phase left it."""
+    return {**patch, "strategy": {"interpolation": 1}}
+
+
 def shared_rate(rate: float) -> dict[str, Any]:
     """Patch of the learning rate of pfedsam's shared tensors."""
     return {"phases": {"global": {"learning_rate": rate}}}
@@ -67,6 +72,14 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
         "pfedsam",
         {"phases": {"global": {"inverse_time_decay": 0, "decay": 0.8}}},
     ),
+    "pfedsam, interpolation 0.25": ("pfedsam", {"strategy": {"interpolation": 0.25}}),
+    "pfedsam, interpolation 0.75": ("pfedsam", {"strategy": {"interpolation": 0.75}}),
+    "pfedsam, whole": ("pfedsam", whole({})),
+    "pfedsam, whole, no teacher": ("pfedsam", whole(final(distillation=None))),
+    "pfedsam, whole, weight 0.5": ("pfedsam", whole(taught(0.5))),
+    "pfedsam, whole, final learning rate 0.00125": ("pfedsam", whole(final(learning_rate=0.00125))),
+    "pfedsam, whole, final learning rate 0.005": ("pfedsam", whole(final(learning_rate=0.005))),
+    "one expert, no teacher, whole": ("one_adapter", whole({})),
     "pfedsam, no teacher": ("pfedsam", final(distillation=None)),
     "pfedsam, weight 0.5": ("pfedsam", taught(0.5)),
     "pfedsam, weight 0.5, no quality gate": ("pfedsam", taught(0.5, gate=False)),
@@ -90,6 +103,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "one expert, no teacher": ("one_adapter", {}),
     "local phase each round": ("local_phase_each_round", {}),
     "fedavg_lora_ft": ("fedavg_lora_ft", {}),
+    "fedavg_lora_ft, interpolated": ("fedavg_lora_ft_interpolated", {}),
     "fedavg_lora_ft, final learning rate 0.0005": ("fedavg_lora_ft", final(learning_rate=0.0005)),
     "fedavg_lora_ft, final learning rate 0.002": ("fedavg_lora_ft", final(learning_rate=0.002)),
     "local_only": ("local_only", {}),

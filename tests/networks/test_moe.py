@@ -53,6 +53,15 @@ def test_layer_equals_its_formula_written_as_loops(gate, shape):
     assert torch.allclose(layer(n), slow(layer, n), atol=1e-5)
 
 
+@pytest.mark.parametrize("alpha", [0, 0.25, 1])
+@torch.no_grad()
+def test_interpolated_layer_gives_that_part_of_its_output(alpha):
+    layer, n = mixture(), tokens(2, 3, 4)
+    whole, gates = layer(n), layer.gates(n)
+    layer.interpolate(alpha)
+    assert torch.allclose(layer(n), alpha * whole, atol=1e-6) and layer.gates(n).equal(gates)
+
+
 @pytest.mark.parametrize("gate", ["image", "token"])
 @torch.no_grad()
 def test_gates_are_positive_and_sum_to_one(gate):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import pfedsam.training.federation as module
 from pfedsam.data.phantom import write_phantom
+from pfedsam.parameters import COPY
 from pfedsam.site_model import read
 from pfedsam.strategies import find_strategy, strategy_names
 from pfedsam.training.federation import Federation, run_federation
@@ -73,6 +74,26 @@ def test_another_strategy_goes_on_from_the_same_rounds(data: Path, tmp_path: Pat
     assert (ours.begun.out / "history.jsonl").read_bytes() == before, "done once"
     model = read(theirs.model_of(SITES[0]))
     assert model.copy and any(not tensor.equal(model.shared[name]) for name, tensor in model.copy.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"), [("pfedsam", "without_interpolation"), ("fedavg_lora_ft_interpolated", "fedavg_lora_ft")]
+)
+def test_a_site_keeps_the_model_halfway_to_the_global_one(name: str, whole: str, data: Path, tmp_path: Path) -> None:
+    ours, theirs = federation(data, tmp_path / "a", name), federation(data, tmp_path / "b", whole)
+    for one in (ours, theirs):
+        one.begun = one.rounds_alone(tmp_path / "rounds")
+        run_federation(one)
+    for site in SITES:
+        mine, trained = read(ours.model_of(site)), read(theirs.model_of(site))
+        halved = {
+            key for key in trained.personal if key.startswith(COPY) or key.rpartition(".")[2] in ("up", "up_bias")
+        }
+        assert halved and any(not trained.personal[key].equal(mine.personal[key]) for key in halved)
+        for key, tensor in trained.personal.items():
+            start = trained.shared.get(key.removeprefix(COPY), torch.zeros_like(tensor))
+            expected = (start + tensor) / 2 if key in halved else tensor
+            torch.testing.assert_close(mine.personal[key], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["feddpa", "ditto", "fedrep", "fedsa", "local_phase_each_round", "distil_mutual"])

@@ -76,6 +76,23 @@ def test_final_phase_that_trains_shared_tensors_is_refused(trains):
     assert "late" in error_of({"final": [{**PERSONAL, "name": "late", "trains": trains}]}).message
 
 
+@pytest.mark.parametrize("alpha", [0, -0.5, 1.5, "half"])
+def test_interpolation_is_between_the_two_models(alpha):
+    assert "'interpolation'" in error_of({"final": [PERSONAL], "interpolation": alpha}).message
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"final": []}, "no final phase"),
+        ({"final": [PERSONAL], "shared": ["lora_a"], "personal": ["experts", "decoder_subset"]}, "decoder_subset"),
+    ],
+)
+def test_interpolation_needs_a_model_at_each_end(settings, words):
+    assert words in error_of({**settings, "interpolation": 0.5}).message
+    Strategy.of({**settings, "interpolation": 1})
+
+
 @pytest.mark.parametrize(
     "groups",
     [

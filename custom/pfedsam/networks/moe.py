@@ -75,6 +75,12 @@ class LMoE(nn.Module):
         mixed = F.linear(hidden.flatten(-2), self.up.flatten(0, 1).T) + gates @ self.up_bias
         return self.scale * mixed
 
+    @torch.no_grad()
+    def interpolate(self, alpha: float) -> None:
+        """Move the last layers towards zero, where they start and the mixture is a no-op; 1 leaves them as they are."""
+        self.up.mul_(alpha)
+        self.up_bias.mul_(alpha)
+
     def train(self, mode: bool = True) -> LMoE:
         """Set the mode, and let the graph of the last step go."""
         self.balance = None

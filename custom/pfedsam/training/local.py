@@ -189,6 +189,7 @@ class LocalTraining:
     def train(self, round_number: int) -> RoundResult:
         """One round beside the global model received last."""
         result = self._run(self.strategy.phases, round_number)
+        result.personal = self._personal()
         self._forget_global_dice()
         result.delta = {
             name: tensor - self._received[name]
@@ -197,10 +198,26 @@ class LocalTraining:
         return result
 
     def finish(self, round_number: int) -> RoundResult:
-        """The final personal phase beside the global model received last: nothing is to be sent."""
+        """The final personal phase beside the global model received last: nothing is to be sent.
+
+        The personal model is then moved towards the global one, see `interpolation` of the strategy.
+        """
         result = self._run(self.strategy.final, round_number)
+        self._interpolate(self.strategy.interpolation)
+        result.personal = self._personal()
         self._forget_global_dice()
         return result
+
+    def _interpolate(self, alpha: float) -> None:
+        if alpha == 1:
+            return
+        for layer in self.network.expert_layers().values():
+            layer.interpolate(alpha)
+        self._copy = {name: self._received[name].lerp(own, alpha) for name, own in self._copy.items()}
+
+    def _personal(self) -> dict[str, Tensor]:
+        copies = {COPY + name: tensor for name, tensor in self._copy.items()}
+        return {**personal_state(self.network, self.strategy.roles), **copies}
 
     def _forget_global_dice(self) -> None:
         """Personal tensors beside the experts also work with the experts off (as FedRep's head)."""
@@ -212,7 +229,7 @@ class LocalTraining:
         told = {"bundle": self.bundle, "strategy": self.strategy.name, "overrides": dict(self.overrides or {}), **info}
         model = SiteModel.of(self.network, self.strategy.roles, **told)
         model.shared, model.moments = dict(self._received), self.trainer.moments()
-        model.personal |= {COPY + name: tensor for name, tensor in self._copy.items()}
+        model.personal = self._personal()
         return model
 
     @contextmanager
@@ -256,6 +273,4 @@ class LocalTraining:
                 report.mean_loss,
                 report.distilled_steps,
             )
-        copies = {COPY + name: tensor for name, tensor in self._copy.items()}
-        result.personal = {**personal_state(self.network, self.strategy.roles), **copies}
         return result

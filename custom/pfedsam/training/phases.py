@@ -113,6 +113,10 @@ class Strategy(_Settings):
         personal: groups that stay at the site.
         phases: the phases of one round, in order.
         final: the phases after the last aggregation; they may train personal tensors only, as nothing is sent.
+        interpolation: alpha, where on the way from the global model (0) to the personal one as the final phases left it
+            (1) the one lies that the site keeps: the tensors in which the two differ, the experts' last layers or the
+            site's copy of the shared ones, are interpolated linearly (WiSE-FT: Wortsman et al., arXiv 2109.01903). Less
+            than 1 is for sites with few cases, whose personal model follows them too closely. [ours]
         validate_every: the global model is validated before the training of every such round; the last theta always is.
         aggregation: of LoRA's factors: `mean` of A and B; `svd`: the weighted mean of the products, factored again to
             the same rank; `alternate`: B in even rounds and A in odd ones, so that the mean is exact.
@@ -124,6 +128,7 @@ class Strategy(_Settings):
     personal: tuple[str, ...] = ("experts",)
     phases: tuple[Phase, ...] = ()
     final: tuple[Phase, ...] = ()
+    interpolation: float = Field(1.0, gt=0, le=1)
     validate_every: int = Field(1, ge=1)
     aggregation: Literal["mean", "svd", "alternate"] = "mean"
     weights: Literal["cases", "uniform"] = "cases"
@@ -138,6 +143,14 @@ class Strategy(_Settings):
         wrong = [phase.name for phase in self.final if "shared" in phase.trains]
         if wrong:
             raise ValueError(f"final phase(s) {wrong} train shared tensors, but nothing is sent after them")
+        return self
+
+    @model_validator(mode="after")
+    def _interpolates_what_has_two_ends(self) -> Strategy:
+        others = [group for group in self.personal if group != "experts"]
+        if self.interpolation < 1 and (others or not self.final):
+            what = f"{others} are in no global model" if others else "there is no final phase"
+            raise ValueError(f"interpolation is between the global model and a final personal one, but {what}")
         return self
 
     @property
@@ -156,7 +169,8 @@ class Strategy(_Settings):
             phase.model_copy(update={"name": f"global_{number}" if number else "global"})
             for number, phase in enumerate(self.phases)
         )
-        return self.model_copy(update={"name": "rounds", "personal": (), "phases": phases, "final": ()})
+        alone = {"name": "rounds", "personal": (), "phases": phases, "final": (), "interpolation": 1.0}
+        return self.model_copy(update=alone)
 
     @property
     def has_copy(self) -> bool:
