@@ -126,19 +126,26 @@ def key(name: str, fold: int) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def measure(name: str, fold: int, sites: dict[str, Path], out: Path) -> dict[str, Any]:
-    """Validation Dice of one choice in one fold."""
-    started, (base, patch), (file, strategy) = time.monotonic(), CHOICES[name], chosen(name)
+def federation_of(name: str, fold: int, sites: dict[str, Path], out: Path) -> Federation:
+    """What is trained for a choice in one fold."""
+    file, strategy = chosen(name)
     folder, settings = out / "choices" / key(name, fold), {"feature_store": out / "features"}
     overrides = {**SETTINGS, **file.overrides, "seed": fold}
     federation = Federation(BUNDLE, sites, strategy, folder, ROUNDS, overrides, settings)
+    if file.kind == "federated":
+        split = split_hash({site: read_split(path, fold) for site, path in sites.items()})
+        federation.begun = federation.rounds_alone(out / "rounds", split)
+    return federation
+
+
+def measure(name: str, fold: int, sites: dict[str, Path], out: Path) -> dict[str, Any]:
+    """Validation Dice of one choice in one fold."""
+    started, (base, patch), (file, _) = time.monotonic(), CHOICES[name], chosen(name)
+    federation = federation_of(name, fold, sites, out)
 
     def tell(line: str) -> None:
         print(f"  {line}", flush=True)
 
-    if file.kind == "federated":
-        split = split_hash({site: read_split(path, fold) for site, path in sites.items()})
-        federation.begun = federation.rounds_alone(out / "rounds", split)
     run_federation(federation, tell, aggregated=file.kind == "federated")
     last = [note for note in federation.history() if note["round"] == ROUNDS]
     dice = {who: {note["site"]: note[f"val_dice_{who}"] for note in last} for who in ("global", "personal")}

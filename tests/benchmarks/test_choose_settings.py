@@ -8,9 +8,11 @@ from typing import Any
 
 import choose_settings
 import pytest
-from choose_settings import CHOICES, FOLDS, SETTINGS, chosen, is_current, key, show
+from choose_settings import BUNDLE, CHOICES, FOLDS, ROUNDS, SETTINGS, chosen, federation_of, is_current, key, show
 
 from pfedsam import bundles
+from pfedsam.data.phantom import write_phantom
+from pfedsam.evaluation.runs import Run
 
 NAME = "pfedsam, learning rate 0.002"
 
@@ -40,6 +42,18 @@ def test_no_two_choices_are_the_same() -> None:
     keys = {(name, fold): key(name, fold) for name in CHOICES for fold in FOLDS}
     assert len(set(keys.values())) == len(keys)
     assert keys == {(name, fold): key(name, fold) for name in CHOICES for fold in FOLDS}
+
+
+@pytest.mark.parametrize("name", ["pfedsam", "fedavg_lora_ft"])
+def test_a_choice_shares_its_rounds_with_the_comparison(name: str, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    write_phantom(data, sites=2, cases=6, shape=(16, 16, 4))
+    sites = {path.name: path for path in sorted(data.iterdir()) if path.is_dir()}
+    run = Run(str(data), tuple(sites), BUNDLE, name, 1, ROUNDS, dict(SETTINGS))
+    begun = federation_of(name, 1, sites, out).begun
+    assert begun is not None and begun.out == run.shared_folder(out)
+    other = federation_of(name, 2, sites, out).begun
+    assert other is not None and other.out != begun.out
 
 
 def test_a_changed_setting_or_default_makes_a_choice_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
