@@ -29,6 +29,8 @@ TINY = {"backbone": "vit_test", "image_size": 64, "batch_size": 4}
 FEDERATION = "phantom-demo"
 BUNDLE = "brain_lesion_mri"
 JOB_ID = "simulate_job"
+#: Of the checked-in job; that of the tests' jobs, too.
+INTERPOLATION = find_strategy("pfedsam").checked().interpolation
 #: Seconds after which a run is stopped.
 LIMIT = 900
 
@@ -178,13 +180,19 @@ class Run:
         return found
 
     def needles(self, site: str) -> Needles:
-        """Windows of every personal tensor and moment that the site ever had on its disk."""
+        """Windows of every personal tensor and moment that the site ever had on its disk.
+
+        And of the experts' last layers as the final phase left them, before they were moved towards the global model:
+        the interpolation is a power of two, so these are the very same bytes.
+        """
         if site not in self._needles:
             files = [*(self.folder / "states" / site).glob("*"), *self.state_root.glob(f"*/{site}/*/*.safetensors")]
             parts = []
             for path in {path.read_bytes(): path for path in files}.values():
                 arrays = recorder.personal_arrays(path)
-                parts.append(Needles.of(array for name, array in arrays.items() if name.startswith("personal/")))
+                own = {name: array for name, array in arrays.items() if name.startswith("personal/")}
+                fitted = [array / INTERPOLATION for name, array in own.items() if name.endswith((".up", ".up_bias"))]
+                parts.append(Needles.of([*own.values(), *fitted]))
                 parts.append(Needles.of(arrays.values(), forms=False))
             self._needles[site] = Needles(window for part in parts for window in part.windows)
         return self._needles[site]
