@@ -35,7 +35,7 @@ lgg: $(STAMP)
 		--set positives_per_case=4 --set negatives_per_case=2 $(LGG_SETTINGS)
 
 # Tables of the README. Runs that are in the records are not repeated; stopped, it goes on.
-STRATEGIES := pfedsam,fedavg_lora,fedavg_lora_ft,one_adapter,local_only,ensemble_local,centralised,feddpa,fedprox,fedrep,ditto,fedmsa,fedsam,local_phase_each_round
+STRATEGIES := pfedsam,without_interpolation,one_adapter,fedavg_lora,fedavg_lora_ft,fedavg_lora_ft_interpolated,local_only,ensemble_local,centralised,feddpa,fedprox,fedrep,ditto,fedmsa,fedsam,local_phase_each_round
 SEEDS ?= 0,1,2
 bench-lgg: $(STAMP)
 	@test -n "$(LGG)" || { echo "say where the data is: make bench-lgg LGG=<folder>"; exit 2; }
@@ -46,7 +46,7 @@ bench-lgg: $(STAMP)
 bench-phantom: $(STAMP)
 	test -d runs/bench-phantom/data || $(BIN)/pfedsam phantom runs/bench-phantom/data --cases 9 --slices 12
 	$(BIN)/pfedsam compare runs/bench-phantom/data --out runs/bench-phantom \
-		--records tests/benchmarks/results/phantom.jsonl --strategies local_only,fedavg_lora,pfedsam --seeds 0 \
+		--records tests/benchmarks/results/phantom.jsonl --strategies local_only,fedavg_lora,pfedsam,without_interpolation --seeds 0 \
 		--rounds 4 --set image_size=64 --set batch_size=2 --set augmentations=1 --set adapted_blocks=1 \
 		--set positives_per_case=4 --set negatives_per_case=2
 
