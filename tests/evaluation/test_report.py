@@ -124,8 +124,18 @@ def test_every_site_has_three_pictures_with_words(page: str) -> None:
 def test_warnings(page: str) -> None:
     assert "At site-2 the personal model is worse than the global one by 0.200" in page
     assert "At site-1 expert 3 of layer 0 is dead" in page
-    assert "site-2 has 3 test case(s)" in page
+    assert "Fewer than 5 test cases, so that a mean says little: site-2 (3)" in page
+    assert "(<code>pfedsam infer --global</code>)" in page
     assert "At site-1 the global model missed a class in 1 of 6 cases" in page
+
+
+def test_a_site_with_markup_in_its_name_is_text(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    copy.mkdir()
+    results = (run / "results.json").read_text().replace("site-2", "<b>`x`")
+    (copy / "results.json").write_text(results)
+    page = write_report(copy).read_text()
+    assert "<b>" not in page and "At &lt;b&gt;<code>x</code> the personal model is worse" in page
 
 
 def local_only(site: str, dice: float, case: str = SECRET) -> dict:

@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
+from markupsafe import Markup, escape
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pfedsam
@@ -60,6 +61,7 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pfedsam.evaluation", "templates"), autoescape=True, trim_blocks=True
     )
+    environment.filters["code"] = _code
     page = environment.get_template("report.html.j2").render(
         version=pfedsam.__version__,
         title=plan.get("federation", run.name),
@@ -78,6 +80,11 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     return out
+
+
+def _code(text: str) -> Markup:
+    """Escaped text in which what stands between backticks is code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def read_curves(run: Path) -> pd.DataFrame:
@@ -143,9 +150,12 @@ def _groups(plan: Mapping[str, Any]) -> list[Any]:
 def _warnings(results: Mapping[str, Any], curves: pd.DataFrame) -> list[str]:
     """What a careful reader would ask about."""
     found = []
+    few = [f"{name} ({site['cases']})" for name, site in results["sites"].items() if site["cases"] < FEW_CASES]
+    if few:
+        found.append(
+            f"Fewer than {FEW_CASES} test cases, so that a mean says little: {', '.join(few)}. Test all folds."
+        )
     for name, site in results["sites"].items():
-        if site["cases"] < FEW_CASES:
-            found.append(f"{name} has {site['cases']} test case(s), so its mean says little: test all folds.")
         gain = site["dice_personal"] - site["dice_global"]
         if gain < 0:
             found.append(
