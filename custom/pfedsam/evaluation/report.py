@@ -160,8 +160,8 @@ def _warnings(results: Mapping[str, Any], curves: pd.DataFrame) -> list[str]:
         if gain < 0:
             found.append(
                 f"At {name} the personal model is worse than the global one by {-gain:.3f}. Serve the global model "
-                f"there (`pfedsam infer --global`), or keep less of the personal one (a smaller `interpolation` of the "
-                f"strategy)."
+                f"there (`pfedsam infer --global`), or keep less of the personal one (a smaller `interpolation`, if "
+                f"its strategy can have one)."
             )
         for model in MODELS:
             missed = site[f"failures_{model}"]
@@ -205,8 +205,8 @@ def _worse_than_alone(results: Mapping[str, Any], compare: Path) -> list[str]:
             found.append(
                 f"At {site} the personal model is worse than the site's own training (local_only) by "
                 f"{-np.mean(values):.3f} on the same {len(values)} test case(s). Let it use the model that it trains "
-                f"alone, or keep more of the personal one (`interpolation` of the strategy nearer to 1), or give its "
-                f"final phase more epochs."
+                f"alone, or keep more of the personal one (`interpolation` nearer to 1, if the strategy has one), or "
+                f"give its final phase more epochs."
             )
     return found
 
