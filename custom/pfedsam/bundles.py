@@ -25,6 +25,7 @@ OVERRIDES: dict[str, tuple[type, ...]] = {
     "image_size": (int,),
     "adapted_blocks": (int, str),
     "lora_rank": (int,),
+    "lora_places": (list,),
     "decoder_rank": (int,),
     "experts": (int,),
     "bottleneck": (int,),

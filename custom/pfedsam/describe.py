@@ -16,7 +16,7 @@ from pfedsam.parameters import GROUPS, Role, Roles, TensorSpec, group_of, tensor
 
 #: Settings that decide what is trained, in the order in which they are told; a bundle may have others.
 SWITCHES = (
-    *("backbone", "checkpoint", "image_size", "adapted_blocks", "lora_rank", "decoder_rank"),
+    *("backbone", "checkpoint", "image_size", "adapted_blocks", "lora_rank", "lora_places", "decoder_rank"),
     *("experts", "bottleneck", "expert_scale", "expert_places", "gate", "top_k"),
     *("grey", "augmentations", "batch_size", "amp", "checkpointing", "cache_limit_gb", "cache_dtype"),
 )

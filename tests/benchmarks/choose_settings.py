@@ -62,6 +62,11 @@ def shared_rate(rate: float) -> dict[str, Any]:
     return {"phases": {"global": {"learning_rate": rate}}}
 
 
+def lora(*places: str, **settings: Any) -> dict[str, Any]:
+    """Patch of where LoRA is."""
+    return {"overrides": {"lora_places": list(places), **settings}}
+
+
 #: name of a choice: (strategy, patch)
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "pfedsam": ("pfedsam", {}),
@@ -100,6 +105,12 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "pfedsam, all blocks": ("pfedsam", {"overrides": {"adapted_blocks": "all"}}),
     "pfedsam, LoRA of rank 16": ("pfedsam", {"overrides": {"lora_rank": 16}}),
+    "fedavg_lora": ("fedavg_lora", {}),
+    "fedavg_lora, LoRA in the MLPs too": ("fedavg_lora", lora("qv", "mlp")),
+    "fedavg_lora, LoRA in all layers, in all blocks and in the decoder, rank 16": (
+        "fedavg_lora",
+        lora("qv", "projection", "mlp", lora_rank=16, adapted_blocks="all", decoder_rank=16),
+    ),
     "one expert, no teacher": ("one_adapter", {}),
     "local phase each round": ("local_phase_each_round", {}),
     "fedavg_lora_ft": ("fedavg_lora_ft", {}),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfedsam.networks.backbones import get_backbone
-from pfedsam.networks.lora import Layout, QVLoRA
+from pfedsam.networks.lora import Layout, LoRA, QVLoRA
 from pfedsam.networks.sam import build_network
 
 torch.set_num_threads(1)
@@ -74,6 +74,36 @@ def test_layer_equals_a_dense_projection_with_the_product_added(layout: Layout, 
                 dense[row] += delta[head * (dim // heads) + i]
     x = torch.randn(2, 4, dim)
     assert torch.allclose(layer(x), F.linear(x, dense, linear.bias), atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [None, 6.0])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_linear_layer_equals_a_dense_one_with_the_product_added(alpha, bias):
+    linear = nn.Linear(12, 7, bias=bias)
+    layer = LoRA(linear, 3, alpha)
+    x = torch.randn(2, 4, 12)
+    assert torch.equal(layer(x), linear(x))
+    layer.lora_b.normal_()
+    dense = linear.weight + (1.0 if alpha is None else 2.0) * layer.lora_b @ layer.lora_a
+    assert torch.allclose(layer(x), F.linear(x, dense, linear.bias), atol=1e-5)
+
+
+#: Layers of a block by place, as each backbone names them.
+PLACES = {
+    "vit_test": {"qv": {"attn.qkv"}, "projection": {"attn.proj"}, "mlp": {"mlp.lin1", "mlp.lin2"}},
+    "lite_medsam": {"qv": {"attn.qkv"}, "projection": {"attn.proj"}, "mlp": {"mlp.fc1", "mlp.fc2"}},
+}
+
+
+@pytest.mark.parametrize("place", PLACES["vit_test"])
+@pytest.mark.parametrize("backbone", SIDE)
+def test_lora_is_where_it_was_asked_for_in_adapted_blocks_only(backbone, place):
+    network = build_network(backbone, SIDE[backbone], adapted_blocks=1, lora_places=[place])
+    *others, last = network.image_encoder.adaptable_blocks()
+    found = {name for name, layer in last.named_modules() if isinstance(layer, (LoRA, QVLoRA))}
+    assert found == PLACES[backbone][place]
+    assert not any(name.endswith("lora_a") for block in others for name, _ in block.named_parameters())
 
 
 def test_layer_takes_the_projection_over_and_keeps_its_names():

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Where experts may be: beside the MLPs of the adapted encoder blocks, the neck's 3x3 convolution, the decoder's MLPs.
 Place = Literal["encoder", "neck", "decoder"]
+#: Which linear layers of an adapted block get LoRA: q and v, the output projection of the attention, both of the MLP.
+LoRAPlace = Literal["qv", "projection", "mlp"]
 #: Settings of `adapt` that change nothing but the experts.
 EXPERT_SETTINGS = ("experts", "bottleneck", "expert_scale", "expert_places", "gate", "top_k")
 _EXPERT_SEED = 1_000_003
@@ -61,6 +63,7 @@ def adapt(
     *,
     adapted_blocks: int | str = 2,
     lora_rank: int = 4,
+    lora_places: Sequence[str] = ("qv",),
     decoder_rank: int = 0,
     experts: int = 4,
     bottleneck: int = 16,
@@ -75,8 +78,9 @@ def adapt(
     Args:
         network: is changed in place.
         layout: of the encoder's fused qkv rows.
-        adapted_blocks: the last so many encoder blocks get LoRA on q and v, and experts; `all` for each.
+        adapted_blocks: the last so many encoder blocks get LoRA and experts; `all` for each.
         lora_rank: rank in the encoder, 0 for none.
+        lora_places: which layers of these blocks get LoRA, some of `LoRAPlace`.
         decoder_rank: rank of LoRA on q and v of the decoder's attention layers, 0 for none.
         experts: number of experts of each mixture, 0 for no mixture.
         bottleneck: hidden width of an expert.
@@ -93,7 +97,7 @@ def adapt(
     number = len(blocks) if adapted_blocks == "all" else adapted_blocks
     if not isinstance(number, int) or not 0 <= number <= len(blocks):
         raise PFedSAMError("E16", f"adapted_blocks is {adapted_blocks!r}.", f"Use 'auto', 'all' or 0 to {len(blocks)}.")
-    _check(lora_rank, decoder_rank, experts, bottleneck, expert_places, gate, top_k)
+    _check(lora_rank, lora_places, decoder_rank, experts, bottleneck, expert_places, gate, top_k)
     generator = torch.Generator().manual_seed(seed)
     # of their own: the shared tensors start alike whatever is personal
     of_experts = torch.Generator().manual_seed(seed + _EXPERT_SEED)
@@ -106,7 +110,7 @@ def adapt(
     for block in blocks[network.first_adapted :]:
         qkv = block.attn.qkv
         if lora_rank:
-            block.attn.qkv = QVLoRA(qkv, block.attn.num_heads, layout, lora_rank, generator=generator)
+            _add_lora(block, layout, lora_rank, lora_places, generator)
         if experts and "encoder" in expert_places:
             if isinstance(block.mlp, MLPBlock):
                 block.mlp = MLPWithExperts(block.mlp, mixture(qkv.in_features))
@@ -126,12 +130,26 @@ def adapt(
             attention.v_proj = LoRA(attention.v_proj, decoder_rank, generator=generator)
 
 
+def _add_lora(block: Any, layout: Layout, rank: int, places: Sequence[str], generator: torch.Generator) -> None:
+    """LoRA in one encoder block; segment-anything's ViT and TinyViT name the layers of the MLP differently."""
+    if "qv" in places:
+        block.attn.qkv = QVLoRA(block.attn.qkv, block.attn.num_heads, layout, rank, generator=generator)
+    if "projection" in places:
+        block.attn.proj = LoRA(block.attn.proj, rank, generator=generator)
+    if "mlp" in places:
+        for name, layer in [
+            (name, layer) for name, layer in block.mlp.named_children() if isinstance(layer, nn.Linear)
+        ]:
+            setattr(block.mlp, name, LoRA(layer, rank, generator=generator))
+
+
 def _check(
     lora_rank: int,
+    lora_places: Sequence[str],
     decoder_rank: int,
     experts: int,
     bottleneck: int,
-    places: Sequence[str],
+    expert_places: Sequence[str],
     gate: str,
     top_k: int,
 ) -> None:
@@ -145,9 +163,12 @@ def _check(
     wrong = [f"{name} is {value}, at least {least}" for name, (value, least) in smallest.items() if value < least]
     if experts and top_k > experts:
         wrong.append(f"top_k is {top_k}, at most the number of experts, {experts}")
-    unknown = [place for place in places if place not in get_args(Place)]
-    if isinstance(places, str) or unknown or len(set(places)) < len(places):
-        wrong.append(f"expert_places is {places!r}, a list of some of {get_args(Place)}")
+    for name, places, known in (
+        ("lora_places", lora_places, get_args(LoRAPlace)),
+        ("expert_places", expert_places, get_args(Place)),
+    ):
+        if isinstance(places, str) or set(places) - set(known) or len(set(places)) < len(places):
+            wrong.append(f"{name} is {places!r}, a list of some of {known}")
     if gate not in get_args(Gate):
         wrong.append(f"gate is {gate!r}, one of {get_args(Gate)}")
     if wrong:
