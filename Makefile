@@ -43,10 +43,12 @@ bench-lgg: $(STAMP)
 		--strategies $(STRATEGIES) --seeds $(SEEDS) --rounds 8 --set image_size=128 --set adapted_blocks=8 --set amp=true --set batch_size=4 \
 		--set augmentations=2 --set positives_per_case=2 --set negatives_per_case=1
 
+# Trained anew, into a file of its own: make bench-phantom PHANTOM_RECORDS=runs/bench-phantom/runs.jsonl
+PHANTOM_RECORDS ?= tests/benchmarks/results/phantom.jsonl
 bench-phantom: $(STAMP)
 	test -d runs/bench-phantom/data || $(BIN)/pfedsam phantom runs/bench-phantom/data --cases 9 --slices 12
 	$(BIN)/pfedsam compare runs/bench-phantom/data --out runs/bench-phantom \
-		--records tests/benchmarks/results/phantom.jsonl --strategies local_only,fedavg_lora,pfedsam,without_interpolation --seeds 0 \
+		--records $(PHANTOM_RECORDS) --strategies local_only,fedavg_lora,pfedsam,without_interpolation --seeds 0 \
 		--rounds 4 --set image_size=64 --set batch_size=2 --set augmentations=1 --set adapted_blocks=1 \
 		--set positives_per_case=4 --set negatives_per_case=2
 

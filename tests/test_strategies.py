@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ ALL = {
 SUBSET = {"lora_a", "lora_b", "decoder_subset"}
 
 
-def plan_of(name: str) -> Plan:
+def plan_of(name: str, **overrides: Any) -> Plan:
     file = find_strategy(name)
-    return Plan("test", "brain_lesion_mri", file.strategy, {**file.overrides, **TINY})
+    return Plan("test", "brain_lesion_mri", file.strategy, {**file.overrides, **TINY, **overrides})
 
 
 def groups(names) -> set[str]:
@@ -76,12 +77,14 @@ def test_a_personal_copy_is_a_copy_of_all_that_is_shared_and_is_never_shared(nam
     assert copies == {COPY + one for one in plan.shared()}
     strategy = plan.checked()
     assert all(phase.trains == ("copy",) for phase in strategy.final)
-    (copying,) = [phase for phase in (*strategy.phases, *strategy.final)[-1:]]
-    assert (copying.proximal > 0) == (name == "ditto")
+    copying = [phase for phase in (*strategy.phases, *strategy.final) if "copy" in phase.trains]
+    assert len(copying) == (2 if name == "ditto" else 1)
+    assert all((phase.proximal > 0) == (name == "ditto") for phase in copying)
 
 
-def test_in_fedln_no_layer_norm_leaves() -> None:
-    plan = plan_of("fedln")
+@pytest.mark.parametrize("backbone", ["vit_test", "lite_medsam"])
+def test_in_fedln_no_layer_norm_leaves(backbone: str) -> None:
+    plan = plan_of("fedln", backbone=backbone)
     shared, personal = plan.shared(), plan.personal()
     network = network_of("brain_lesion_mri", plan.overrides, weights=False)
     from segment_anything.modeling.common import LayerNorm2d
@@ -96,7 +99,7 @@ def test_in_fedln_no_layer_norm_leaves() -> None:
     }
     assert set(personal) == norms
     assert not norms & set(shared)
-    assert set(shared) == set(plan_of("fedavg_lora").shared()) - norms
+    assert set(shared) == set(plan_of("fedavg_lora", backbone=backbone).shared()) - norms
 
 
 def test_fedprox_is_fedavg_with_a_proximal_term() -> None:
@@ -114,6 +117,20 @@ def test_in_ffa_lora_the_first_factor_is_frozen() -> None:
 def test_in_fedrep_the_head_is_trained_first() -> None:
     first, second = find_strategy("fedrep").checked().phases
     assert (first.trains, second.trains) == (("personal",), ("shared",))
+
+
+def test_without_lmoe_is_pfedsam_with_a_copy_instead_of_experts() -> None:
+    ours, other = find_strategy("pfedsam").checked(), find_strategy("without_lmoe").checked()
+    assert other.interpolation == ours.interpolation
+    assert [one.distillation for one in other.final] == [one.distillation for one in ours.final]
+    assert other.phases[0].model_copy(update={"name": "global"}) == ours.phases[0]
+    assert other.has_copy and not other.personal
+
+
+@pytest.mark.parametrize("name", ["local_phase_each_round", "global_first"])
+def test_the_order_of_the_phases_is_the_strategys(name: str) -> None:
+    names = [phase.name for phase in find_strategy(name).checked().phases]
+    assert names == (["global", "local"] if name == "global_first" else ["local", "global"])
 
 
 @pytest.mark.parametrize(("name", "of"), [("feddpa", "local_phase_each_round"), ("one_adapter", "pfedsam")])
@@ -211,11 +228,11 @@ def test_svd_gets_the_aggregator_of_products(tmp_path: Path) -> None:
 
 
 def test_a_strategy_is_added_with_one_file_and_one_job(tmp_path: Path) -> None:
-    """The worked example of the README."""
+    """The worked example of the README, as it stands there."""
     file = tmp_path / "only_lora.json"
-    phase = {"name": "train", "trains": ["shared"], "experts": False, "epochs": 3, "learning_rate": 1e-3}
-    strategy = {"name": "only_lora", "shared": ["lora_a", "lora_b"], "personal": [], "phases": [phase]}
-    file.write_text(json.dumps({"description": "LoRA alone.", "strategy": strategy, "overrides": {"experts": 0}}))
+    readme = Path(__file__).parents[1] / "README.md"
+    (example,) = re.findall(r"cat > only_lora.json <<END\n(.*?)\nEND\n", readme.read_text(), re.DOTALL)
+    file.write_text(example)
     result = CliRunner().invoke(app, ["job", "make", str(file), str(tmp_path / "job")])
     assert result.exit_code == 0, result.output
     assert plan_settings(tmp_path / "job")["strategy"]["shared"] == ["lora_a", "lora_b"]

@@ -23,7 +23,7 @@ from pfedsam.bundles import folder
 from pfedsam.data.phantom import write_phantom
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.pictures import case_picture
-from pfedsam.evaluation.plots import curve_figure, share_figure
+from pfedsam.evaluation.plots import _smallest, curve_figure, plots, share_figure
 from pfedsam.evaluation.report import read_curves, write_report
 from pfedsam.evaluation.runs import case_hash
 from pfedsam.evaluation.site import CasePrediction, CaseScore, SiteEvaluation
@@ -189,6 +189,24 @@ def words_of(figure: Figure) -> list[tuple[str, Bbox]]:
             low, high = sorted(axis.get_view_interval())
             texts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
     return [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text() and text.get_visible()]
+
+
+def test_shares_of_several_rounds_have_a_curve_of_the_smallest(run: Path) -> None:
+    curves = read_curves(run)
+    titles = [plot.title for plot in plots(curves, json.loads((run / "results.json").read_text()), pd.DataFrame())]
+    assert "Smallest share of an expert over rounds" in titles
+    once = curves[(curves["round"] == curves["round"].max()) | ~curves["tag"].str.startswith("expert_share")]
+    titles = [plot.title for plot in plots(once, json.loads((run / "results.json").read_text()), pd.DataFrame())]
+    assert "Smallest share of an expert over rounds" not in titles and "Share of each expert at the end" in titles
+    least = _smallest(curves[curves["tag"].str.startswith("expert_share_")])
+    assert set(least[least["tag"] == "smallest share/layer_0"]["value"]) == {0.0}
+    assert set(least[least["tag"] == "smallest share/layer_1"]["value"]) == {0.25}
+
+
+def test_effective_settings_name_the_number_of_blocks_not_auto(run: Path) -> None:
+    page = write_report(run).read_text()
+    (told,) = re.findall(r"adapted_blocks</th>\s*<td>(.*?)</td>", page)
+    assert re.sub("<.*?>", "", told).strip().isdigit()
 
 
 @pytest.mark.parametrize("rounds", [(0, 1, 2, 3), (8,)], ids=["every round", "once"])

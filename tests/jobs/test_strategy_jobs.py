@@ -12,6 +12,7 @@ import pytest
 import torch
 from simulated import BUNDLE, ROOT, TINY, Job, simulate
 
+from pfedsam.bundles import network_of
 from pfedsam.parameters import COPY, group_of, shared_state
 from pfedsam.site_model import read
 from pfedsam.strategies import find_strategy
@@ -61,6 +62,8 @@ def test_simulator_and_one_process_agree(shape) -> None:
         assert theirs.info["val_dice_personal"] == pytest.approx(mine.info["val_dice_personal"], abs=1e-3)
         # training moved them: agreement of two untrained models would say nothing
         assert mine.info["final"]
+        start = shared_state(network_of(BUNDLE, ours.overrides), ours.strategy.roles)
+        assert any(not torch.equal(tensor, start[name]) for name, tensor in mine.shared.items())
     first, second = (read(ours.model_of(site)).shared for site in SITES)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items()), "one global model for all"
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pfedsam.strategies import find_strategy
 from pfedsam.training.aggregation import aggregate, refactored
 
 
@@ -66,6 +67,19 @@ def test_alternate_is_exact_because_one_factor_moves(moving: str) -> None:
     new = aggregate(theta, deltas, weights, "alternate")
     got = new["block.lora_b"].double() @ new["block.lora_a"].double()
     torch.testing.assert_close(got, mean_of_products(theta, deltas, weights), rtol=0, atol=1e-6)
+
+
+def test_with_one_a_for_all_and_only_b_averaged_the_product_is_the_mean_of_the_products() -> None:
+    """ffa_lora: A is frozen, so it is no part of theta."""
+    theta, deltas, weights = sites(3)
+    a = theta.pop("block.lora_a").double()
+    assert not any(find_strategy("ffa_lora").checked().roles.of(f"x.{name}") == "shared" for name in ("lora_a",))
+    for delta in deltas:
+        del delta["block.lora_a"]
+    products = [(theta["block.lora_b"] + delta["block.lora_b"]).double() @ a for delta in deltas]
+    wanted = sum(w * product for w, product in zip(weights, products, strict=True)) / sum(weights)
+    got = aggregate(theta, deltas, weights)["block.lora_b"].double() @ a
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
 
 
 def test_mean_of_both_factors_is_not_the_mean_of_the_products() -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from ignite.engine import Events
 from torch import Tensor
 
 import pfedsam.training.federation as module
 from pfedsam.data.phantom import write_phantom
-from pfedsam.parameters import COPY
+from pfedsam.parameters import COPY, shared_state
 from pfedsam.site_model import read
 from pfedsam.strategies import find_strategy, strategy_names
 from pfedsam.training.federation import Federation, run_federation
@@ -74,6 +75,83 @@ def test_another_strategy_goes_on_from_the_same_rounds(data: Path, tmp_path: Pat
     assert (ours.begun.out / "history.jsonl").read_bytes() == before, "done once"
     model = read(theirs.model_of(SITES[0]))
     assert model.copy and any(not tensor.equal(model.shared[name]) for name, tensor in model.copy.items())
+
+
+def test_sites_weigh_as_the_strategy_says(data: Path, tmp_path: Path) -> None:
+    """The reference: each site trained alone for a round, then the mean by hand."""
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    for kind in ("images", "labels"):  # another number of cases than its neighbour
+        for path in sorted((folder / "site-2" / kind).iterdir())[:2]:
+            path.unlink()
+    means = {}
+    for weights in ("cases", "uniform"):
+        strategy = find_strategy("fedavg_lora").checked().model_copy(update={"weights": weights})
+        one = Federation(
+            "brain_lesion_mri", {site: folder / site for site in SITES}, strategy, tmp_path / weights, 1, TINY
+        )
+        locals_ = [module._open(one, site) for site in SITES]
+        start, _ = module._start(one, dict(zip(SITES, locals_, strict=True)))
+        counts = [len(local.cases) for local in locals_]
+        assert counts[0] != counts[1]
+        assert [local.weight for local in locals_] == (counts if weights == "cases" else [1, 1])
+        ends = []
+        for local in locals_:
+            local.receive(start, local.fingerprint)
+            ends.append({name: start[name] + change for name, change in local.train(0).delta.items()})
+        run_federation(one)
+        means[weights], _ = one.global_model()
+        share = counts[0] / sum(counts) if weights == "cases" else 0.5
+        for name, tensor in means[weights].items():
+            wanted = share * ends[0][name] + (1 - share) * ends[1][name]
+            torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-5)
+    assert any(not torch.equal(tensor, means["uniform"][name]) for name, tensor in means["cases"].items())
+
+
+@pytest.mark.parametrize("name", ["local_phase_each_round", "ditto"])
+def test_rounds_that_train_a_personal_model_tell_its_dice_and_looking_changes_nothing(
+    data: Path, tmp_path: Path, name: str
+) -> None:
+    ends = {}
+    for every in (1, 9):
+        one = federation(data, tmp_path / str(every), name)
+        one.strategy = one.strategy.model_copy(update={"validate_every": every})
+        run_federation(one)
+        told = [(note["round"], "val_dice_personal" in note) for note in one.history() if note["site"] == SITES[0]]
+        assert told == [(number, every == 1 or number == ROUNDS) for number in range(ROUNDS + 1)]
+        ends[every] = read(one.model_of(SITES[0]))
+    for part in ("shared", "personal"):
+        for key, tensor in getattr(ends[1], part).items():
+            assert torch.equal(tensor, getattr(ends[9], part)[key]), key
+
+
+def test_the_dice_of_a_round_is_of_the_pair_that_is_kept(data: Path, tmp_path: Path) -> None:
+    """After the shared phase the network has a theta of this site alone; the personal part is not beside that one."""
+    strategy = find_strategy("local_phase_each_round").checked().model_copy(update={"validate_every": 1})
+    one = Federation("brain_lesion_mri", {"site-1": data / "site-1"}, strategy, tmp_path, 1, TINY)
+    local = module._open(one, "site-1")
+    start, _ = module._start(one, {"site-1": local})
+    local.receive(start, local.fingerprint)
+    result = local.train(0)
+    assert any(change.any() for change in result.delta.values())
+    looked = []
+
+    def look() -> None:
+        looked.append(shared_state(local.network, strategy.roles))
+
+    local.evaluator.add_event_handler(Events.STARTED, look)
+    assert local.personal_dice(0) is not None
+    (used,) = looked
+    assert used.keys() == start.keys()
+    for key, tensor in used.items():
+        assert torch.equal(tensor, start[key]), key
+
+
+def test_strategies_without_a_personal_model_in_the_rounds_tell_no_dice_of_one(data: Path, tmp_path: Path) -> None:
+    for name in strategy_names():
+        strategy = find_strategy(name).checked()
+        in_rounds = name in ("ditto", "feddpa", "fedrep", "fedsa", "fedln")
+        assert strategy.rounds_are_personal == in_rounds, name
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,31 @@ def test_shared_and_personal_training_each_lower_the_loss(make, built, good):
     assert sum(losses[-STEPS:]) < 0.9 * sum(losses[:STEPS])
 
 
+@pytest.mark.parametrize("mu", [0.0, 50.0])
+def test_proximal_loss_adds_mu_times_the_distance_to_the_anchor_to_the_gradient(make, mu):
+    def gradients(anchored: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        trainer = make()
+        anchor = {name: tensor + 0.1 for name, tensor in shared_state(trainer.network, ROLES).items()}
+        trainer.set_phase(phase("shared", proximal=mu), ROLES, 0, anchor=anchor if anchored else None)
+        found: dict[str, Tensor] = {}
+
+        def first_step() -> None:
+            if not found:
+                found.update({n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.requires_grad})
+                trainer.terminate()
+
+        trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, first_step)
+        trainer.run()
+        return found, anchor
+
+    (plain, _), (proximal, anchor) = gradients(False), gradients(True)
+    assert plain and plain.keys() == proximal.keys() == anchor.keys()
+    for name in plain:
+        # at the first step each tensor is 0.1 below its anchor
+        wanted = plain[name] - mu * 0.1
+        torch.testing.assert_close(proximal[name], wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_experts_are_on_as_the_phase_says(make):
     trainer = make()
     for role in ("shared", "personal"):

@@ -127,6 +127,10 @@ def show_comparison(comparison: Any, reference: str) -> None:
     if records:
         for table in tables(records, reference):
             console.print(table)
+        outdated = comparison.outdated()
+        if outdated:
+            told = f"{len(outdated)} record(s) are of other defaults of the bundle than it has now"
+            console.print(f"{told}: {'; '.join(outdated)}. To run them again, give another --records.", style="yellow")
         for line in warnings(records):
             console.print(line, style="yellow", highlight=False)
         comparison.out.mkdir(parents=True, exist_ok=True)

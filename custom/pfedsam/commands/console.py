@@ -11,7 +11,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from pfedsam.errors import PFedSAMError
 
@@ -77,13 +85,16 @@ class Advance:
 
 @contextmanager
 def bar(text: str, total: int) -> Iterator[Advance]:
-    """A progress bar with the time that has passed."""
+    """A progress bar with the time that has passed and an estimate of the time left."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    # steps may take minutes: the speed is the mean of the last half hour, not of the last seconds
+    with Progress(*columns, console=console, speed_estimate_period=1800) as progress:
         yield Advance(progress, progress.add_task(text, total=total))

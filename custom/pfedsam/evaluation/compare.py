@@ -14,7 +14,7 @@ from queue import Empty
 from typing import Any
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.evaluation.runs import Run, Simulator, execute
+from pfedsam.evaluation.runs import Run, Simulator, defaults, execute
 
 RECORDS = "runs.jsonl"
 
@@ -51,6 +51,11 @@ class Comparison:
         """Runs without a record."""
         done = {record["key"] for record in read_records(self.record_file)}
         return [run for run in self.runs if run.key() not in done]
+
+    def outdated(self) -> list[str]:
+        """Names of the runs whose record is of other settings than the bundle has now where the run overrides none."""
+        told = {record["key"]: record["card"].get("defaults") for record in self.records()}
+        return [run.name for run in self.runs if told.get(run.key()) not in (None, defaults(run.bundle))]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -70,7 +70,8 @@ def _frames(records: Records, reference: str) -> list[tuple[str, pd.DataFrame]]:
         shown["failed"] = [f"{a}/{b}" for a, b in zip(found["failed"], found["cases"], strict=True)]
         shown["steps"] = _numbers(found["steps"], 0)
         below = "" if found["complete"].all() else "; below, with fewer folds, on its own cases: not to be ranked"
-        title = "Strategies on the test cases that all have, mean over sites; steps of the optimiser in a fold"
+        title = "Strategies on the test cases that all have, mean over sites"
+        title += "; HD95 and ASD in the unit of the files' spacing, steps of the optimiser in a fold"
         frames.append((f"{title}{below}", shown))
         shown = pd.DataFrame(index=found.index)
         shown["MB"] = _numbers(found["megabytes"], 2)

@@ -60,6 +60,9 @@ def plots(curves: pd.DataFrame, results: Mapping[str, Any], sent: pd.DataFrame) 
             found.append(Plot(title, words, _svg(figure)))
     shares = curves[curves["tag"].str.startswith("expert_share_")] if len(curves) else curves
     if len(shares):
+        if shares["round"].nunique() > 1:
+            figure, words = curve_figure(_smallest(shares), "share")
+            found.append(Plot("Smallest share of an expert over rounds", words, _svg(figure)))
         figure, words = share_figure(shares)
         found.append(Plot("Share of each expert at the end", words, _svg(figure)))
     if len(sent):
@@ -68,6 +71,12 @@ def plots(curves: pd.DataFrame, results: Mapping[str, Any], sent: pd.DataFrame) 
         figure, words = curve_figure(rows, "MB")
         found.append(Plot("Megabytes sent by all sites up to each round", words, _svg(figure)))
     return found
+
+
+def _smallest(shares: pd.DataFrame) -> pd.DataFrame:
+    """The share of the expert that the gate likes least, by layer, site and round: near zero it is dead."""
+    layers = "smallest share/" + shares["tag"].str.extract(r"(layer_\d+)", expand=False)
+    return shares.assign(tag=layers).groupby(["site", "tag", "round"])["value"].min().reset_index()
 
 
 def _cases(results: Mapping[str, Any]) -> Plot:
@@ -221,4 +230,6 @@ def _is_colour(found: re.Match[str]) -> bool:
 
 
 def _words(tag: str) -> str:
-    return tag.replace("val_dice_", "").replace("loss/", "").replace("gate_entropy/", "").replace("_", " ")
+    for part in ("val_dice_", "loss/", "gate_entropy/", "smallest share/"):
+        tag = tag.removeprefix(part)
+    return tag.replace("_", " ")

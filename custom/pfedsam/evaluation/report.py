@@ -134,7 +134,8 @@ def _settings(plan: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, st
     bundle = plan.get("bundle") or about.get("bundle")
     if not bundle:
         return {}
-    told = settings_of(bundle, plan.get("overrides") or about.get("overrides"))
+    overrides = plan.get("overrides") or about.get("overrides")
+    told = settings_of(bundle, overrides) | describe(bundle, Roles(), overrides).settings
     return {"bundle": bundle, **{key: json.dumps(value) for key, value in told.items()}}
 
 

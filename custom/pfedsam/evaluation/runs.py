@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 import pfedsam
-from pfedsam.bundles import folder
+from pfedsam.bundles import folder, settings_of
 from pfedsam.data.sites import Split, read_split
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.site import CaseScore, evaluate_site
@@ -168,6 +168,7 @@ def execute(
     if run.simulator and simulator is None:
         raise ValueError(f"{run.name}: no simulator was given")
     tell = event or (lambda line: None)
+    card = run_card(run)  # of the code that trains, whatever is edited meanwhile
     folder_ = out / "trainings" / run.training_key()
     folder_.mkdir(parents=True, exist_ok=True)
     (folder_ / "run.json").write_text(json.dumps(asdict(run), indent=1) + "\n")
@@ -205,18 +206,19 @@ def execute(
         "teacher_passes": _counted(history, "teacher_passes"),
         "bytes_per_round": max((note["bytes"] for note in history), default=0),
         "seconds": {"training": training, "evaluation": time.monotonic() - trained},
-        "card": run_card(run),
+        "card": card,
     }
 
 
 def run_card(run: Run) -> dict[str, str]:
-    """What a reader needs to run it again: code, configuration, split, machine."""
+    """What a reader needs to run it again: code, configuration, the bundle's defaults, split, machine."""
     import monai
     import torch
 
     return {
         "code": f"{pfedsam.__version__} {_commit()}".strip(),
         "configuration": run.training_key(),
+        "defaults": defaults(run.bundle),
         "split": run.split_hash(),
         "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, MONAI {monai.__version__}, {torch.get_num_threads()} thread(s)",
@@ -276,6 +278,11 @@ def _case_row(score: CaseScore, patient: str) -> dict[str, Any]:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def defaults(bundle: str) -> str:
+    """Hash of a bundle's own settings, which hold wherever a run overrides none."""
+    return _hash(settings_of(bundle))[:16]
 
 
 def _commit() -> str:

@@ -148,6 +148,9 @@ class PFedSAMLearner(ModelLearner):
             return ReturnCode.TASK_ABORTED
         self._save(final=False)
         self._report(result)
+        if (personal := self._local.personal_dice(self.current_round)) is not None:
+            self._scalars.send("val_dice_personal", personal, self.current_round)
+            self.logger.info(f"round {self.current_round}: personal Dice {personal:.3f}")
         return FLModel(
             params_type=ParamsType.DIFF,
             params={name: np.ascontiguousarray(t.numpy()) for name, t in {**result.delta, **result.personal}.items()},

@@ -188,6 +188,8 @@ def _round(
     if local.validates(number):
         metrics["val_dice_global"] = local.validate(experts=False)["val_dice"]
     result = local.train(number)
+    if (personal := local.personal_dice(number)) is not None:
+        metrics["val_dice_personal"] = personal
     _note(federation, name, number, result, started, **metrics)
     return result, local.model(round=number, final=False, **metrics)
 

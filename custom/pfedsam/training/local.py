@@ -170,11 +170,12 @@ class LocalTraining:
     def validate(self, experts: bool) -> dict[str, float]:
         """Mean Dice over the validation cases, as volumes, of the global (experts off) or the personal model.
 
-        The global model's is kept until another theta is received: NVFlare asks for the last one several times.
+        The personal part works beside theta as received, also after a phase that has trained theta. The global model's
+        Dice is kept until another theta is received: NVFlare asks for the last one several times.
         """
         if experts or self._global_dice is None:
             reset(self.evaluator)
-            with self.network.experts(experts), held(self.network, self._copy if experts else {}):
+            with self.network.experts(experts), held(self.network, self._beside() if experts else {}):
                 self.evaluator.run()
             dice = float(self.evaluator.state.metrics["val_dice"])
             if experts:
@@ -182,9 +183,21 @@ class LocalTraining:
             self._global_dice = dice
         return {"val_dice": self._global_dice}
 
+    def _beside(self) -> dict[str, Tensor]:
+        """The tensors in the place of the shared ones in the personal model."""
+        return self._copy or self._received
+
     def validates(self, round_number: int) -> bool:
         """Whether the strategy asks for a validation before the training of this round."""
         return (round_number + 1) % self.strategy.validate_every == 0
+
+    def personal_dice(self, round_number: int) -> float | None:
+        """Validation Dice of the personal model after the training of a round, None if the rounds train none or the
+        strategy asks for no validation in this one.
+        """
+        if not (self.strategy.rounds_are_personal and self.validates(round_number)):
+            return None
+        return self.validate(experts=True)["val_dice"]
 
     def train(self, round_number: int) -> RoundResult:
         """One round beside the global model received last."""
@@ -244,7 +257,7 @@ class LocalTraining:
             return
         roles, own = self.strategy.roles, "copy" in phase.trains
         trained = shared_state(self.network, roles)
-        load_shared_state(self.network, roles, (self._copy or self._received) if own else self._received)
+        load_shared_state(self.network, roles, self._beside() if own else self._received)
         try:
             yield
             if own:

@@ -187,6 +187,11 @@ class Strategy(_Settings):
         """Whether a site takes anything of its own from one round to the next: a personal model or moments."""
         return self.keeps or any(phase.keep_moments for phase in self.phases)
 
+    @property
+    def rounds_are_personal(self) -> bool:
+        """Whether the rounds, and not only the final phases, train a personal model beside the global one."""
+        return bool(self.shared) and any(set(phase.trains) - {"shared"} for phase in self.phases)
+
     def resting(self, round_number: int) -> frozenset[str]:
         """Groups that are not trained in a round though they are shared."""
         if self.aggregation != "alternate":

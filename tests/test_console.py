@@ -1,0 +1,25 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+
+import pytest
+from rich.console import Console
+
+from pfedsam.commands import console
+
+
+def test_a_bar_estimates_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(file=shown, force_terminal=True, width=120))
+    with console.bar("runs", 100) as advance:
+        for done in range(1, 6):
+            advance(done, f"run {done}")
+            time.sleep(0.25)  # a step a quarter of a second: 95 more take about 24 s
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    left = [int(seconds) for seconds in re.findall(r"left: 0:00:(\d\d)", text)]
+    assert left and 15 <= left[-1] <= 45
+    assert "run 5" in text and "5/100" in text
