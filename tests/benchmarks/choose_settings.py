@@ -62,6 +62,11 @@ def shared_rate(rate: float) -> dict[str, Any]:
     return {"phases": {"global": {"learning_rate": rate}}}
 
 
+def decoder_rate(factor: float, **settings: Any) -> dict[str, Any]:
+    """Patch of the rate of the decoder's tensors, which are pretrained as LoRA is not."""
+    return {"phases": {"train": {"rates": {"decoder_subset": factor}}}, **settings}
+
+
 def lora(*places: str, **settings: Any) -> dict[str, Any]:
     """Patch of where LoRA is."""
     return {"overrides": {"lora_places": list(places), **settings}}
@@ -107,6 +112,11 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "pfedsam, LoRA of rank 16": ("pfedsam", {"overrides": {"lora_rank": 16}}),
     "fedavg_lora": ("fedavg_lora", {}),
     "fedavg_lora, LoRA in the MLPs too": ("fedavg_lora", lora("qv", "mlp")),
+    "fedavg_lora, a tenth of the rate for the decoder": ("fedavg_lora", decoder_rate(0.1)),
+    "fedavg_lora, LoRA in all layers, in all blocks and in the decoder, rank 16, a tenth of the rate": (
+        "fedavg_lora",
+        decoder_rate(0.1, **lora("qv", "projection", "mlp", lora_rank=16, adapted_blocks="all", decoder_rank=16)),
+    ),
     "fedavg_lora, LoRA in all layers, in all blocks and in the decoder, rank 16": (
         "fedavg_lora",
         lora("qv", "projection", "mlp", lora_rank=16, adapted_blocks="all", decoder_rank=16),

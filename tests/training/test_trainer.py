@@ -455,6 +455,40 @@ def test_learning_rate_falls_with_the_rounds_as_the_inverse_of_time(make):
     assert rates == pytest.approx([0.01, 0.01 / 1.5, 0.01 / 2, 0.01 / 2.5])
 
 
+def test_each_group_of_tensors_has_its_factor_of_the_rate_also_where_it_falls(make):
+    trainer = make()
+    seen: set[tuple[str, float]] = set()
+
+    def note(engine: Any) -> None:
+        named = {id(parameter): name for name, parameter in engine.network.named_parameters()}
+        for group in engine.optimizer.param_groups:
+            seen.update((group_of(named[id(one)]), group["lr"]) for one in group["params"])
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, note)
+    factors = {"decoder_subset": 0.1, "lora_a": 2.0}
+    trained(trainer, phase("shared", rates=factors, inverse_time_decay=0.5), round_number=2)
+    assert sorted(seen) == [
+        ("decoder_subset", pytest.approx(0.0005)),
+        ("lora_a", pytest.approx(0.01)),
+        ("lora_b", pytest.approx(0.005)),
+    ]
+
+
+def test_moments_stay_with_their_tensors_whatever_the_rates(make):
+    """Tensors of one rate are together in the optimiser, so their order there is not the network's."""
+    one = make()
+    rates = {"lora_a": 0.5, "decoder_subset": 0.1}
+    plain = phase("shared", keep_moments=True)
+    trained(one, plain.model_copy(update={"rates": rates}))
+    shapes = {name: tensor.shape for name, tensor in shared_state(one.network, ROLES).items()}
+    moments = {name: value for name, value in one.moments().items() if name.endswith("#exp_avg")}
+    assert {name.split("#")[0]: value.shape for name, value in moments.items()} == shapes
+    two = make(network=copy.deepcopy(one.network))
+    two.load_moments(copy.deepcopy(one.moments()))
+    # as one group: the moments find their tensors again
+    assert trained(two, plain) == trained(one, plain)
+
+
 # how a run ends -------------------------------------------------------------------------------------------------------
 
 

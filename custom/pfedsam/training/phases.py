@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.parameters import Roles
+from pfedsam.parameters import GROUPS, Roles
 
 
 class _Settings(BaseModel):
@@ -70,6 +70,8 @@ class Phase(_Settings):
         experts: whether the experts are on in the student.
         epochs: passes over one drawn epoch of slices.
         learning_rate: of the bundle's optimiser in this phase.
+        rates: factors of the learning rate by group of tensors, 1 for those that are not named: LoRA starts at zero and
+            takes a rate about ten times that of pretrained tensors.
         keep_moments: go on with the optimiser's moments of the last round (personal tensors) or start anew (shared).
         warmup_rounds: in these first rounds the learning rate rises linearly from a tenth over the phase's steps.
         decay: the learning rate is multiplied by this once for every round before (exponential decay).
@@ -88,6 +90,7 @@ class Phase(_Settings):
     experts: bool
     epochs: int = Field(1, ge=0)
     learning_rate: float = Field(1e-3, gt=0)
+    rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     keep_moments: bool = False
     warmup_rounds: int = Field(0, ge=0)
     decay: float = Field(1.0, gt=0, le=1)
@@ -96,6 +99,14 @@ class Phase(_Settings):
     distillation: Distillation | None = None
     balance: float = Field(0.01, ge=0)
     proximal: float = Field(0.0, ge=0)
+
+    @field_validator("rates")
+    @classmethod
+    def _of_groups(cls, rates: dict[str, float]) -> dict[str, float]:
+        unknown = sorted(set(rates) - set(GROUPS))
+        if unknown:
+            raise ValueError(f"no group(s) {unknown}; there are {list(GROUPS)}")
+        return rates
 
     @model_validator(mode="after")
     def _copy_alone(self) -> Phase:

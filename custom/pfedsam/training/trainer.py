@@ -121,7 +121,11 @@ class PhaseTrainer(SupervisedTrainer):
         for name, parameter in self.network.named_parameters():
             if group_of(name) in resting:
                 parameter.requires_grad_(False)
-        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        by_factor: dict[float, list[str]] = {}
+        parameters = {name: one for name, one in self.network.named_parameters() if one.requires_grad}
+        for name in parameters:
+            by_factor.setdefault(phase.rates.get(group_of(name), 1.0), []).append(name)
+        self._trained = [name for names in by_factor.values() for name in names]
         self._anchors = [
             (parameter, anchor[name].to(parameter.device))
             for name, parameter in self.network.named_parameters()
@@ -135,7 +139,8 @@ class PhaseTrainer(SupervisedTrainer):
             )
         accepted = inspect.signature(type(self._template)).parameters
         defaults = {key: value for key, value in self._template.defaults.items() if key in accepted}
-        self.optimizer = type(self._template)(parameters, **{**defaults, "lr": phase.learning_rate})  # type: ignore[call-arg]
+        groups = [{"params": [parameters[name] for name in names], "factor": f} for f, names in by_factor.items()]
+        self.optimizer = type(self._template)(groups, **{**defaults, "lr": phase.learning_rate})  # type: ignore[call-arg]
         if phase.keep_moments:
             self._restore_moments()
         self.network.frozen_trunk = not trains_encoder(self.network, roles)
@@ -276,7 +281,7 @@ class PhaseTrainer(SupervisedTrainer):
         if phase.anneal == "cosine":
             rate *= 0.5 * (1 + math.cos(math.pi * (self.state.iteration - 1) / steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
 
     def _draw(self) -> None:
         sampler: Any = getattr(self.data_loader, "sampler", None)
@@ -287,19 +292,16 @@ class PhaseTrainer(SupervisedTrainer):
         if self.should_stop():
             self.terminate()
 
-    def _names(self) -> list[str]:
-        return [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
-
     def _keep_moments(self) -> None:
         state = self.optimizer.state_dict()["state"]
         self._moments = {
             name: {key: torch.as_tensor(value).detach().cpu().clone() for key, value in state[i].items()}
-            for i, name in enumerate(self._names())
+            for i, name in enumerate(self._trained)
             if i in state
         }
 
     def _restore_moments(self) -> None:
-        names = self._names()
+        names = self._trained
         if self._moments and all(name in self._moments for name in names):
             # copies: the optimiser works in place, and a phase that fails must not change what is kept
             state = {i: {k: v.clone() for k, v in self._moments[name].items()} for i, name in enumerate(names)}
