@@ -232,6 +232,7 @@ def test_runs_that_differ_in_what_is_personal_share_their_rounds(data: Path, tmp
 
     alike = {shared(name) for name in ("pfedsam", "fedavg_lora", "fedavg_lora_ft", "one_adapter", "gate_token")}
     assert len(alike) == 1
+    assert shared("all_of_sam_shared") == shared("fedsam")
     # something personal takes part in these rounds, or the rounds are others
     apart = [shared(name) for name in ("feddpa", "local_phase_each_round", "ditto", "fedprox", "local_only")]
     changes = ({"seed": 1}, {"rounds": 3}, {"overrides": {**SETTINGS, "lora_rank": 2}})
