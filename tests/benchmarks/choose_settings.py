@@ -113,6 +113,11 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "fedavg_lora": ("fedavg_lora", {}),
     "fedavg_lora, LoRA in the MLPs too": ("fedavg_lora", lora("qv", "mlp")),
     "fedavg_lora, a tenth of the rate for the decoder": ("fedavg_lora", decoder_rate(0.1)),
+    "fedavg_lora, a fortieth of the rate for the decoder": ("fedavg_lora", decoder_rate(0.025)),
+    "fedavg_lora, LoRA in the MLPs too, a tenth of the rate for the decoder": (
+        "fedavg_lora",
+        decoder_rate(0.1, **lora("qv", "mlp")),
+    ),
     "fedavg_lora, LoRA in all layers, in all blocks and in the decoder, rank 16, a tenth of the rate": (
         "fedavg_lora",
         decoder_rate(0.1, **lora("qv", "projection", "mlp", lora_rank=16, adapted_blocks="all", decoder_rank=16)),

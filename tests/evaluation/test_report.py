@@ -307,6 +307,7 @@ def test_in_a_real_browser(source: str, request: pytest.FixtureRequest, tmp_path
     if not (browser and shutil.which("npm")):
         pytest.skip("chromium or npm is not installed: apt install chromium nodejs npm")
     page = write_report(request.getfixturevalue(source))
+    assert page.stat().st_size < 10e6
     subprocess.run(["npm", "install", "--silent", "axe-core@4", "puppeteer-core@24"], cwd=tmp_path, check=True)
     script = Path(__file__).with_name("browser.js")
     shutil.copy(script, tmp_path)

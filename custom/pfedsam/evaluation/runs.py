@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import time
@@ -220,7 +221,8 @@ def run_card(run: Run) -> dict[str, str]:
         "configuration": run.training_key(),
         "defaults": defaults(run.bundle),
         "split": run.split_hash(),
-        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}, "
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, "
+        f"Python {platform.python_version()}, "
         f"torch {torch.__version__}, MONAI {monai.__version__}, {torch.get_num_threads()} thread(s)",
     }
 
