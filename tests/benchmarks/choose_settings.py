@@ -62,9 +62,9 @@ def shared_rate(rate: float) -> dict[str, Any]:
     return {"phases": {"global": {"learning_rate": rate}}}
 
 
-def decoder_rate(factor: float, **settings: Any) -> dict[str, Any]:
-    """Patch of the rate of the decoder's tensors, which are pretrained as LoRA is not."""
-    return {"phases": {"train": {"rates": {"decoder_subset": factor}}}, **settings}
+def slower(rate: float, decoder: float, **settings: Any) -> dict[str, Any]:
+    """Patch of the rate of LoRA and of the decoder's factor of it: the decoder is pretrained, LoRA starts at zero."""
+    return {"phases": {"train": {"learning_rate": rate, "rates": {"decoder_subset": decoder}}}, **settings}
 
 
 def lora(*places: str, **settings: Any) -> dict[str, Any]:
@@ -112,15 +112,15 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "pfedsam, LoRA of rank 16": ("pfedsam", {"overrides": {"lora_rank": 16}}),
     "fedavg_lora": ("fedavg_lora", {}),
     "fedavg_lora, LoRA in the MLPs too": ("fedavg_lora", lora("qv", "mlp")),
-    "fedavg_lora, a tenth of the rate for the decoder": ("fedavg_lora", decoder_rate(0.1)),
-    "fedavg_lora, a fortieth of the rate for the decoder": ("fedavg_lora", decoder_rate(0.025)),
-    "fedavg_lora, LoRA in the MLPs too, a tenth of the rate for the decoder": (
+    "fedavg_lora, a tenth of the rate for the decoder": ("fedavg_lora", slower(0.004, 0.1)),
+    "fedavg_lora, a fortieth of the rate for the decoder": ("fedavg_lora", slower(0.004, 0.025)),
+    "fedavg_lora, LoRA in all layers, learning rate 0.001, 0.4 of it for the decoder": (
         "fedavg_lora",
-        decoder_rate(0.1, **lora("qv", "mlp")),
+        slower(0.001, 0.4, **lora("qv", "projection", "mlp")),
     ),
-    "fedavg_lora, LoRA in all layers, in all blocks and in the decoder, rank 16, a tenth of the rate": (
+    "fedavg_lora, LoRA in all layers, of rank 16, learning rate 0.001, 0.4 of it for the decoder": (
         "fedavg_lora",
-        decoder_rate(0.1, **lora("qv", "projection", "mlp", lora_rank=16, adapted_blocks="all", decoder_rank=16)),
+        slower(0.001, 0.4, **lora("qv", "projection", "mlp", lora_rank=16)),
     ),
     "fedavg_lora, LoRA in all layers, in all blocks and in the decoder, rank 16": (
         "fedavg_lora",
