@@ -118,6 +118,10 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
         "fedavg_lora",
         slower(0.001, 0.4, **lora("qv", "projection", "mlp")),
     ),
+    "fedavg_lora, LoRA in all layers, learning rate 0.002, 0.2 of it for the decoder": (
+        "fedavg_lora",
+        slower(0.002, 0.2, **lora("qv", "projection", "mlp")),
+    ),
     "fedavg_lora, LoRA in all layers, of rank 16, learning rate 0.001, 0.4 of it for the decoder": (
         "fedavg_lora",
         slower(0.001, 0.4, **lora("qv", "projection", "mlp", lora_rank=16)),
