@@ -55,7 +55,8 @@ class Comparison:
     def outdated(self) -> list[str]:
         """Names of the runs whose record is of other settings than the bundle has now where the run overrides none."""
         told = {record["key"]: record["card"].get("defaults") for record in self.records()}
-        return [run.name for run in self.runs if told.get(run.key()) not in (None, defaults(run.bundle))]
+        now = {bundle: defaults(bundle) for bundle in {run.bundle for run in self.runs}}
+        return [run.name for run in self.runs if told.get(run.key()) not in (None, now[run.bundle])]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
