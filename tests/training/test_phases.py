@@ -47,6 +47,7 @@ def test_plain_settings_make_phases_in_their_order():
         ({"distillation": {"lambda": 1}}, "distillation.lambda"),
         ({"warmup_rounds": -1}, "warmup_rounds"),
         ({"rates": {"decoder": 0.1}}, "rates"),
+        ({"rates": {"layer_norm": 0.1}}, "rates"),
         ({"rates": {"lora_a": 0}}, "rates.lora_a"),
         ({"name": None}, "name"),
     ],

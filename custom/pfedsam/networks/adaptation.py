@@ -137,9 +137,8 @@ def _add_lora(block: Any, layout: Layout, rank: int, places: Sequence[str], gene
     if "projection" in places:
         block.attn.proj = LoRA(block.attn.proj, rank, generator=generator)
     if "mlp" in places:
-        for name, layer in [
-            (name, layer) for name, layer in block.mlp.named_children() if isinstance(layer, nn.Linear)
-        ]:
+        layers = {name: layer for name, layer in block.mlp.named_children() if isinstance(layer, nn.Linear)}
+        for name, layer in layers.items():
             setattr(block.mlp, name, LoRA(layer, rank, generator=generator))
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from typing_extensions import Self
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.parameters import GROUPS, Roles
+from pfedsam.parameters import GROUPS, LAYER_NORM, Roles
 
 
 class _Settings(BaseModel):
@@ -71,7 +71,7 @@ class Phase(_Settings):
         epochs: passes over one drawn epoch of slices.
         learning_rate: of the bundle's optimiser in this phase.
         rates: factors of the learning rate by group of tensors, 1 for those that are not named: LoRA starts at zero and
-            takes a rate about ten times that of pretrained tensors.
+            takes a higher rate than what is pretrained, such as the decoder. [ours]
         keep_moments: go on with the optimiser's moments of the last round (personal tensors) or start anew (shared).
         warmup_rounds: in these first rounds the learning rate rises linearly from a tenth over the phase's steps.
         decay: the learning rate is multiplied by this once for every round before (exponential decay).
@@ -103,9 +103,10 @@ class Phase(_Settings):
     @field_validator("rates")
     @classmethod
     def _of_groups(cls, rates: dict[str, float]) -> dict[str, float]:
-        unknown = sorted(set(rates) - set(GROUPS))
+        known = [group for group in GROUPS if group != LAYER_NORM]  # layer norms are in the groups of their layers
+        unknown = sorted(set(rates) - set(known))
         if unknown:
-            raise ValueError(f"no group(s) {unknown}; there are {list(GROUPS)}")
+            raise ValueError(f"no group(s) {unknown}; there are {known}")
         return rates
 
     @model_validator(mode="after")
