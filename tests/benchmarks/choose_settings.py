@@ -126,6 +126,10 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
         "fedavg_lora",
         slower(0.001, 0.4, **lora("qv", "projection", "mlp", lora_rank=16)),
     ),
+    "fedavg_lora, LoRA in all layers, in all blocks and in the decoder, rank 16, learning rate 0.001": (
+        "fedavg_lora",
+        slower(0.001, 0.4, **lora("qv", "projection", "mlp", lora_rank=16, adapted_blocks="all", decoder_rank=16)),
+    ),
     "fedavg_lora, LoRA in all layers, in all blocks and in the decoder, rank 16": (
         "fedavg_lora",
         lora("qv", "projection", "mlp", lora_rank=16, adapted_blocks="all", decoder_rank=16),
