@@ -213,13 +213,15 @@ def test_the_pooled_data_are_those_of_all_sites_and_nothing_is_sent(data: Path, 
     assert record["bytes_per_round"] == 0 and record["steps"] > 0
 
 
-def test_a_record_of_other_defaults_of_the_bundle_is_named(data: Path, tmp_path: Path) -> None:
+def test_a_record_of_other_defaults_of_the_bundle_is_named(data: Path, tmp_path: Path, monkeypatch) -> None:
     one = Run(str(data), SITES, "brain_lesion_mri", "local_only", 0, 1, dict(SETTINGS))
     comparison = Comparison([one], tmp_path)
     _append(comparison.record_file, {"key": one.key(), "card": {}})
     assert comparison.outdated() == [], "records from before this was noted"
     _append(comparison.record_file, {"key": one.key(), "card": run_card(one)})
     assert comparison.outdated() == []
+    monkeypatch.setenv("PFEDSAM_CHECKPOINT", str(tmp_path / "weights.pth"))
+    assert comparison.outdated() == [], "where the weights lie is no setting"
     _append(comparison.record_file, {"key": one.key(), "card": {**run_card(one), "defaults": "others"}})
     assert comparison.outdated() == ["local_only, seed 0"]
     assert comparison.missing() == []

@@ -147,7 +147,7 @@ def test_the_dice_of_a_round_is_of_the_pair_that_is_kept(data: Path, tmp_path: P
         assert torch.equal(tensor, start[key]), key
 
 
-def test_strategies_without_a_personal_model_in_the_rounds_tell_no_dice_of_one(data: Path, tmp_path: Path) -> None:
+def test_strategies_without_a_personal_model_in_the_rounds_tell_no_dice_of_one() -> None:
     for name in strategy_names():
         strategy = find_strategy(name).checked()
         in_rounds = name in ("ditto", "feddpa", "fedrep", "fedsa", "fedln")

@@ -138,8 +138,7 @@ def curve_figure(rows: pd.DataFrame, label: str) -> tuple[Figure, str]:
             axes.set_xlim(0, 1.05 * most or 1)
         else:
             axes.xaxis.get_major_locator().set_params(integer=True)
-            if label == "share":
-                axes.set_ylim(bottom=0)
+            axes.set_ylim(bottom=0)  # none of these is ever negative
             if place % _IN_A_ROW == 0:
                 axes.set_ylabel(label)
     if lines:

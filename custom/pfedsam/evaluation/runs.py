@@ -283,8 +283,9 @@ def _hash(value: Any) -> str:
 
 
 def defaults(bundle: str) -> str:
-    """Hash of a bundle's own settings, which hold wherever a run overrides none."""
-    return _hash(settings_of(bundle))[:16]
+    """Hash of a bundle's own settings, which hold wherever a run overrides none; without what is this machine's."""
+    settings = settings_of(bundle)
+    return _hash({key: value for key, value in settings.items() if key not in (*_INDIFFERENT, "checkpoint")})[:16]
 
 
 def _commit() -> str:
