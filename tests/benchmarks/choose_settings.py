@@ -4,10 +4,10 @@
 
 Each choice is a strategy with a patch, as in `jobs/strategies/ablations.json`. It is trained as `pfedsam compare`
 trains it, on each fold, and the Dice on the validation cases of each site is noted for the global and the personal
-model. Choices that differ in the final phase only share the rounds before it, with those of `pfedsam compare` too if
-both have the same folder `--out`. Prints a table of means over the sites and writes results/choices.jsonl. A choice and
-fold that is in it with all the settings it has now is not repeated; rows of other settings, for example of a default
-that is another now, stay in it and are shown as such.
+model. With the folder `--out` of a comparison, what that has trained is not trained again, and rounds are shared with
+it. Prints a table of means over the sites and writes results/choices.jsonl. A choice and fold that is in it with all
+the settings it has now is not repeated; rows of other settings, for example of a default that is another now, stay in
+it and are shown as such.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,12 @@ import pandas as pd
 import torch
 
 from pfedsam.bundles import settings_of
-from pfedsam.data.sites import read_split
-from pfedsam.evaluation.runs import Run, split_hash
-from pfedsam.strategies import StrategyFile, patched
-from pfedsam.training.federation import Federation, run_federation
-from pfedsam.training.phases import Strategy
+from pfedsam.evaluation.runs import Run
+from pfedsam.strategies import StrategyFile, find_strategy, patched
+from pfedsam.training.federation import run_federation
 
 BUNDLE, ROUNDS, FOLDS = "brain_lesion_mri", 8, (0, 1, 2)
+#: Those of `make bench-lgg`.
 SETTINGS: dict[str, Any] = {
     "image_size": 128,
     "adapted_blocks": 8,
@@ -40,168 +40,102 @@ SETTINGS: dict[str, Any] = {
     "negatives_per_case": 1,
 }
 RESULTS = Path(__file__).parent / "results" / "choices.jsonl"
+#: Each strategy's learning rates are tried times these, the same for all.
+FACTORS = (0.5, 2.0)
+#: What of a strategy is multiplied: the rate of what is shared, or of what is trained alone; the rate of what is
+#: personal, beside shared tensors at the rate that is chosen for them.
+SHARED = ("fedavg_lora", "fedprox", "fedmsa", "fedsam", "local_only", "centralised")
+PERSONAL = ("pfedsam", "one_adapter", "fedavg_lora_ft", "ditto", "feddpa", "fedrep")
+
+
+def times(strategy: str, factor: float) -> dict[str, Any]:
+    """Patch that multiplies the learning rates of a strategy, of its personal phases only where it is in PERSONAL."""
+    checked = find_strategy(strategy).checked()
+    phases = [p for p in (*checked.phases, *checked.final) if strategy in SHARED or p.trains != ("shared",)]
+    return {"phases": {phase.name: {"learning_rate": phase.learning_rate * factor} for phase in phases}}
 
 
 def final(**changes: Any) -> dict[str, Any]:
-    """Patch of the final phase."""
+    """Patch of pfedsam's final phase."""
     return {"phases": {"final": changes}}
 
 
 def taught(weight: float, gate: bool = True) -> dict[str, Any]:
-    """Patch of the final phase's distillation."""
+    """Patch of its distillation."""
     return final(distillation={"warmup_rounds": 0, "weight": weight, "quality_gate": gate})
-
-
-def whole(patch: dict[str, Any]) -> dict[str, Any]:
-    """A patch with the personal part kept whole, as the final phase left it."""
-    return {**patch, "strategy": {"interpolation": 1}}
-
-
-def shared_rate(rate: float) -> dict[str, Any]:
-    """Patch of the learning rate of pfedsam's shared tensors."""
-    return {"phases": {"global": {"learning_rate": rate}}}
-
-
-def slower(rate: float, decoder: float, **settings: Any) -> dict[str, Any]:
-    """Patch of the rate of LoRA and of the decoder's factor of it: the decoder is pretrained, LoRA starts at zero."""
-    return {"phases": {"train": {"learning_rate": rate, "rates": {"decoder_subset": decoder}}}, **settings}
-
-
-def lora(*places: str, **settings: Any) -> dict[str, Any]:
-    """Patch of where LoRA is."""
-    return {"overrides": {"lora_places": list(places), **settings}}
 
 
 #: name of a choice: (strategy, patch)
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
-    "pfedsam": ("pfedsam", {}),
-    "pfedsam, learning rate 0.002": ("pfedsam", shared_rate(0.002)),
-    "pfedsam, learning rate 0.008": ("pfedsam", shared_rate(0.008)),
-    "pfedsam, constant learning rate": ("constant_rate", {}),
-    "pfedsam, learning rate times 0.8 a round": (
-        "pfedsam",
-        {"phases": {"global": {"inverse_time_decay": 0, "decay": 0.8}}},
-    ),
-    "pfedsam, interpolation 0.25": ("pfedsam", {"strategy": {"interpolation": 0.25}}),
-    "pfedsam, interpolation 0.75": ("pfedsam", {"strategy": {"interpolation": 0.75}}),
-    "pfedsam, whole": ("pfedsam", whole({})),
-    "pfedsam, whole, no teacher": ("pfedsam", whole(final(distillation=None))),
-    "pfedsam, whole, weight 0.5": ("pfedsam", whole(taught(0.5))),
-    "pfedsam, whole, final learning rate 0.00125": ("pfedsam", whole(final(learning_rate=0.00125))),
-    "pfedsam, whole, final learning rate 0.005": ("pfedsam", whole(final(learning_rate=0.005))),
-    "one expert, no teacher, whole": ("one_adapter", whole({})),
+    **{
+        f"{name}, rates times {factor:g}" if factor != 1 else name: (name, times(name, factor) if factor != 1 else {})
+        for name in (*SHARED, *PERSONAL)
+        for factor in (1, *FACTORS)
+    },
     "pfedsam, no teacher": ("pfedsam", final(distillation=None)),
     "pfedsam, weight 0.5": ("pfedsam", taught(0.5)),
     "pfedsam, weight 0.5, no quality gate": ("pfedsam", taught(0.5, gate=False)),
-    "pfedsam, final learning rate 0.00125": ("pfedsam", final(learning_rate=0.00125)),
-    "pfedsam, final learning rate 0.005": ("pfedsam", final(learning_rate=0.005)),
-    "pfedsam, final learning rate 0.005, no teacher": ("pfedsam", final(learning_rate=0.005, distillation=None)),
-    "pfedsam, final learning rate 0.01": ("pfedsam", final(learning_rate=0.01)),
-    "one expert, no teacher, final learning rate 0.005": ("one_adapter", final(learning_rate=0.005)),
-    "pfedsam, learning rate 0.001, final learning rate 0.005": (
-        "pfedsam",
-        {"phases": {"global": {"learning_rate": 0.001}, "final": {"learning_rate": 0.005}}},
-    ),
+    "pfedsam, interpolation 0.25": ("pfedsam", {"strategy": {"interpolation": 0.25}}),
+    "pfedsam, interpolation 0.75": ("pfedsam", {"strategy": {"interpolation": 0.75}}),
+    "pfedsam, whole": ("pfedsam", {"strategy": {"interpolation": 1}}),
     "pfedsam, token gate": ("pfedsam", {"overrides": {"gate": "token"}}),
     "pfedsam, bottleneck 64": ("pfedsam", {"overrides": {"bottleneck": 64}}),
     "pfedsam, experts in encoder and decoder": (
         "pfedsam",
         {"overrides": {"expert_places": ["encoder", "decoder"]}},
     ),
-    "pfedsam, all blocks": ("pfedsam", {"overrides": {"adapted_blocks": "all"}}),
-    "pfedsam, LoRA of rank 16": ("pfedsam", {"overrides": {"lora_rank": 16}}),
-    "fedavg_lora": ("fedavg_lora", {}),
-    "fedavg_lora, LoRA in the MLPs too": ("fedavg_lora", lora("qv", "mlp")),
-    "fedavg_lora, a tenth of the rate for the decoder": ("fedavg_lora", slower(0.004, 0.1)),
-    "fedavg_lora, a fortieth of the rate for the decoder": ("fedavg_lora", slower(0.004, 0.025)),
-    "fedavg_lora, LoRA in all layers, learning rate 0.001, 0.4 of it for the decoder": (
-        "fedavg_lora",
-        slower(0.001, 0.4, **lora("qv", "projection", "mlp")),
-    ),
-    "fedavg_lora, LoRA in all layers, learning rate 0.002, 0.2 of it for the decoder": (
-        "fedavg_lora",
-        slower(0.002, 0.2, **lora("qv", "projection", "mlp")),
-    ),
-    "fedavg_lora, LoRA in all layers, of rank 16, learning rate 0.001, 0.4 of it for the decoder": (
-        "fedavg_lora",
-        slower(0.001, 0.4, **lora("qv", "projection", "mlp", lora_rank=16)),
-    ),
-    "fedavg_lora, LoRA in all layers, in all blocks and in the decoder, rank 16, learning rate 0.001": (
-        "fedavg_lora",
-        slower(0.001, 0.4, **lora("qv", "projection", "mlp", lora_rank=16, adapted_blocks="all", decoder_rank=16)),
-    ),
-    "fedavg_lora, LoRA in all layers, in all blocks and in the decoder, rank 16": (
-        "fedavg_lora",
-        lora("qv", "projection", "mlp", lora_rank=16, adapted_blocks="all", decoder_rank=16),
-    ),
-    "one expert, no teacher": ("one_adapter", {}),
     "local phase each round": ("local_phase_each_round", {}),
-    "fedavg_lora_ft": ("fedavg_lora_ft", {}),
-    "fedavg_lora_ft, interpolated": ("fedavg_lora_ft_interpolated", {}),
-    "fedavg_lora_ft, final learning rate 0.0005": ("fedavg_lora_ft", final(learning_rate=0.0005)),
-    "fedavg_lora_ft, final learning rate 0.002": ("fedavg_lora_ft", final(learning_rate=0.002)),
-    "feddpa": ("feddpa", {}),
-    "feddpa, final learning rate 0.00125": ("feddpa", final(learning_rate=0.00125)),
-    "feddpa, final learning rate 0.005": ("feddpa", final(learning_rate=0.005)),
-    "ditto": ("ditto", {}),
-    "ditto, final learning rate 0.001": ("ditto", final(learning_rate=0.001)),
-    "ditto, final learning rate 0.002": ("ditto", final(learning_rate=0.002)),
-    "fedrep": ("fedrep", {}),
-    "fedrep, final learning rate 0.001": ("fedrep", final(learning_rate=0.001)),
-    "fedrep, final learning rate 0.002": ("fedrep", final(learning_rate=0.002)),
-    "fedmsa": ("fedmsa", {}),
-    "fedmsa, learning rate 0.001": ("fedmsa", {"phases": {"train": {"learning_rate": 0.001}}}),
-    "fedmsa, learning rate 0.002": ("fedmsa", {"phases": {"train": {"learning_rate": 0.002}}}),
-    "local_only": ("local_only", {}),
-    "local_only, learning rate 0.001": ("local_only", {"phases": {"alone": {"learning_rate": 0.001}}}),
+    "fedavg_lora, rank 4": ("fedavg_lora", {"overrides": {"lora_rank": 4}}),
+    "fedavg_lora, rank 64": ("fedavg_lora", {"overrides": {"lora_rank": 64}}),
+    "fedavg_lora, all blocks": ("fedavg_lora", {"overrides": {"adapted_blocks": "all"}}),
+    "fedavg_lora, LoRA of q and v": ("fedavg_lora", {"overrides": {"lora_places": ["qv"]}}),
+    "fedavg_lora, decoder at the rate of LoRA": ("fedavg_lora", {"phases": {"train": {"rates": {}}}}),
+    "fedavg_lora, decoder at a tenth of it": ("fedavg_lora", {"phases": {"train": {"rates": {"decoder_subset": 0.1}}}}),
 }
 
 
-def chosen(name: str) -> tuple[StrategyFile, Strategy]:
-    """The strategy of a choice, as a file and as it is trained."""
-    base, patch = CHOICES[name]
-    file = patched(base, {"base": base, **patch})
-    return file, file.checked().model_copy(update={"validate_every": Run.validate_every})
+@dataclass(frozen=True)
+class Choice(Run):
+    """A run of a comparison whose strategy is that of a choice: `strategy` is the name of the choice."""
+
+    @property
+    def file(self) -> StrategyFile:
+        """The patched strategy."""
+        base, patch = CHOICES[self.strategy]
+        return patched(base, {"base": base, **patch})
+
+    @property
+    def row_key(self) -> str:
+        """Hash of the strategy and of all the bundle's settings, the defaults too."""
+        told = [self.bundle, self.rounds, self.file.checked().model_dump(mode="json")]
+        settings = {key: value for key, value in settings_of(self.bundle, self.settings).items() if key != "checkpoint"}
+        return hashlib.sha256(json.dumps([*told, settings], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def key(name: str, fold: int) -> str:
-    """Hash of the strategy and of all the bundle's settings of a choice, the defaults too."""
-    file, strategy = chosen(name)
-    settings = settings_of(BUNDLE, {**SETTINGS, **file.overrides, "seed": fold})
-    told = [BUNDLE, ROUNDS, strategy.model_dump(mode="json"), settings]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+def choice(name: str, fold: int, data: Path = Path()) -> Choice:
+    """A choice in one fold of the site folders in `data`."""
+    sites = tuple(sorted(path.parent.name for path in data.glob("*/images") if path.is_dir()))
+    return Choice(str(data), sites, BUNDLE, name, fold, ROUNDS, dict(SETTINGS))
 
 
-def federation_of(name: str, fold: int, sites: dict[str, Path], out: Path) -> Federation:
-    """What is trained for a choice in one fold."""
-    file, strategy = chosen(name)
-    folder, settings = out / "choices" / key(name, fold), {"feature_store": out / "features"}
-    overrides = {**SETTINGS, **file.overrides, "seed": fold}
-    federation = Federation(BUNDLE, sites, strategy, folder, ROUNDS, overrides, settings)
-    if file.kind == "federated":
-        split = split_hash({site: read_split(path, fold) for site, path in sites.items()})
-        federation.begun = federation.rounds_alone(out / "rounds", split)
-    return federation
-
-
-def measure(name: str, fold: int, sites: dict[str, Path], out: Path) -> dict[str, Any]:
+def measure(run: Choice, out: Path) -> dict[str, Any]:
     """Validation Dice of one choice in one fold."""
-    started, (base, patch), (file, _) = time.monotonic(), CHOICES[name], chosen(name)
-    federation = federation_of(name, fold, sites, out)
+    started, (base, patch) = time.monotonic(), CHOICES[run.strategy]
+    federation = run.federation(out)
 
     def tell(line: str) -> None:
         print(f"  {line}", flush=True)
 
-    run_federation(federation, tell, aggregated=file.kind == "federated")
+    run_federation(federation, tell, aggregated=run.file.kind == "federated")
     last = [note for note in federation.history() if note["round"] == ROUNDS]
     dice = {who: {note["site"]: note[f"val_dice_{who}"] for note in last} for who in ("global", "personal")}
-    told = {"key": key(name, fold), "choice": name, "fold": fold, "base": base, "patch": patch}
+    told = {"key": run.row_key, "choice": run.strategy, "fold": run.seed, "base": base, "patch": patch}
     return {**told, "dice": dice, "seconds": time.monotonic() - started}
 
 
 def is_current(row: dict[str, Any]) -> bool:
     """Whether a row is of a choice with the settings that it has now."""
-    return row["choice"] in CHOICES and "fold" in row and row.get("key") == key(row["choice"], row["fold"])
+    return row["choice"] in CHOICES and "fold" in row and row.get("key") == choice(row["choice"], row["fold"]).row_key
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -209,7 +143,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    sites = list(rows[0]["dice"]["personal"])
+    sites = list(dict.fromkeys(site for row in rows for site in row["dice"]["personal"]))
     lines = pd.DataFrame(
         {
             "choice": row["choice"],
@@ -226,7 +160,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     for title, part in (("", current), (", of older settings", lines[~lines.current])):
         table = Table("choice", "folds", "global", "personal", *sites, title=f"Dice on validation cases{title}")
         for line in part.to_dict("records"):
-            table.add_row(line["choice"], line["folds"], *(f"{line[name]:.3f}" for name in means))
+            numbers = ("-" if pd.isna(line[name]) else f"{line[name]:.3f}" for name in means)
+            table.add_row(line["choice"], line["folds"], *numbers)
         if table.rows:
             Console(width=160).print(table)
 
@@ -239,15 +174,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/choices"), help="folder of trainings and features")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    data = options.data.resolve()
-    sites = {path.name: path for path in sorted(data.iterdir()) if (path / "images").is_dir()}
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     for fold in options.folds:
         for name in options.only:
-            if key(name, fold) in {row.get("key") for row in rows}:
+            run = choice(name, fold, options.data.resolve())
+            if run.row_key in {row.get("key") for row in rows}:
                 continue
             print(f"{name}, fold {fold}", flush=True)
-            rows.append(measure(name, fold, sites, options.out))
+            rows.append(measure(run, options.out))
             RESULTS.parent.mkdir(exist_ok=True)
             with RESULTS.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")

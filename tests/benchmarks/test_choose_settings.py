@@ -8,19 +8,19 @@ from typing import Any
 
 import choose_settings
 import pytest
-from choose_settings import BUNDLE, CHOICES, FOLDS, ROUNDS, SETTINGS, chosen, federation_of, is_current, key, show
+from choose_settings import BUNDLE, CHOICES, FACTORS, FOLDS, PERSONAL, ROUNDS, SETTINGS, choice, is_current, show
 
 from pfedsam import bundles
 from pfedsam.data.phantom import write_phantom
 from pfedsam.evaluation.runs import Run
 
-NAME = "pfedsam, learning rate 0.002"
+NAME = "pfedsam, rates times 2"
 
 
 def row(**changes: Any) -> dict[str, Any]:
     dice = {"global": {"site-1": 0.25}, "personal": {"site-1": 0.5}}
     return {
-        "key": key(NAME, 1),
+        "key": choice(NAME, 1).row_key,
         "choice": NAME,
         "fold": 1,
         "base": "pfedsam",
@@ -33,27 +33,41 @@ def row(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_choice_is_a_possible_strategy(name: str) -> None:
-    file, strategy = chosen(name)
-    assert strategy.phases and strategy.name == CHOICES[name][0]
-    assert set(CHOICES[name][1].get("overrides", {})) <= set(file.overrides)
+    base, patch = CHOICES[name]
+    file = choice(name, 0).file
+    assert file.checked().name == base
+    assert set(patch.get("overrides", {})) <= set(file.overrides)
 
 
 def test_no_two_choices_are_the_same() -> None:
-    keys = {(name, fold): key(name, fold) for name in CHOICES for fold in FOLDS}
+    keys = {(name, fold): choice(name, fold).row_key for name in CHOICES for fold in FOLDS}
     assert len(set(keys.values())) == len(keys)
-    assert keys == {(name, fold): key(name, fold) for name in CHOICES for fold in FOLDS}
 
 
-@pytest.mark.parametrize("name", ["pfedsam", "fedavg_lora_ft"])
-def test_a_choice_shares_its_rounds_with_the_comparison(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PERSONAL)
+def test_a_personal_strategy_keeps_the_rate_of_what_is_shared(name: str) -> None:
+    factor = FACTORS[0]
+    before, after = (choice(one, 0).file.checked() for one in (name, f"{name}, rates times {factor:g}"))
+    pairs = list(zip((*before.phases, *before.final), (*after.phases, *after.final), strict=True))
+    ratios = {one.trains: other.learning_rate / one.learning_rate for one, other in pairs}
+    assert all(ratio == (1 if trains == ("shared",) else factor) for trains, ratio in ratios.items())
+    assert {("personal",), ("copy",)} & set(ratios)
+
+
+@pytest.mark.parametrize("name", ["pfedsam", "fedavg_lora_ft", "ditto", "centralised"])
+def test_a_choice_without_a_patch_is_the_training_of_the_comparison(name: str, tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     write_phantom(data, sites=2, cases=6, shape=(16, 16, 4))
-    sites = {path.name: path for path in sorted(data.iterdir()) if path.is_dir()}
-    run = Run(str(data), tuple(sites), BUNDLE, name, 1, ROUNDS, dict(SETTINGS))
-    begun = federation_of(name, 1, sites, out).begun
-    assert begun is not None and begun.out == run.shared_folder(out)
-    other = federation_of(name, 2, sites, out).begun
-    assert other is not None and other.out != begun.out
+    ours = choice(name, 1, data)
+    run = Run(str(data), ours.sites, BUNDLE, name, 1, ROUNDS, dict(SETTINGS))
+    assert ours.sites == ("site-1", "site-2")
+    assert ours.training_folder(out) == run.training_folder(out)
+    assert ours.shared_folder(out) == run.shared_folder(out)
+    assert choice(name, 2, data).shared_folder(out) != run.shared_folder(out)
+    other = choice(f"{name}, rates times 2", 1, data)
+    assert other.training_folder(out) != run.training_folder(out)
+    # the rounds are shared by what differs in the final phase only
+    assert (other.shared_folder(out) == run.shared_folder(out)) == (name in ("pfedsam", "fedavg_lora_ft"))
 
 
 def test_a_changed_setting_or_default_makes_a_choice_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -89,14 +103,15 @@ def test_rows_of_older_settings_are_shown_as_such(capsys: pytest.CaptureFixture[
 
 
 def test_folds_of_a_choice_are_one_line_of_means(capsys: pytest.CaptureFixture[str]) -> None:
-    other = {"key": key(NAME, 2), "fold": 2, "dice": {"global": {"site-1": 0.75}, "personal": {"site-1": 0.9}}}
+    other = {"key": choice(NAME, 2).row_key, "fold": 2, "dice": {"global": {"site-1": 0.75}, "personal": {"site-1": 0.9}}}
     show([row(), row(**other)])
     shown = capsys.readouterr().out
     assert shown.count(NAME) == 1 and "1,2" in shown and "0.500" in shown and shown.count("0.700") == 2
 
 
-def test_rows_that_are_checked_in_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [json.loads(line) for line in choose_settings.RESULTS.read_text().splitlines()]
+@pytest.mark.parametrize("file", sorted(choose_settings.RESULTS.parent.glob("choices*.jsonl")), ids=lambda path: path.stem)
+def test_rows_that_are_checked_in_can_be_shown(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
     show(rows)
     shown = capsys.readouterr().out
     assert ("of older settings" in shown) == any(not is_current(one) for one in rows)

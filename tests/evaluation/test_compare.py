@@ -15,6 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from pfedsam import bundles
 from pfedsam.bundles import network_of
 from pfedsam.data.phantom import write_phantom
 from pfedsam.errors import PFedSAMError
@@ -240,6 +241,22 @@ def test_runs_that_differ_in_what_is_personal_share_their_rounds(data: Path, tmp
     changes = ({"seed": 1}, {"rounds": 3}, {"overrides": {**SETTINGS, "lora_rank": 2}})
     others = [shared("pfedsam", **one) for one in changes]
     assert len({*alike, *apart, *others}) == 1 + len(apart) + len(others)
+
+
+@pytest.mark.parametrize("name", ["pfedsam", "local_only"])
+def test_a_training_of_other_defaults_of_the_bundle_is_not_gone_on_with(
+    name: str, data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    one = Run(str(data), SITES, "brain_lesion_mri", name, 0, 2, dict(SETTINGS))
+    before = one.shared_folder(tmp_path), one.training_folder(tmp_path), one.key()
+    shutil.copytree(bundles.find_bundle(one.bundle), tmp_path / one.bundle)
+    monkeypatch.setattr(bundles, "find_bundle", lambda name: tmp_path / name)
+    assert (one.shared_folder(tmp_path), one.training_folder(tmp_path), one.key()) == before
+    file = tmp_path / one.bundle / "configs" / "train.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "bottleneck": config["bottleneck"] + 1}))
+    assert one.shared_folder(tmp_path) != before[0] and one.training_folder(tmp_path) != before[1]
+    assert one.key() == before[2], "its record is kept, and `compare` says of which defaults it is"
 
 
 def test_a_line_that_was_cut_off_costs_only_itself(tmp_path: Path) -> None:

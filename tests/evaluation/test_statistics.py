@@ -13,6 +13,7 @@ from pfedsam.evaluation.statistics import (
     bytes_to_share,
     case_table,
     interval,
+    seed_summary,
     site_summary,
     summary,
     unseen_summary,
@@ -91,6 +92,27 @@ def test_strategies_are_ranked_on_the_cases_that_all_have() -> None:
     table = summary([record("a", {"x": [0.6, 0.6, 0.0]}), record("b", {"x": [0.5, 0.5]})])
     assert list(table.index) == ["a", "b"]
     assert table["cases"].tolist() == [2, 2]
+
+
+def test_each_run_by_itself_with_its_last_validation() -> None:
+    history = [
+        {"round": 0, "site": "x", "val_dice_global": 0.1, "bytes": 1},
+        {"round": 2, "site": "x", "val_dice_global": 0.6, "val_dice_personal": 0.8, "bytes": 1},
+        {"round": 2, "site": "y", "val_dice_global": 0.4, "val_dice_personal": 0.5, "bytes": 1},
+        {"round": 3, "site": "x", "bytes": 1},
+    ]
+    both = record("a", {"x": [0.2, 0.4], "y": [0.9]}, history=history)
+    both["cases"] += [{**case, "model": "global", "dice": [0.5]} for case in both["cases"]]
+    table = seed_summary([both, record("a", {"x": [0.7]}, seed=1), record("b", {"x": [0.1]}, held_out="x")])
+    assert list(table.index) == [("a", 0), ("a", 1)]
+    assert table.loc[("a", 0)].tolist() == pytest.approx([0.5, 0.6, 0.5, 0.65])
+    assert table.loc[("a", 1), "test_personal"] == pytest.approx(0.7)
+    assert table.loc[("a", 1)].isna().sum() == 3
+    assert seed_summary([]).empty
+    shown = markdown([both, record("a", {"x": [0.7]}, seed=1), record("b", {"x": [0.1]})], "a")
+    assert "| strategy | 0 test | 0 val | 1 test | 1 val |" in shown
+    assert "| a | 0.500 / 0.600 | 0.500 / 0.650 | - / 0.700 | - / - |" in shown
+    assert "| b | - / 0.100 | - / - | - | - |" in shown
 
 
 def test_a_missed_case_is_counted() -> None:
@@ -220,4 +242,4 @@ def test_the_markdown_names_what_is_missing() -> None:
     text = markdown(records, "ours", ["third, seed 0"])
     assert "Missing: third, seed 0." in text
     assert "| ours | 1/1 | 0.550 |" in text
-    assert len(tables(records, "ours")) == 4
+    assert len(tables(records, "ours")) == 5

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from pfedsam.evaluation.statistics import against, site_summary, summary, unseen_summary
+from pfedsam.evaluation.statistics import MODELS, against, seed_summary, site_summary, summary, unseen_summary
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -84,6 +84,7 @@ def _frames(records: Records, reference: str) -> list[tuple[str, pd.DataFrame]]:
         text.index = pd.MultiIndex.from_tuples(text.index, names=["strategy", "site"])
         shown = text.unstack("site").loc[found.index].fillna("-")
         frames.append(("Dice of each site on the same cases, bootstrap 95 % interval over patients", shown))
+        frames.append((_SEEDS, _by_seed(records, list(found.index))))
     tests = against(records, reference)
     if len(tests):
         shown = pd.DataFrame(index=tests.index)
@@ -101,6 +102,22 @@ def _frames(records: Records, reference: str) -> list[tuple[str, pd.DataFrame]]:
         title = "Unseen hospital: the global model, and models of some of its cases (alone: without a global model)"
         frames.append((title, shown))
     return frames
+
+
+_SEEDS = "Dice of each seed, all its test cases, then the last validation: global / personal, mean over sites"
+
+
+def _by_seed(records: Records, order: Sequence[str]) -> pd.DataFrame:
+    """One row for each strategy, two columns for each seed."""
+    found = seed_summary(records)
+    texts = {}
+    for part in ("test", "val"):
+        columns = [_numbers(found[f"{part}_{model}"], 3) for model in MODELS]
+        texts[part] = [f"{a} / {b}" for a, b in zip(*columns, strict=True)]
+    shown = pd.DataFrame(texts, index=pd.MultiIndex.from_tuples(found.index, names=["strategy", "seed"]))
+    shown = shown.unstack("seed").loc[list(order)].fillna("-").swaplevel(axis=1).sort_index(axis=1)
+    shown.columns = [f"{seed} {part}" for seed, part in shown.columns]
+    return shown
 
 
 def _numbers(values: pd.Series, digits: int) -> list[str]:

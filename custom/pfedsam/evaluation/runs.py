@@ -127,7 +127,7 @@ class Run:
 
     def federation(self, out: Path) -> Federation:
         """What is trained, in the comparison's folder `out`; `begun` is set where other runs share the rounds."""
-        file, folder_ = self.file, out / "trainings" / self.training_key()
+        file, folder_ = self.file, self.training_folder(out)
         strategy = file.checked().model_copy(update={"validate_every": self.validate_every})
         sites = {name: path for name, path in self.folders().items() if name != self.held_out}
         if file.kind == "pooled":
@@ -136,13 +136,17 @@ class Run:
         settings = {"feature_store": out / "features"}
         found = Federation(self.bundle, sites, strategy, folder_, self.rounds, self.settings, settings)
         if file.kind == "federated" and not self.simulator:
-            found.begun = found.rounds_alone(out / "rounds", self.split_hash())
+            found.begun = found.rounds_alone(out / "rounds", f"{self.split_hash()} {defaults(self.bundle)}")
         return found
+
+    def training_folder(self, out: Path) -> Path:
+        """In the comparison's folder `out`; another one for other defaults of the bundle, whose training is another."""
+        return out / "trainings" / f"{self.training_key()}-{defaults(self.bundle)[:8]}"
 
     def shared_folder(self, out: Path) -> Path:
         """The folder whose training other runs share: that of the rounds, or of the whole."""
         begun = self.federation(out).begun if self.file.kind == "federated" else None
-        return begun.out if begun else out / "trainings" / self.training_key()
+        return begun.out if begun else self.training_folder(out)
 
     def events(self) -> int:
         """About how many events `execute` tells."""
@@ -170,7 +174,7 @@ def execute(
         raise ValueError(f"{run.name}: no simulator was given")
     tell = event or (lambda line: None)
     card = run_card(run)  # of the code that trains, whatever is edited meanwhile
-    folder_ = out / "trainings" / run.training_key()
+    folder_ = run.training_folder(out)
     folder_.mkdir(parents=True, exist_ok=True)
     (folder_ / "run.json").write_text(json.dumps(asdict(run), indent=1) + "\n")
     started = time.monotonic()

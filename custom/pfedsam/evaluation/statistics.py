@@ -12,6 +12,7 @@ import pandas as pd
 from scipy.stats import bootstrap, wilcoxon
 from statsmodels.stats.multitest import multipletests
 
+MODELS = ("global", "personal")
 METRICS = ("dice", "hd95", "asd", "nsd")
 RESAMPLES = 9999
 ALPHA = 0.05
@@ -153,6 +154,28 @@ def site_summary(records: Sequence[Mapping[str, Any]], model: str = "personal") 
         low, high = interval(patients.tolist())
         found[key] = {"mean": patients.mean(), "low": low, "high": high, "patients": len(patients)}
     return pd.DataFrame.from_dict(found, orient="index")
+
+
+def seed_summary(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Each run by itself, on all of its own cases.
+
+    Returns:
+        Index (strategy, seed); columns: Dice, mean over sites, on the test cases (of a site: over its patients) and in
+        the last validation, of both models: `test_global`, `test_personal`, `val_global`, `val_personal`, NaN for what
+        there is not. Empty without a run of known sites.
+    """
+    cases = case_table(records)
+    cases = cases[cases.held_out.isna()]
+    columns = ["test_global", "test_personal", "val_global", "val_personal"]
+    found = {}
+    for key, rows in cases.groupby(["strategy", "seed"]):
+        runs = [r for r in records if (r["strategy"], r["seed"]) == key and not r["held_out"]]
+        notes = pd.DataFrame([*runs[-1]["history"], {"round": -1}]).reindex(columns=["round", *(f"val_dice_{m}" for m in MODELS)])
+        last = notes.dropna(subset="val_dice_global")
+        last = last[last["round"] == last["round"].max()].mean()
+        test = {f"test_{model}": _over_patients(rows[rows.model == model], []).dice.mean() for model in MODELS}
+        found[key] = {**test, **{f"val_{model}": last[f"val_dice_{model}"] for model in MODELS}}
+    return pd.DataFrame.from_dict(found, orient="index", columns=columns)
 
 
 def against(records: Sequence[Mapping[str, Any]], reference: str) -> pd.DataFrame:

@@ -61,12 +61,12 @@ class Federation:
     settings: Mapping[str, Any] = field(default_factory=dict)
     begun: Federation | None = None
 
-    def rounds_alone(self, root: Path, split: str = "") -> Federation | None:
+    def rounds_alone(self, root: Path, apart: str = "") -> Federation | None:
         """The rounds as a federation of their own, which all share that differ in what is personal; None if none can.
 
         Args:
             root: its folder is in there, named by a hash of all that the rounds depend on.
-            split: what tells the cases' split apart.
+            apart: what else the rounds depend on: the split of the cases, the bundle's defaults.
         """
         strategy = self.strategy.rounds_alone()
         if strategy is None:
@@ -74,7 +74,7 @@ class Federation:
         overrides = {key: value for key, value in self.overrides.items() if key not in EXPERT_SETTINGS} | {"experts": 0}
         sites = {name: str(path) for name, path in self.sites.items()}
         settings = strategy.model_dump(mode="json", exclude={"interpolation"})  # always 1 here
-        told = [self.bundle, sites, settings, overrides, self.rounds, split]
+        told = [self.bundle, sites, settings, overrides, self.rounds, apart]
         name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
         return Federation(self.bundle, self.sites, strategy, root / name, self.rounds, overrides, self.settings)
 
