@@ -23,3 +23,16 @@ def test_a_bar_estimates_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     left = [int(seconds) for seconds in re.findall(r"left: 0:00:(\d\d)", text)]
     assert left and 15 <= left[-1] <= 45
     assert "run 5" in text and "5/100" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_a_long_text_does_not_cut_the_time_left_off(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(file=shown, force_terminal=True, width=width))
+    with console.bar("runs", 1000) as advance:
+        advance(1, "fedavg_lora_ft_interpolated, seed 0: tested on case_western_st_joseph, Dice 0.712")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    last = text.replace("\r", "\n").strip().splitlines()[-1]
+    assert len(last) <= width
+    assert "feda" in last and "1/1000" in last
+    assert re.search(r"left: (\d+:\d\d:\d\d|-:--:--)$", last)

@@ -103,15 +103,15 @@ def test_rows_of_older_settings_are_shown_as_such(capsys: pytest.CaptureFixture[
 
 
 def test_folds_of_a_choice_are_one_line_of_means(capsys: pytest.CaptureFixture[str]) -> None:
-    other = {"key": choice(NAME, 2).row_key, "fold": 2, "dice": {"global": {"site-1": 0.75}, "personal": {"site-1": 0.9}}}
-    show([row(), row(**other)])
+    dice = {"global": {"site-1": 0.75}, "personal": {"site-1": 0.9}}
+    show([row(), row(key=choice(NAME, 2).row_key, fold=2, dice=dice)])
     shown = capsys.readouterr().out
     assert shown.count(NAME) == 1 and "1,2" in shown and "0.500" in shown and shown.count("0.700") == 2
 
 
-@pytest.mark.parametrize("file", sorted(choose_settings.RESULTS.parent.glob("choices*.jsonl")), ids=lambda path: path.stem)
-def test_rows_that_are_checked_in_can_be_shown(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+@pytest.mark.parametrize("name", sorted(path.name for path in choose_settings.RESULTS.parent.glob("choices*.jsonl")))
+def test_rows_that_are_checked_in_can_be_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) for line in choose_settings.RESULTS.with_name(name).read_text().splitlines()]
     show(rows)
     shown = capsys.readouterr().out
     assert ("of older settings" in shown) == any(not is_current(one) for one in rows)

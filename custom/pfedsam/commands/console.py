@@ -20,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from pfedsam.errors import PFedSAMError
 
@@ -88,13 +89,14 @@ def bar(text: str, total: int) -> Iterator[Advance]:
     """A progress bar with the time that has passed and an estimate of the time left."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
+        # where the terminal is narrow, the text is cut and not the time left
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
     # steps may take minutes: the speed is the mean of the last half hour, not of the last seconds
-    with Progress(*columns, console=console, speed_estimate_period=1800) as progress:
+    with Progress(*columns, console=console, expand=True, speed_estimate_period=1800) as progress:
         yield Advance(progress, progress.add_task(text, total=total))

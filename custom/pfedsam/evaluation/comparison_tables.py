@@ -110,13 +110,15 @@ _SEEDS = "Dice of each seed, all its test cases, then the last validation: globa
 def _by_seed(records: Records, order: Sequence[str]) -> pd.DataFrame:
     """One row for each strategy, two columns for each seed."""
     found = seed_summary(records)
-    texts = {}
+    rows: dict[str, dict[str, str]] = {strategy: {} for strategy in order}
     for part in ("test", "val"):
-        columns = [_numbers(found[f"{part}_{model}"], 3) for model in MODELS]
-        texts[part] = [f"{a} / {b}" for a, b in zip(*columns, strict=True)]
-    shown = pd.DataFrame(texts, index=pd.MultiIndex.from_tuples(found.index, names=["strategy", "seed"]))
-    shown = shown.unstack("seed").loc[list(order)].fillna("-").swaplevel(axis=1).sort_index(axis=1)
-    shown.columns = [f"{seed} {part}" for seed, part in shown.columns]
+        texts = [_numbers(found[f"{part}_{model}"], 3) for model in MODELS]
+        for (strategy, seed), *pair in zip(found.index.tolist(), *texts, strict=True):
+            rows[strategy][f"{seed} {part}"] = " / ".join(pair)
+    seeds = sorted({seed for _, seed in found.index.tolist()})
+    columns = [f"{seed} {part}" for seed in seeds for part in ("test", "val")]
+    shown = pd.DataFrame.from_dict(rows, orient="index", columns=columns).fillna("-")
+    shown.index.name = "strategy"
     return shown
 
 

@@ -170,7 +170,7 @@ def seed_summary(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     found = {}
     for key, rows in cases.groupby(["strategy", "seed"]):
         runs = [r for r in records if (r["strategy"], r["seed"]) == key and not r["held_out"]]
-        notes = pd.DataFrame([*runs[-1]["history"], {"round": -1}]).reindex(columns=["round", *(f"val_dice_{m}" for m in MODELS)])
+        notes = pd.DataFrame(runs[-1]["history"], columns=["round", *(f"val_dice_{model}" for model in MODELS)])
         last = notes.dropna(subset="val_dice_global")
         last = last[last["round"] == last["round"].max()].mean()
         test = {f"test_{model}": _over_patients(rows[rows.model == model], []).dice.mean() for model in MODELS}
