@@ -161,8 +161,8 @@ def seed_summary(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
     Returns:
         Index (strategy, seed); columns: Dice, mean over sites, on the test cases (of a site: over its patients) and in
-        the last validation, of both models: `test_global`, `test_personal`, `val_global`, `val_personal`, NaN for what
-        there is not. Empty without a run of known sites.
+        the last validation (of pooled data: its own), of both models: `test_global`, `test_personal`, `val_global`,
+        `val_personal`, NaN for what there is not. Empty without a run of known sites.
     """
     cases = case_table(records)
     cases = cases[cases.held_out.isna()]
