@@ -42,8 +42,8 @@ SETTINGS: dict[str, Any] = {
 RESULTS = Path(__file__).parent / "results" / "choices.jsonl"
 #: Each strategy's learning rates are tried times these, the same for all.
 FACTORS = (0.5, 2.0)
-#: What of a strategy is multiplied: the rate of what is shared, or of what is trained alone; the rate of what is
-#: personal, beside shared tensors at the rate that is chosen for them.
+#: Strategies of which all learning rates are multiplied, and those of which only the personal phases' are, beside
+#: shared tensors at the rate that is chosen for them.
 SHARED = ("fedavg_lora", "fedprox", "fedmsa", "fedsam", "local_only", "centralised")
 PERSONAL = ("pfedsam", "one_adapter", "fedavg_lora_ft", "ditto", "feddpa", "fedrep")
 
@@ -67,10 +67,11 @@ def taught(weight: float, gate: bool = True) -> dict[str, Any]:
 
 #: name of a choice: (strategy, patch)
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in (*SHARED, *PERSONAL)},
     **{
-        f"{name}, rates times {factor:g}" if factor != 1 else name: (name, times(name, factor) if factor != 1 else {})
+        f"{name}, rates times {factor:g}": (name, times(name, factor))
         for name in (*SHARED, *PERSONAL)
-        for factor in (1, *FACTORS)
+        for factor in FACTORS
     },
     "pfedsam, no teacher": ("pfedsam", final(distillation=None)),
     "pfedsam, weight 0.5": ("pfedsam", taught(0.5)),
