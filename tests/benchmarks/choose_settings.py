@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 
 from pfedsam.bundles import settings_of
+from pfedsam.data.sites import site_names
 from pfedsam.evaluation.runs import Run
 from pfedsam.strategies import StrategyFile, find_strategy, patched
 from pfedsam.training.federation import run_federation
@@ -116,10 +117,9 @@ class Choice(Run):
         return hashlib.sha256(json.dumps([*told, settings], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def choice(name: str, fold: int, data: Path = Path()) -> Choice:
-    """A choice in one fold of the site folders in `data`."""
-    sites = tuple(sorted(path.parent.name for path in data.glob("*/images") if path.is_dir()))
-    return Choice(str(data), sites, BUNDLE, name, fold, ROUNDS, dict(SETTINGS))
+def choice(name: str, fold: int, data: Path | None = None) -> Choice:
+    """A choice in one fold of the site folders in `data`; without it, to ask for its settings only."""
+    return Choice(str(data), site_names(data) if data else (), BUNDLE, name, fold, ROUNDS, dict(SETTINGS))
 
 
 def measure(run: Choice, out: Path) -> dict[str, Any]:

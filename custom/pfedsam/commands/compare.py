@@ -94,10 +94,11 @@ def _runs(
     nvflare: bool,
     overrides: dict[str, Any],
 ) -> list[Any]:
+    from pfedsam.data.sites import site_names
     from pfedsam.evaluation.runs import Run
     from pfedsam.strategies import find_strategy
 
-    sites = tuple(sorted(path.parent.name for path in data.glob("*/images") if path.is_dir()))
+    sites = site_names(data)
     if not sites:
         raise typer.BadParameter(f"{data} holds no site folder (<data>/<site>/images)", param_hint="DATA")
     for name in names:

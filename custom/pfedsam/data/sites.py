@@ -56,6 +56,11 @@ def case_name(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> str | Non
     return next((path.name[: -len(end)] for end in suffixes if path.name.lower().endswith(end)), None)
 
 
+def site_names(data: Path) -> tuple[str, ...]:
+    """Names of the site folders in a folder, sorted: those that hold a folder `images`."""
+    return tuple(sorted(path.parent.name for path in data.glob("*/images") if path.is_dir()))
+
+
 def read_site(folder: str | Path, require_labels: bool = True) -> list[Case]:
     """The cases of a site folder, sorted by name.
 

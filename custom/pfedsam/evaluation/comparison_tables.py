@@ -84,7 +84,8 @@ def _frames(records: Records, reference: str) -> list[tuple[str, pd.DataFrame]]:
         text.index = pd.MultiIndex.from_tuples(text.index, names=["strategy", "site"])
         shown = text.unstack("site").loc[found.index].fillna("-")
         frames.append(("Dice of each site on the same cases, bootstrap 95 % interval over patients", shown))
-        frames.append((_SEEDS, _by_seed(records, list(found.index))))
+        title = "Dice of each seed, all its test cases, then the last validation: global / personal, mean over sites"
+        frames.append((title, _by_seed(records, list(found.index))))
     tests = against(records, reference)
     if len(tests):
         shown = pd.DataFrame(index=tests.index)
@@ -102,9 +103,6 @@ def _frames(records: Records, reference: str) -> list[tuple[str, pd.DataFrame]]:
         title = "Unseen hospital: the global model, and models of some of its cases (alone: without a global model)"
         frames.append((title, shown))
     return frames
-
-
-_SEEDS = "Dice of each seed, all its test cases, then the last validation: global / personal, mean over sites"
 
 
 def _by_seed(records: Records, order: Sequence[str]) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pfedsam.data.sites import site_names
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.jobs import export_job, find_job, plan_settings, server_settings
 from pfedsam.federated.records import NEWS, SENT_FILE, bytes_by_round
@@ -57,8 +58,7 @@ class Simulation:
         Raises:
             PFedSAMError: E02 if there are fewer than two.
         """
-        names = sorted(path.parent.name for path in self.data.glob("*/images") if path.is_dir())
-        names = [name for name in names if not self.chosen or name in self.chosen]
+        names = [name for name in site_names(self.data) if not self.chosen or name in self.chosen]
         if len(names) < 2:
             raise PFedSAMError(
                 "E02",
