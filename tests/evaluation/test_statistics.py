@@ -58,7 +58,8 @@ def test_mean_is_over_sites_and_the_worst_site_is_named() -> None:
 
 
 def test_best_strategy_comes_first_and_seeds_deviate() -> None:
-    table = summary([record("a", {"x": [0.2]}), record("b", {"x": [0.6]}), record("b", {"x": [0.8]}, seed=1)])
+    dice = {("a", 0): 0.2, ("a", 1): 0.3, ("b", 0): 0.6, ("b", 1): 0.8}
+    table = summary([record(name, {"x": [value]}, seed=seed) for (name, seed), value in dice.items()])
     assert list(table.index) == ["b", "a"]
     assert table.loc["b", "deviation"] == pytest.approx(np.std([0.6, 0.8], ddof=1))
     assert table.loc["b", "seeds"] == 2
@@ -86,6 +87,14 @@ def test_an_incomplete_strategy_is_below_the_complete_ones() -> None:
     assert table.loc["a", "mean"] == pytest.approx(0.5)
     assert "| lucky | 1/3 |" in markdown(records, "a")
     assert "not to be ranked" in markdown(records, "a") and "not to be ranked" not in markdown(records[:-1], "a")
+
+
+def test_strategies_with_one_fold_take_none_from_those_with_three() -> None:
+    whole = [record(name, {"x": [dice]}, seed=seed) for name, dice in (("a", 0.5), ("b", 0.4)) for seed in (0, 1, 2)]
+    begun = [record(f"begun{n}", {"x": [0.9]}) for n in range(5)]
+    table = summary([*begun, *whole])
+    assert list(table.index)[:2] == ["a", "b"]
+    assert table["folds"].tolist() == ["3/3", "3/3", *["1/3"] * 5]
 
 
 def test_strategies_are_ranked_on_the_cases_that_all_have() -> None:
@@ -158,6 +167,35 @@ def test_holm_multiplies_the_smallest_p_by_the_number_of_tests() -> None:
     assert all(table.loc[name, "p"] >= raw[name] for name in raw)
 
 
+def test_a_strategy_that_is_still_run_changes_no_other_p_and_has_no_verdict() -> None:
+    random = np.random.default_rng(1)
+    ours = random.uniform(size=(2, 20))
+
+    def told(name: str, shift: float, seeds: tuple[int, ...] = (0, 1)):
+        return [record(name, {"x": (ours[seed] - shift).tolist()}, seed=seed) for seed in seeds]
+
+    done = [*told("ours", 0), *told("other", 0.05), *told("third", -0.01)]
+    before, after = against(done, "ours"), against([*done, *told("begun", 0.2, (0,))], "ours")
+    assert after.loc["begun", "verdict"] == "not complete" and math.isnan(after.loc["begun", "p"])
+    assert after.loc["begun", "difference"] == pytest.approx(0.2)
+    assert after.loc[before.index, "p"].tolist() == before["p"].tolist()
+    assert after.loc[before.index, "verdict"].tolist() == before["verdict"].tolist() == ["better", "worse"]
+    shown = markdown([*done, *told("begun", 0.2, (0,))], "ours")
+    assert "| begun | +0.200 [+0.200, +0.200] | - | 20 | not complete |" in shown
+    # beside a reference that is not complete itself, nothing is
+    assert set(against([*done, *told("begun", 0.2, (0,))], "begun")["verdict"]) == {"not complete"}
+
+
+def test_without_a_server_nothing_is_sent_and_there_is_no_global_model() -> None:
+    history = [{"round": 0, "site": "x", "val_dice_global": 0.1, "val_dice_personal": 0.2, "bytes": 0}]
+    nothing = {"bytes_per_round": 0, "history": history}
+    records = [record(kind, {"x": [0.5]}, kind=kind, **nothing) for kind in ("local", "pooled", "ensemble")]
+    assert summary(records)[["megabytes", "to_95"]].isna().all(axis=None)
+    table = seed_summary(records)
+    assert table["val_global"].isna().all()
+    assert table["val_personal"].dropna().to_dict() == {("local", 0): 0.2}
+
+
 def test_only_the_same_cases_are_paired() -> None:
     records = [record("ours", {"x": [0.5, 0.6, 0.7]}), record("other", {"x": [0.5, 0.6]})]
     assert against(records, "ours").loc["other", "pairs"] == 2
@@ -203,6 +241,20 @@ def test_records_of_several_code_versions_are_told() -> None:
     assert line in markdown([old, new], "ours")
 
 
+def test_a_record_of_before_a_default_changed_is_told_under_both_names() -> None:
+    one, other = record("ours", {"x": [0.5]}), record("ours", {"x": [0.6]}, seed=1)
+    other["card"]["renamed_from"] = {"strategy": "wide", "settings": {"lora_rank": 16}}
+    (line,) = warnings([one, other])
+    assert "ours was wide of 1, seed 1" in line and "seed 0" not in line
+    assert line in markdown([one, other], "ours")
+
+
+def test_the_run_card_has_the_hashes_of_the_configurations() -> None:
+    assert "configurations: a: 0 c, 1 c; b: 0 c." in markdown(
+        [record("b", {"x": [0.5]}), record("a", {"x": [0.5]}, seed=1), record("a", {"x": [0.5]})], "a"
+    )
+
+
 def test_what_was_not_counted_is_a_dash_and_in_no_mean() -> None:
     simulated = record("a", {"x": [0.5]}, steps=None, teacher_passes=None)
     both = summary([simulated, record("a", {"x": [0.5]}, seed=1, steps=30)])
@@ -221,7 +273,7 @@ def test_bytes_until_the_dice_is_near_its_last() -> None:
     ]
     # 0.79 is reached before round 2 trains: after two rounds of two sites
     assert bytes_to_share(record("a", {"x": [0.5]}, history=history)) == 400
-    assert bytes_to_share(record("a", {"x": [0.5]}, history=history, bytes_per_round=0)) == 0
+    assert math.isnan(bytes_to_share(record("a", {"x": [0.5]}, history=history, bytes_per_round=0)))
     assert math.isnan(bytes_to_share(record("a", {"x": [0.5]})))
 
 
@@ -235,6 +287,11 @@ def test_unseen_hospitals_are_apart() -> None:
     assert list(table.columns) == ["global", "alone_5", "personal_5", "alone_10"]
     assert "| b, x | - | 0.300 | - | 0.300 |" in markdown([one, alone], "a")
     assert summary([one]).empty
+    # a patient of two cases counts once
+    one["cases"] = [{**one["cases"][0], "case": f"c{n}", "patient": p, "dice": [d]} for n, (p, d) in enumerate(
+        (("p", 0.1), ("p", 0.3), ("q", 0.8))
+    )]  # fmt: skip
+    assert unseen_summary([one]).loc[("a", "x"), "global"] == pytest.approx((0.2 + 0.8) / 2)
 
 
 def test_the_markdown_names_what_is_missing() -> None:

@@ -33,19 +33,41 @@ def markdown(records: Records, reference: str, missing: Sequence[str] = ()) -> s
     settings = {key: json.loads(value) for (key, value), n in counted.items() if n > len(records) / 2}
     settings = {key: value for key, value in settings.items() if key not in ("seed", "experts")}
     parts.append(f"Code and machine: {' | '.join(sorted(cards))}. Splits: {', '.join(splits)}.")
+    parts.append(f"Hashes of the configurations: {'; '.join(_configurations(records))}.")
     parts.append(f"Rounds: {sorted({r['rounds'] for r in records})}. Settings: {settings}.")
     return "\n".join(parts) + "\n"
 
 
 def warnings(records: Records) -> list[str]:
-    """What to know before numbers of one table are compared: records of different code versions."""
+    """What to know before numbers of one table are compared.
+
+    Records of different code versions; and records whose card has `renamed_from`, the `strategy` by which the run was
+    called, with its own `settings`, before defaults became what it had set.
+    """
     versions: dict[str, set[str]] = {}
+    renamed: dict[str, list[str]] = {}
     for record in records:
-        versions.setdefault(record["card"]["code"], set()).add(record["strategy"])
-    if len(versions) < 2:
-        return []
-    told = "; ".join(f"{code} ({_some(sorted(names))})" for code, names in sorted(versions.items()))
-    return [f"Warning: the records are of {len(versions)} code versions: {told}."]
+        card = record["card"]
+        versions.setdefault(card["code"], set()).add(record["strategy"])
+        if "renamed_from" in card:
+            was = f"{record['strategy']} was {card['renamed_from']['strategy']} of {card['code']}"
+            renamed.setdefault(was, []).append(str(record["seed"]))
+    lines = []
+    if len(versions) > 1:
+        told = "; ".join(f"{code} ({_some(sorted(names))})" for code, names in sorted(versions.items()))
+        lines.append(f"Warning: the records are of {len(versions)} code versions: {told}.")
+    if renamed:
+        told = "; ".join(f"{was}, seed {', '.join(seeds)}" for was, seeds in renamed.items())
+        lines.append(f"Warning: records of before a default changed, under the name that they have now: {told}.")
+    return lines
+
+
+def _configurations(records: Records) -> list[str]:
+    """As `pfedsam: 0 434655cb, 1 c35df981`: by seed, the start of the hash in the run card."""
+    found: dict[str, list[str]] = {}
+    for record in sorted(records, key=lambda one: (one["strategy"], one["seed"])):
+        found.setdefault(record["strategy"], []).append(f"{record['seed']} {record['card']['configuration'][:8]}")
+    return [f"{strategy}: {', '.join(hashes)}" for strategy, hashes in found.items()]
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,20 +69,21 @@ class Compared:
 def compared(records: Sequence[Mapping[str, Any]], model: str = "personal") -> Compared:
     """The (seed, site, case) that all complete strategies have.
 
-    Complete is a strategy with the seeds that the most strategies have (of two such sets the larger one), whatever
-    it has beside them: one fold more of one strategy neither changes its rank nor makes the others incomplete.
+    Complete is a strategy with the most seeds that at least two strategies have, whatever it has beside them: one fold
+    more of one strategy neither changes its rank nor makes the others incomplete, and strategies of which only one fold
+    is done take none from the others.
     """
     cases = case_table(records)
     cases = cases[(cases.model == model) & cases.held_out.isna()]
     found = {str(name): tuple(sorted(set(rows.seed))) for name, rows in cases.groupby("strategy")}
     if not found:
         return Compared(cases, (), found, ())
-    sets = Counter(found.values())
-    seeds = max(sets, key=lambda one: (sets[one], len(one)))
+    having = {one: sum(set(one) <= set(own) for own in found.values()) for one in set(found.values())}
+    seeds = max(sorted(having), key=lambda one: (having[one] > 1, len(one), having[one]))
     complete = tuple(name for name, own in found.items() if set(seeds) <= set(own))
     ours = cases[cases.strategy.isin(complete) & cases.seed.isin(seeds)]
-    having = ours.groupby(["seed", "site", "case"]).strategy.transform("nunique")
-    common = ours[having == len(complete)]
+    strategies = ours.groupby(["seed", "site", "case"]).strategy.transform("nunique")
+    common = ours[strategies == len(complete)]
     if common.empty:
         return Compared(cases, seeds, found, ())
     return Compared(pd.concat([common, cases[~cases.strategy.isin(complete)]]), seeds, found, complete)
@@ -110,8 +110,8 @@ def summary(records: Sequence[Mapping[str, Any]], model: str = "personal") -> pd
         `deviation` (of `mean` over the seeds, NaN for one), the means of `hd95`, `asd`, `nsd` over sites, `failed`
         (number of cases), `cases`, `complete` and `folds` (see `Compared`), `seeds` (in the row), `steps` (of the
         optimiser) and `teacher_passes` of a seed (NaN where they were not counted), `megabytes` (sent by a site in a
-        round), `to_95` (megabytes sent by all sites until the validation Dice of the global model is 95 % of its last),
-        `minutes`.
+        round, NaN if nothing is), `to_95` (megabytes sent by all sites until the validation Dice of the global model is
+        95 % of its last), `minutes`.
         Costs are means over the seeds whose cases are in the row.
     """
     chosen = compared(records, model)
@@ -133,7 +133,7 @@ def summary(records: Sequence[Mapping[str, Any]], model: str = "personal") -> pd
             "seeds": len(seeds),
             "steps": _mean_known([one["steps"] for one in runs]),
             "teacher_passes": _mean_known([one["teacher_passes"] for one in runs]),
-            "megabytes": float(np.mean([one["bytes_per_round"] for one in runs])) / 1e6,
+            "megabytes": _mean_known([one["bytes_per_round"] or None for one in runs]) / 1e6,
             "to_95": float(np.mean([bytes_to_share(one) for one in runs])) / 1e6,
             "minutes": float(np.mean([one["seconds"]["training"] for one in runs])) / 60,
         }
@@ -161,8 +161,10 @@ def seed_summary(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
     Returns:
         Index (strategy, seed); columns: Dice, mean over sites, on the test cases (of a site: over its patients) and in
-        the last validation (of pooled data: its own), of both models: `test_global`, `test_personal`, `val_global`,
-        `val_personal`, NaN for what there is not. Empty without a run of known sites.
+        the last validation, of both models: `test_global`, `test_personal`, `val_global`, `val_personal`. The global
+        model has beside it what a strategy keeps personal of the base network, as FedRep's head. NaN for what there is
+        not: without a federation there is no global model, an ensemble is not validated, and the validation of pooled
+        data is over its cases, not over sites. Empty without a run of known sites.
     """
     cases = case_table(records)
     cases = cases[cases.held_out.isna()]
@@ -173,8 +175,9 @@ def seed_summary(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         notes = pd.DataFrame(runs[-1]["history"], columns=["round", *(f"val_dice_{model}" for model in MODELS)])
         last = notes.dropna(subset="val_dice_global")
         last = last[last["round"] == last["round"].max()].mean()
+        validated = {"federated": MODELS, "local": ("personal",)}.get(runs[-1]["kind"], ())
         test = {f"test_{model}": _over_patients(rows[rows.model == model], []).dice.mean() for model in MODELS}
-        found[key] = {**test, **{f"val_{model}": last[f"val_dice_{model}"] for model in MODELS}}
+        found[key] = {**test, **{f"val_{model}": last[f"val_dice_{model}"] for model in validated}}
     return pd.DataFrame.from_dict(found, orient="index", columns=columns)
 
 
@@ -183,12 +186,13 @@ def against(records: Sequence[Mapping[str, Any]], reference: str) -> pd.DataFram
 
     Paired over patients: the difference of Dice, reference minus other, is averaged over the seeds and cases of one
     patient of a site, so that a patient counts once. Of these: mean, its bootstrap interval, and Wilcoxon's signed-rank
-    test with Holm's correction over the strategies.
+    test with Holm's correction over the strategies that are complete (see `Compared`): a strategy that is still being
+    run changes no other's p.
 
     Returns:
         Index: the other strategy; columns `difference`, `low`, `high`, `p` (corrected), `pairs` (patients), `verdict`:
-        `better`, `worse`, or `not distinguishable` where the interval holds 0 or p is at least 0.05. Empty if the
-        reference has no record.
+        `better`, `worse`, or `not distinguishable` where the interval holds 0 or p is at least 0.05; `not complete`,
+        with p NaN, where the other or the reference has fewer seeds. Empty if the reference has no record.
     """
     cases = case_table(records)
     cases = cases[(cases.model == "personal") & cases.held_out.isna()]
@@ -196,25 +200,29 @@ def against(records: Sequence[Mapping[str, Any]], reference: str) -> pd.DataFram
     columns = ["difference", "low", "high", "p", "pairs", "verdict"]
     if reference not in wide:
         return pd.DataFrame(columns=columns)
+    complete = compared(records).complete
     found = {}
     for other in wide.columns.drop(reference):
         differences = (wide[reference] - wide[other]).dropna().groupby(["site", "patient"]).mean()
         if differences.empty:
             continue
         low, high = interval(differences.tolist())
-        p = 1.0 if not differences.any() else float(wilcoxon(differences).pvalue)
+        p = np.nan
+        if {reference, other} <= set(complete):
+            p = float(wilcoxon(differences).pvalue) if differences.any() else 1.0
         found[other] = {"difference": differences.mean(), "low": low, "high": high, "p": p, "pairs": len(differences)}
     table = pd.DataFrame.from_dict(found, orient="index", columns=columns)
-    if len(table):
-        table["p"] = multipletests(table["p"].astype(float), alpha=ALPHA, method="holm")[1]
-        sure = (table["p"] < ALPHA) & ((table["low"] > 0) | (table["high"] < 0))
-        sign = np.where(table["difference"] > 0, "better", "worse")
-        table["verdict"] = np.where(sure, sign, "not distinguishable")
+    tested = table["p"].notna()
+    if tested.any():
+        table.loc[tested, "p"] = multipletests(table.loc[tested, "p"].astype(float), alpha=ALPHA, method="holm")[1]
+    sure = (table["p"] < ALPHA) & ((table["low"] > 0) | (table["high"] < 0))
+    sign = np.where(table["difference"] > 0, "better", "worse")
+    table["verdict"] = np.where(tested, np.where(sure, sign, "not distinguishable"), "not complete")
     return table
 
 
 def unseen_summary(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Leave-one-site-out: mean Dice by strategy and unseen site (rows) and model (columns), NaN for what it has not.
+    """Leave-one-site-out: mean Dice over patients, by strategy and unseen site (rows) and model (columns).
 
     Models: `global`, and by the number n of its training cases `personal_<n>` (beside the global model), `alone_<n>`.
     """
@@ -223,19 +231,21 @@ def unseen_summary(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     if cases.empty:
         return pd.DataFrame()
     order = sorted(cases.model.unique(), key=lambda name: (int(name.partition("_")[2] or 0), name))
-    return cases.pivot_table(index=["strategy", "site"], columns="model", values="dice")[order]
+    patients = cases.groupby(["strategy", "site", "model", "patient"]).dice.mean().reset_index()
+    return patients.pivot_table(index=["strategy", "site"], columns="model", values="dice")[order]
 
 
 def bytes_to_share(record: Mapping[str, Any], share: float = 0.95) -> float:
-    """Bytes sent by all sites until the global model's validation Dice is `share` of the last one; NaN if unknown.
+    """Bytes sent by all sites until the global model's validation Dice is `share` of the last one.
 
-    The Dice noted in round r is of the global model before r's training, so after r rounds of sending.
+    The Dice noted in round r is of the global model before r's training, so after r rounds of sending. NaN if nothing
+    is sent, or that Dice is not known.
     """
     notes = pd.DataFrame(
         [{"round": n["round"], "bytes": n["bytes"], "dice": n.get("val_dice_global")} for n in record["history"]]
     )
     if notes.empty or not record["bytes_per_round"]:
-        return 0.0 if not record["bytes_per_round"] else float("nan")
+        return float("nan")
     dice = notes.dropna(subset="dice").groupby("round").dice.mean()
     if dice.empty:
         return float("nan")
