@@ -1,10 +1,14 @@
-"""Files that are complete or not there, and tensors without pickles."""
+"""Files that are complete or not there, JSON lines that a crash cannot spoil, and tensors without pickles."""
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -28,6 +32,53 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_like(path: str | Path, data: bytes, like: Path) -> None:
+    """Write a file, atomically, with the mode of the file `like`, or as the owner's only in the folder `like`.
+
+    Written by root it belongs to the owner of `like`: a service that reads `like` reads it, too.
+
+    Raises:
+        OSError: as `write_atomically`.
+    """
+    found = like.stat()
+    write_atomically(path, data)
+    if like.is_file():
+        Path(path).chmod(stat.S_IMODE(found.st_mode))
+    if os.geteuid() == 0:
+        os.chown(path, found.st_uid, found.st_gid)
+
+
+def append_line(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Append one JSON object as a line, flushed to disk. A line that a crash has cut off does not swallow it.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The JSON objects in a file, one a line; none if there is no file, and without lines that were cut off."""
+    path, found = Path(path), []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pfedsam.bundles import network_of
 from pfedsam.errors import PFedSAMError
-from pfedsam.files import read_safetensors, write_atomically
+from pfedsam.files import append_line, read_lines, read_safetensors, write_atomically
 from pfedsam.networks.adaptation import EXPERT_SETTINGS
 from pfedsam.parameters import shared_state
 from pfedsam.site_model import SiteModel, read, write
@@ -101,7 +101,7 @@ class Federation:
         """What was noted in each round and site, in order; the last note of a round and site counts."""
         path = self.out / HISTORY_FILE
         notes = self.begun.history() if self.begun else []
-        notes += [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        notes += read_lines(path)
         return list({(note["round"], note["site"]): note for note in notes}.values())
 
 
@@ -168,8 +168,12 @@ def _open(federation: Federation, name: str) -> LocalTraining:
 
 
 def _start(federation: Federation, sites: Mapping[str, LocalTraining]) -> tuple[dict[str, Tensor], int]:
-    """The global model to go on from and the number of rounds done."""
+    """The global model to go on from and the number of rounds done (E11 if they are of other base weights)."""
     theta, done = federation.global_model()
+    if done and not federation.begun:
+        _, metadata = read_safetensors(federation.out / ROUND_FILE)
+        for local in sites.values():
+            local.receive(theta, metadata["fingerprint"])
     if done and federation.strategy.remembers and not federation.begun:
         for name, local in sites.items():
             local.restore(read(_model(federation, name, done - 1)))
@@ -210,8 +214,7 @@ def _note(
     sent = sum(tensor.numel() * tensor.element_size() for tensor in result.delta.values())
     note = {"round": number, "site": site, **metrics, "bytes": sent, "phases": phases, "gates": result.gates}
     note["seconds"] = round(time.monotonic() - started, 2)
-    with (federation.out / HISTORY_FILE).open("a") as file:
-        file.write(json.dumps(note) + "\n")
+    append_line(federation.out / HISTORY_FILE, note)
 
 
 def _save_round(
@@ -265,8 +268,8 @@ def pooled_site(sites: Mapping[str, Path], out: Path, seed: int, folds: int) -> 
                 for kind, path in (("images", case.image), ("labels", case.label)):
                     link = out / kind / path.name.replace(case.name, new, 1)
                     link.parent.mkdir(parents=True, exist_ok=True)
-                    if not link.is_symlink():
-                        link.symlink_to(path.resolve())
+                    link.unlink(missing_ok=True)  # the data may lie elsewhere now
+                    link.symlink_to(path.resolve())
                 listed[section] = [*listed[section], new]
     (out / "datalist.json").write_text(json.dumps(listed, indent=1) + "\n")
     return out
