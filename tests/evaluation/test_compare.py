@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,15 @@ from pfedsam import bundles
 from pfedsam.bundles import network_of
 from pfedsam.data.phantom import write_phantom
 from pfedsam.errors import PFedSAMError
-from pfedsam.evaluation.compare import Comparison, _append, read_records
+from pfedsam.evaluation.compare import Comparison, read_records
 from pfedsam.evaluation.runs import Run, case_hash, code_version, execute, run_card
 from pfedsam.evaluation.site import Ensemble
 from pfedsam.evaluation.unseen import case_counts
 from pfedsam.federated.compared import run_simulated
-from pfedsam.site_model import read
+from pfedsam.files import append_line
+from pfedsam.networks.weights import file_of
+from pfedsam.site_model import SiteModel, read, write
+from pfedsam.training.federation import run_federation
 from pfedsam.training.local import LocalTraining
 
 SETTINGS = {"backbone": "vit_test", "image_size": 32, "batch_size": 4, "positives_per_case": 2, "negatives_per_case": 1}
@@ -214,18 +218,57 @@ def test_the_pooled_data_are_those_of_all_sites_and_nothing_is_sent(data: Path, 
     assert record["bytes_per_round"] == 0 and record["steps"] > 0
 
 
-def test_a_record_of_other_defaults_of_the_bundle_is_named(data: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_record_of_other_defaults_or_inputs_is_named(data: Path, tmp_path: Path, monkeypatch) -> None:
     one = Run(str(data), SITES, "brain_lesion_mri", "local_only", 0, 1, dict(SETTINGS))
     comparison = Comparison([one], tmp_path)
-    _append(comparison.record_file, {"key": one.key(), "card": {}})
-    assert comparison.outdated() == [], "records from before this was noted"
-    _append(comparison.record_file, {"key": one.key(), "card": run_card(one)})
-    assert comparison.outdated() == []
+
+    def noted(card: dict) -> dict[str, list[str]]:
+        append_line(comparison.record_file, {"key": one.key(), "card": card})
+        return comparison.outdated()
+
+    assert noted({}) == {}, "records from before this was noted"
+    assert noted(run_card(one)) == {}
     monkeypatch.setenv("PFEDSAM_CHECKPOINT", str(tmp_path / "weights.pth"))
-    assert comparison.outdated() == [], "where the weights lie is no setting"
-    _append(comparison.record_file, {"key": one.key(), "card": {**run_card(one), "defaults": "others"}})
-    assert comparison.outdated() == ["local_only, seed 0"]
+    assert comparison.outdated() == {}, "where the weights lie is no setting"
+    assert noted({**run_card(one), "defaults": "others"}) == {"defaults": ["local_only, seed 0"]}
+    assert noted({**run_card(one), "inputs": "others"}) == {"inputs": ["local_only, seed 0"]}
     assert comparison.missing() == []
+
+
+def test_other_content_or_weights_are_another_training(data: Path, tmp_path: Path, monkeypatch) -> None:
+    def folders(**settings) -> tuple[str, Path, Path]:
+        one = Run(str(tmp_path / "data"), SITES, "brain_lesion_mri", "pfedsam", 0, 2, {**SETTINGS, **settings})
+        return one.inputs(), one.training_folder(tmp_path), one.shared_folder(tmp_path)
+
+    def differ(one: tuple, other: tuple) -> bool:
+        return all(a != b for a, b in zip(one, other, strict=True))
+
+    shutil.copytree(data, tmp_path / "data")
+    before = folders()
+    assert folders() == before
+    label = next((tmp_path / "data" / "site-2" / "labels").iterdir())
+    content = label.read_bytes()
+    label.write_bytes(content + b"\0")
+    assert differ(folders(), before)
+    label.write_bytes(content)
+    assert folders() == before
+    published = folders(backbone="lite_medsam")
+    own = tmp_path / "own.pth"
+    shutil.copy(file_of("lite_medsam"), own)
+    monkeypatch.setenv("PFEDSAM_CHECKPOINT", str(own))
+    assert folders(backbone="lite_medsam") == published, "the same weights elsewhere"
+    own.write_bytes(b"others")
+    assert differ(folders(backbone="lite_medsam"), published)
+
+
+def test_rounds_of_other_base_weights_are_not_gone_on_with(data: Path, tmp_path: Path) -> None:
+    one = Run(str(data), SITES, "brain_lesion_mri", "fedprox", 0, 1, dict(SETTINGS))
+    execute(one, tmp_path)
+    begun = one.federation(tmp_path).begun or one.federation(tmp_path)
+    # the fingerprint tells base weights and settings of the network apart; here it is the size of the input
+    other = replace(begun, rounds=2, overrides={**begun.overrides, "image_size": 64})
+    with pytest.raises(PFedSAMError, match="E11"):
+        run_federation(other)
 
 
 def test_runs_that_differ_in_what_is_personal_share_their_rounds(data: Path, tmp_path: Path) -> None:
@@ -257,15 +300,6 @@ def test_a_training_of_other_defaults_of_the_bundle_is_not_gone_on_with(
     file.write_text(json.dumps({**config, "bottleneck": config["bottleneck"] + 1}))
     assert one.shared_folder(tmp_path) != before[0] and one.training_folder(tmp_path) != before[1]
     assert one.key() == before[2], "its record is kept, and `compare` says of which defaults it is"
-
-
-def test_a_line_that_was_cut_off_costs_only_itself(tmp_path: Path) -> None:
-    file = tmp_path / "runs.jsonl"
-    _append(file, {"key": "a"})
-    with file.open("a") as out:
-        out.write('{"key": "b", "cas')
-    _append(file, {"key": "c"})
-    assert [one["key"] for one in read_records(file)] == ["a", "c"]
 
 
 def test_a_failing_run_is_named_and_the_others_are_done(data: Path, tmp_path: Path) -> None:
@@ -321,6 +355,29 @@ def test_a_federation_has_a_global_and_a_personal_model_for_an_unseen_hospital(d
     record = execute(unseen_run(data, "pfedsam"), tmp_path)
     assert {(row["site"], row["model"]) for row in record["cases"]} == {("site-2", "global"), ("site-2", "personal_3")}
     assert {note["site"] for note in record["history"]} == {"site-1"}
+
+
+@pytest.mark.parametrize("name", ["fedrep", "fedsa", "fedln", "ditto"])
+def test_the_global_model_of_an_unseen_hospital_has_nothing_fitted_there(
+    name: str, data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("pfedsam.evaluation.unseen.UNSEEN_CASES", (1, 2))
+    files: list[tuple[str, SiteModel]] = []
+    monkeypatch.setattr(
+        "pfedsam.evaluation.unseen.write", lambda file, model: (files.append((file.name, model)), write(file, model))
+    )
+    record = execute(unseen_run(data, name), tmp_path)
+    assert {row["model"] for row in record["cases"]} == {"global", "personal_1", "personal_2"}
+    (_, first), *fitted = files
+    assert not first.info["final"] and len(fitted) == 2
+    network = network_of("brain_lesion_mri", first.info["overrides"])
+    assert all(tensor.equal(network.state_dict()[tensor_name]) for tensor_name, tensor in first.personal.items())
+    assert all(model.info["final"] and model.personal for _, model in fitted)
+
+
+def test_without_a_final_phase_an_unseen_hospital_has_the_global_model_only(data: Path, tmp_path: Path) -> None:
+    record = execute(unseen_run(data, "fedavg_lora"), tmp_path)
+    assert {row["model"] for row in record["cases"]} == {"global"}
 
 
 def test_an_ensemble_has_nothing_for_an_unseen_hospital(data: Path, tmp_path: Path) -> None:

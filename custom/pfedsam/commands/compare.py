@@ -12,6 +12,11 @@ from pfedsam.commands.console import LOOK, Bundle, Overrides, bar, console, lite
 
 app = typer.Typer()
 
+#: What is another one now, by its name in `Comparison.outdated`.
+OUTDATED = {
+    "defaults": "defaults of the bundle than it has now",
+    "inputs": "images, labels or base weights than there are now",
+}
 DEFAULT = "local_only,fedavg_lora,fedavg_lora_ft,feddpa,pfedsam"
 
 
@@ -120,7 +125,7 @@ def _runs(
 
 
 def show_comparison(comparison: Any, reference: str) -> None:
-    """Print the tables of what is done and name what is missing; write them as Markdown and JSON beside the records."""
+    """Print the tables of what is done and name what is missing; write them to `tables.md` in its folder."""
     from pfedsam.evaluation.comparison_tables import markdown, tables, warnings
 
     records = comparison.records()
@@ -128,10 +133,9 @@ def show_comparison(comparison: Any, reference: str) -> None:
     if records:
         for table in tables(records, reference):
             console.print(table)
-        outdated = comparison.outdated()
-        if outdated:
-            told = f"{len(outdated)} record(s) are of other defaults of the bundle than it has now"
-            console.print(f"{told}: {'; '.join(outdated)}. To run them again, give another --records.", style="yellow")
+        for what, names in comparison.outdated().items():
+            told = f"{len(names)} record(s) are of other {OUTDATED[what]}"
+            console.print(f"{told}: {'; '.join(names)}. To run them again, give another --records.", style="yellow")
         for line in warnings(records):
             console.print(line, style="yellow", highlight=False)
         comparison.out.mkdir(parents=True, exist_ok=True)

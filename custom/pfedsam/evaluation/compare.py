@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.runs import Run, Simulator, defaults, execute
+from pfedsam.files import append_line, read_lines
 
 RECORDS = "runs.jsonl"
 
@@ -52,24 +53,24 @@ class Comparison:
         done = {record["key"] for record in read_records(self.record_file)}
         return [run for run in self.runs if run.key() not in done]
 
-    def outdated(self) -> list[str]:
-        """Names of the runs whose record is of other settings than the bundle has now where the run overrides none."""
-        told = {record["key"]: record["card"].get("defaults") for record in self.records()}
-        now = {bundle: defaults(bundle) for bundle in {run.bundle for run in self.runs}}
-        return [run.name for run in self.runs if told.get(run.key()) not in (None, now[run.bundle])]
+    def outdated(self) -> dict[str, list[str]]:
+        """Names of the runs whose record is of something else than there is now, by what that is.
+
+        `defaults`: settings of the bundle that the run does not override; `inputs`: images, labels or base weights. A
+        record that does not tell them is in none.
+        """
+        cards = {record["key"]: record["card"] for record in self.records()}
+        now: dict[str, Callable[[Run], str]] = {"defaults": lambda run: defaults(run.bundle), "inputs": Run.inputs}
+        found = {
+            what: [run.name for run in self.runs if cards.get(run.key(), {}).get(what) not in (None, ask(run))]
+            for what, ask in now.items()
+        }
+        return {what: names for what, names in found.items() if names}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records in a file; of two with one key the last counts, what is no record (a line cut off) is left out."""
-    found: dict[str, dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "key" in record:
-            found[record["key"]] = record
-    return list(found.values())
+    return list({record["key"]: record for record in read_lines(path) if "key" in record}.values())
 
 
 def compare(comparison: Comparison, workers: int, event: Callable[[str, int], None] | None = None) -> None:
@@ -104,7 +105,7 @@ def compare(comparison: Comparison, workers: int, event: Callable[[str, int], No
                     tell(content, min(1, left))
                     continue
                 if kind == "record":
-                    _append(comparison.record_file, content)
+                    append_line(comparison.record_file, content)
                     tell(f"done: {run.name}", left)
                 else:
                     comparison.failed[run.name] = content
@@ -134,36 +135,30 @@ def _messages(messages: Any, running: dict[int, tuple[Any, Run, int]]) -> Iterat
                 yield index, "failure", f"its process ended with exit code {process.exitcode} (memory?)"
 
 
-def _append(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        # a line that was cut off by a crash must not swallow this one
-        if file.tell() and not path.read_text().endswith("\n"):
-            file.write("\n")
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _work(index: int, run: Run, out: str, messages: Any, simulator: Simulator | None) -> None:
     """A process of its own for one run. It ends by itself when its parent is gone."""
     import logging
 
     import torch
 
+    def leave(*_: Any) -> None:
+        messages.cancel_join_thread()  # nobody reads them
+        sys.exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    signal.signal(signal.SIGTERM, leave)  # and it ends what it has started itself
     parent = os.getppid()
     torch.set_num_threads(1)
     _keep_freed_memory()
     logging.disable(logging.WARNING)
     log = Path(out) / "logs"
     log.mkdir(parents=True, exist_ok=True)
-    os.dup2(os.open(log / f"{run.key()}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
+    os.dup2(os.open(log / f"{run.key()}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), 1)
     os.dup2(1, 2)
 
     def event(line: str) -> None:
         if os.getppid() != parent:
-            os._exit(1)
+            leave()
         messages.put((index, "event", line))
 
     try:

@@ -1,7 +1,8 @@
 """One run of a comparison: a strategy on one split of the sites, trained, evaluated on the test cases, as one record.
 
-A record is one JSON line and holds all that the tables need. Cases and patients are named by a hash, so that a record
-can be kept with the code without naming a patient; the same case has the same hash in every run.
+A record is one JSON line and holds all that the tables need. Cases and patients are named by a hash, the same in every
+run: a pseudonym, so that a record of public data can be kept with the code. Records of a hospital's own patients stay
+there: with the names at hand, or guessed, a hash is found again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from pfedsam.data.sites import Split, read_split
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.site import CaseScore, evaluate_site
 from pfedsam.evaluation.unseen import unseen
+from pfedsam.networks.backbones import get_backbone
+from pfedsam.networks.weights import CHECKPOINTS, file_digest
 from pfedsam.strategies import StrategyFile, find_strategy, strategy_names
 from pfedsam.training.federation import Federation, pooled_site, run_federation
 
@@ -136,12 +140,33 @@ class Run:
         settings = {"feature_store": out / "features"}
         found = Federation(self.bundle, sites, strategy, folder_, self.rounds, self.settings, settings)
         if file.kind == "federated" and not self.simulator:
-            found.begun = found.rounds_alone(out / "rounds", f"{self.split_hash()} {defaults(self.bundle)}")
+            found.begun = found.rounds_alone(out / "rounds", f"{self.split_hash()} {self._beside_the_key()}")
         return found
 
     def training_folder(self, out: Path) -> Path:
-        """In the comparison's folder `out`; another one for other defaults of the bundle, whose training is another."""
-        return out / "trainings" / f"{self.training_key()}-{defaults(self.bundle)[:8]}"
+        """In the comparison's folder `out`; another one for what is another training, though its record has one key."""
+        return out / "trainings" / f"{self.training_key()}-{self._beside_the_key()}"
+
+    def inputs(self) -> str:
+        """Hash of the content of all images and labels and of the base weights, wherever they lie."""
+        cases = {(site, case) for site, split in self.splits().items() for part in split.values() for case in part}
+        told = sorted([site, one.name, content_hash(one.image), content_hash(one.label)] for site, one in cases)
+        return _hash([told, self._weights()])[:16]
+
+    def _weights(self) -> str:
+        """Checksum of the base weights; "" where they are random, or a file that is not there."""
+        settings = settings_of(self.bundle, self.settings)
+        own, named = get_backbone(settings["backbone"]).checkpoint, settings.get("checkpoint", "default")
+        if own is None:
+            return ""
+        name = own if named == "default" else named
+        if name in CHECKPOINTS:
+            return CHECKPOINTS[name].checksum
+        return f"sha256:{content_hash(Path(name))}" if Path(name).is_file() else ""
+
+    def _beside_the_key(self) -> str:
+        """Hash of what the training depends on beside its key: the bundle's defaults, the content of the inputs."""
+        return _hash([defaults(self.bundle), self.inputs()])[:8]
 
     def shared_folder(self, out: Path) -> Path:
         """The folder whose training other runs share: that of the rounds, or of the whole."""
@@ -216,7 +241,7 @@ def execute(
 
 
 def run_card(run: Run) -> dict[str, str]:
-    """What a reader needs to run it again: code, configuration, the bundle's defaults, split, machine."""
+    """What a reader needs to run it again: code, configuration, the bundle's defaults, inputs, split, machine."""
     import monai
     import torch
 
@@ -224,6 +249,7 @@ def run_card(run: Run) -> dict[str, str]:
         "code": f"{pfedsam.__version__} {_commit()}".strip(),
         "configuration": run.training_key(),
         "defaults": defaults(run.bundle),
+        "inputs": run.inputs(),
         "split": run.split_hash(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, "
         f"Python {platform.python_version()}, "
@@ -269,8 +295,29 @@ def split_hash(splits: Mapping[str, Split]) -> str:
     return _hash(told)[:16]
 
 
+def content_hash(path: Path | None) -> str:
+    """Hash of a file's content, or of that of a folder of DICOM slices; "" for none.
+
+    A file is read once in a process, as long as its size and time stay the same.
+    """
+    if path is None:
+        return ""
+    if path.is_dir():
+        return _hash([content_hash(one) for one in sorted(path.iterdir()) if one.is_file()])
+    status = path.stat()
+    return _content_hash(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _content_hash(path: Path, size: int, time_ns: int) -> str:
+    return file_digest(path)
+
+
 def case_hash(site: str, case: str) -> str:
-    """What stands for a case, or for a patient, of a site in a record."""
+    """What stands for a case, or for a patient, of a site in a record.
+
+    A pseudonym, not anonymous: who has the names, or tries all that are possible, finds the one.
+    """
     return _hash([site, case])[:12]
 
 

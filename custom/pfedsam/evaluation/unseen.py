@@ -28,7 +28,8 @@ def case_counts(available: int) -> list[int]:
 def unseen(run: Run, federation: Federation, tell: Callable[[str], None]) -> tuple[list[CaseScore], Notes]:
     """Scores of the held-out site on its test cases, and the notes of what was trained for it alone.
 
-    Models by the kind of the strategy: `federated`: `global`, and `personal_<n>` fitted beside it to n cases;
+    Models by the kind of the strategy: `federated`: `global`, to which nothing of this site is fitted (what it would
+    keep personal is as at its start), and, with a final phase, `personal_<n>` fitted beside it to n cases;
     `pooled`: `global`, the model of the other sites' pooled data; `local`: `alone_<n>`, trained on n cases through all
     rounds and the final phase, without any other site.
 
@@ -55,11 +56,15 @@ def _personal(run: Run, federation: Federation, tell: Callable[[str], None]) -> 
         )
         local.open()
         local.receive(theta, local.fingerprint)
-        local.finish(run.rounds)
         file = federation.out / "models" / f"{site}-{cases}.safetensors"
+        if not scores:
+            write(file, local.model(round=run.rounds, final=False))
+            scores += _scores(run, federation, file, output, {"global": "global"}, tell)
+        if not federation.strategy.final:
+            break  # there is nothing that more cases would change
+        local.finish(run.rounds)
         write(file, local.model(round=run.rounds, final=True))
-        names = {"global": "global"} if not scores else {}
-        scores += _scores(run, federation, file, output, names | {"personal": f"personal_{cases}"}, tell)
+        scores += _scores(run, federation, file, output, {"personal": f"personal_{cases}"}, tell)
     return scores, []
 
 

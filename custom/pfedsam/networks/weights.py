@@ -144,13 +144,17 @@ def check_file(path: Path, checksum: str) -> None:
         PFedSAMError: E10 with what was found and expected.
     """
     algorithm, _, expected = checksum.partition(":")
-    digest = hashlib.new(algorithm, usedforsecurity=False) if algorithm == "md5" else hashlib.new(algorithm)
+    found = file_digest(path, algorithm)
+    if found != expected:
+        raise PFedSAMError(
+            "E10", f"{path} has {algorithm} {found}, expected {expected}.", "Delete it and fetch it again."
+        )
+
+
+def file_digest(path: Path, algorithm: str = "sha256") -> str:
+    """Digest of a file's content, in hexadecimal; the file may be larger than the memory."""
+    digest = hashlib.new(algorithm, usedforsecurity=algorithm != "md5")
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    if digest.hexdigest() != expected:
-        raise PFedSAMError(
-            "E10",
-            f"{path} has {algorithm} {digest.hexdigest()}, expected {expected}.",
-            "Delete it and fetch it again.",
-        )
+    return digest.hexdigest()
