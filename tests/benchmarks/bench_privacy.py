@@ -73,7 +73,7 @@ def measure(option: str, seed: int, folder: Path) -> dict[str, Any]:
         "seed": seed,
         "global": float(np.mean([one.mean("global") for one in found])),
         "personal": float(np.mean([one.mean("personal") for one in found])),
-        "bytes": max(max(rounds) for rounds in sent_bytes(simulation).values()),
+        "bytes": max(max(rounds.values()) for rounds in sent_bytes(simulation).values()),
         "seconds": seconds,
     }
 

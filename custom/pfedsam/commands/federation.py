@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +35,7 @@ def simulate(
     out: RunFolder = Path("runs/simulation"),
     job: Job = "pfedsam",
     strategy: Annotated[
-        str | None, typer.Option(help="Strategy, ablation or .json file in the job's place (`pfedsam compare --list`).")
+        str | None, typer.Option(help="Strategy, ablation or .json file, not the job's (`pfedsam compare --list`).")
     ] = None,
     federation: Annotated[str, typer.Option(help="Name of the federation: the state of the sites is keyed by it.")] = (
         "simulation"
@@ -45,18 +47,17 @@ def simulate(
     set_: Overrides = None,
 ) -> None:
     """Simulate a federation of the site folders in DATA with NVFlare, and show what each site gained."""
+    from pfedsam.federated.jobs import make_job
     from pfedsam.federated.simulation import Simulation
     from pfedsam.strategies import find_strategy
 
-    chosen: dict[str, Any] = {}
     if strategy is not None:
-        file = find_strategy(strategy)
-        if file.kind != "federated":
+        if find_strategy(strategy).kind != "federated":
             raise typer.BadParameter(f"'{strategy}' needs no server: use `pfedsam compare`", param_hint="--strategy")
-        chosen = {**file.checked().model_dump(mode="json")}
+        job = str(make_job(strategy, out / "template", job))
     every = {} if validate_every is None else {"validate_every": validate_every}
-    overrides = {**(file.overrides if chosen else {}), "seed": seed, **literals(set_ or [])}
-    federate(Simulation(data, out, job, federation, bundle, rounds, overrides, {**chosen, **every}))
+    overrides = {"seed": seed, **literals(set_ or [])}
+    federate(Simulation(data, out, job, federation, bundle, rounds, overrides, every))
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -97,6 +98,7 @@ def _has_bfloat16() -> bool:
 
 def federate(simulation: Any) -> None:
     """Run a simulation, or what is left of it, with progress, then show what each site gained."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without the processes that it has started
     with console.status("loading libraries"):
         from pfedsam.federated.jobs import find_job, plan_settings, server_settings
         from pfedsam.federated.simulation import expected_events, run, sent_bytes
@@ -120,8 +122,7 @@ def federate(simulation: Any) -> None:
             console.print("this federation has finished before; its sites are evaluated again")
     states = simulation.states()
     models = {site: (simulation.data / site, states[site].file) for site in simulation.sites}
-    show_evaluation(
-        models, simulation.bundle or plan_settings(job)["bundle"], simulation.overrides, out, sent_bytes(simulation)
-    )
+    bundle = simulation.bundle or plan_settings(job)["bundle"]
+    show_evaluation(models, bundle, simulation.settings, out, sent_bytes(simulation))
     report(out)
     console.print(f"personal state: {simulation.state_root} (pfedsam state list --root {simulation.state_root})")

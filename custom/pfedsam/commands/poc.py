@@ -197,14 +197,14 @@ def _newest_state(deployment: Any, site: str) -> Path:
     return entry.file
 
 
-def _sent(deployment: Any) -> dict[str, list[int]]:
+def _sent(deployment: Any) -> dict[str, dict[int, int]]:
     """Bytes that left each site in the rounds of its last job, by its own records."""
-    from pfedsam.federated.records import SENT_FILE, bytes_by_round
+    from pfedsam.run_folder import SENT_FILE, bytes_by_round
 
     found = {}
     for site in deployment.sites:
         files = sorted(deployment.kit(site).glob(f"*/{SENT_FILE}"), key=lambda path: path.stat().st_mtime)
-        found[site] = bytes_by_round(files[-1]) if files else []
+        found[site] = bytes_by_round(files[-1:])
     return found
 
 

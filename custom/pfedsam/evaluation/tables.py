@@ -17,7 +17,7 @@ CAPTION = (
 )
 
 
-def results(evaluations: Sequence[SiteEvaluation], sent: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+def results(evaluations: Sequence[SiteEvaluation], sent: Mapping[str, Mapping[int, int]]) -> dict[str, Any]:
     """All that the table shows, for JSON.
 
     Args:
@@ -29,7 +29,7 @@ def results(evaluations: Sequence[SiteEvaluation], sent: Mapping[str, Sequence[i
             "cases": len(one.scores) // len(MODELS),
             **{f"dice_{model}": one.mean(model) for model in MODELS},
             **{f"failures_{model}": one.failures(model) for model in MODELS},
-            "bytes_per_round": int(np.mean(sent[one.site])) if sent.get(one.site) else 0,
+            "bytes_per_round": int(np.mean(list(sent[one.site].values()))) if sent.get(one.site) else 0,
         }
         for one in evaluations
     }

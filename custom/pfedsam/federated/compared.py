@@ -38,6 +38,6 @@ def run_simulated(run: Run, out: Path, tell: Callable[[str], None]) -> tuple[dic
     notes: list[dict[str, Any]] = [
         {"round": number, "site": site, "bytes": count, "phases": None, "gates": {}}
         for site, rounds in sent_bytes(simulation).items()
-        for number, count in enumerate(rounds)
+        for number, count in rounds.items()
     ]
     return {site: entry.file for site, entry in simulation.states().items()}, notes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -15,8 +16,10 @@ from typing import Any
 from pfedsam.data.sites import site_names
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.jobs import export_job, find_job, plan_settings, server_settings
-from pfedsam.federated.records import NEWS, SENT_FILE, bytes_by_round
+from pfedsam.federated.records import NEWS
+from pfedsam.files import write_atomically
 from pfedsam.global_model import round_of
+from pfedsam.run_folder import EARLIER, RUN, SENT_FILE, WORKSPACE, bytes_by_round, starts
 from pfedsam.state import ROOT_VARIABLE, StateEntry, newest_states
 
 _PROBLEM = re.compile(r"\b(E\d\d): (.*)")
@@ -70,7 +73,12 @@ class Simulation:
     @property
     def workspace(self) -> Path:
         """NVFlare's workspace; the simulator empties it at the start."""
-        return self.out / "workspace"
+        return self.out / WORKSPACE
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All overrides of the bundle: the job's own, and `overrides` on top."""
+        return {**(plan_settings(find_job(self.job)).get("overrides") or {}), **self.overrides}
 
     @property
     def state_root(self) -> Path:
@@ -106,6 +114,7 @@ def run(simulation: Simulation, event: Callable[[str], None] | None = None) -> b
     done = round_of(simulation.global_model) + 1 if simulation.global_model.exists() else 0
     if done >= rounds and _finished(simulation, rounds):
         return False
+    _keep_start(simulation)
     plan = plan_settings(source)
     job = export_job(
         source,
@@ -113,7 +122,7 @@ def run(simulation: Simulation, event: Callable[[str], None] | None = None) -> b
         plan={
             "federation": simulation.federation,
             "bundle": simulation.bundle or plan["bundle"],
-            "overrides": {**(plan.get("overrides") or {}), **simulation.overrides},
+            "overrides": simulation.settings,
             "strategy": {**plan["strategy"], **simulation.strategy},
         },
         server={"num_rounds": rounds - done, "start_round": done, "min_clients": len(simulation.sites)},
@@ -139,10 +148,10 @@ def expected_events(simulation: Simulation, rounds: int) -> int:
     return len(simulation.sites) * ((rounds - done) * a_round + len(strategy.get("final", ())) + 1)
 
 
-def sent_bytes(simulation: Simulation) -> dict[str, list[int]]:
+def sent_bytes(simulation: Simulation) -> dict[str, dict[int, int]]:
     """Bytes of tensors that left each site, by round, as its own filter recorded them."""
-    runs = {site: simulation.workspace / site / "simulate_job" for site in simulation.sites}
-    return {site: bytes_by_round(run / SENT_FILE) for site, run in runs.items()}
+    found = starts(simulation.out)
+    return {site: bytes_by_round(one / site / RUN / SENT_FILE for one in found) for site in simulation.sites}
 
 
 def _simulate(simulation: Simulation, job: Path, log: Path, event: Callable[[str], None] | None) -> None:
@@ -161,8 +170,15 @@ def _simulate(simulation: Simulation, job: Path, log: Path, event: Callable[[str
     }
     with (
         log.open("w", buffering=1) as file,
+        # a group of its own, so that it ends with all the processes that it starts
         subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         ) as process,
     ):
         assert process.stdout is not None
@@ -172,7 +188,7 @@ def _simulate(simulation: Simulation, job: Path, log: Path, event: Callable[[str
                 if event and (news := NEWS.search(line)):
                     event(news.group(1).strip())
         except BaseException:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGKILL)
             raise
 
 
@@ -188,12 +204,23 @@ def _first_problem(simulation: Simulation) -> PFedSAMError | None:
 
 def _harvest(simulation: Simulation) -> None:
     """Keep the last global model before the simulator empties its workspace."""
-    newest = simulation.workspace / "server" / "simulate_job" / "app_server" / "global_model.safetensors"
-    if newest.exists():
-        simulation.out.mkdir(parents=True, exist_ok=True)
-        kept = simulation.global_model
-        if not kept.exists() or round_of(newest) > round_of(kept):
-            shutil.copy2(newest, kept)
+    newest = simulation.workspace / "server" / RUN / "app_server" / "global_model.safetensors"
+    kept = simulation.global_model
+    if newest.exists() and (not kept.exists() or round_of(newest) > round_of(kept)):
+        write_atomically(kept, newest.read_bytes())
+
+
+def _keep_start(simulation: Simulation) -> None:
+    """Keep what a start tells of its rounds, curves and what was sent, before the simulator empties its workspace."""
+    workspace, earlier = simulation.workspace, simulation.out / EARLIER
+    told = [*workspace.glob(f"*/{RUN}/{SENT_FILE}"), *workspace.glob(f"server/{RUN}/tb_events/*/*")]
+    if not told:
+        return
+    kept = earlier / str(len(list(earlier.glob("*"))))
+    for path in told:
+        target = kept / path.relative_to(workspace)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
 
 
 def _finished(simulation: Simulation, rounds: int) -> bool:
