@@ -14,6 +14,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.global_model import read_global_model
 from pfedsam.networks.weights import CHECKPOINTS
 from pfedsam.parameters import Roles, manifest
+from pfedsam.strategies import find_strategy
 
 TINY = ("--set", "backbone=vit_test", "--set", "image_size=64")
 
@@ -76,6 +77,24 @@ def test_every_share_of_the_decoder_is_a_setting_and_is_told(shared, rank, share
     assert found.decoder_share == share
     sizes = {size.group: size.role for size in found.groups}
     assert {group for group, role in sizes.items() if role == "shared"} == set(shared)
+
+
+@pytest.mark.parametrize("name", ["fedln", "ditto", "fedavg_lora_ft", "pfedsam"])
+def test_sizes_of_the_roles_are_those_of_the_strategys_tensors(name):
+    from pfedsam.describe import describe
+
+    file = find_strategy(name)
+    strategy, settings = file.checked(), {"backbone": "vit_test", "image_size": 64, **file.overrides}
+    found = describe("brain_lesion_mri", strategy.roles, settings, copies=strategy.has_copy)
+    network = network_of("brain_lesion_mri", settings, weights=False)
+    sizes = {role: manifest(network, strategy.roles, role) for role in ("shared", "personal", "frozen")}
+    numbers = {role: sum(spec.bytes for spec in one.values()) for role, one in sizes.items()}
+    assert found.payload == numbers["shared"]
+    copy = {size.group: size for size in found.groups}.get("personal_copy")
+    assert (copy.bytes if copy else 0) == (numbers["shared"] if strategy.has_copy else 0)
+    told = sum(size.bytes for size in found.groups if size.role == "personal" and size.group != "personal_copy")
+    assert told == numbers["personal"]
+    assert ("layer_norm" in {size.group for size in found.groups}) == (name == "fedln")
 
 
 def test_description_is_whole_in_80_columns(monkeypatch):

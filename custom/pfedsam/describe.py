@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pfedsam.bundles import network_of, settings_of
@@ -39,7 +40,8 @@ class Description:
 
     Attributes:
         settings: the bundle's switches with the overrides applied.
-        groups: sizes of the groups that the network has, in the order of `pfedsam.parameters.GROUPS`.
+        groups: sizes of the groups that the network has, in the order of `pfedsam.parameters.GROUPS`; `layer_norm` is
+            one where layer norms have a role of their own, `personal_copy` where a site keeps a copy of what is shared.
         decoder_share: `subset`, `full`, `lora`, `frozen`, or several of them.
         trunk_gflop: forward pass of one image through the frozen trunk, which the feature cache saves, in GFLOP (a
             multiplication and an addition are two).
@@ -66,19 +68,27 @@ class Description:
         return sum(size.bytes for size in self.groups if size.role == "shared")
 
 
-def describe(bundle: str, roles: Roles, overrides: Mapping[str, Any] | None = None) -> Description:
+def describe(
+    bundle: str, roles: Roles, overrides: Mapping[str, Any] | None = None, *, copies: bool = False
+) -> Description:
     """Describe the network of a bundle without weights or memory (on the meta device).
 
     Args:
         bundle: name of an installed bundle.
         roles: of the strategy.
+        copies: whether a site keeps a copy of the shared tensors of its own (`has_copy` of the strategy).
         overrides: see `pfedsam.bundles.checked_overrides`.
 
     Raises:
         PFedSAMError: E16 or E18 for wrong settings.
     """
     network = network_of(bundle, overrides, weights=False)
-    groups = tuple(size for group in GROUPS if (size := _size(network, group, roles)).tensors)
+    named: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
+    for name, tensor in tensors(network).items():
+        named[roles.group(name)][name] = tensor
+    if copies:
+        named["personal_copy"] = {name: t for name, t in tensors(network).items() if roles.of(name) == "shared"}
+    groups = tuple(_size(group, found, roles) for group, found in named.items() if found)
     told = settings_of(bundle, overrides)
     trunk, head = _gflop(network)
     settings = {key: told[key] for key in SWITCHES if key in told}
@@ -88,10 +98,9 @@ def describe(bundle: str, roles: Roles, overrides: Mapping[str, Any] | None = No
     return Description(settings, groups, _decoder_share(network, roles), trunk, head)
 
 
-def _size(network: SegmentAnything, group: str, roles: Roles) -> GroupSize:
-    named = {name: tensor for name, tensor in tensors(network).items() if group_of(name) == group}
+def _size(group: str, named: Mapping[str, Tensor], roles: Roles) -> GroupSize:
+    role: Role = "personal" if group == "personal_copy" else roles.of(next(iter(named)))
     sizes = [TensorSpec(tuple(t.shape), str(t.dtype).removeprefix("torch.")).bytes for t in named.values()]
-    role: Role = "shared" if group in roles.shared else "personal" if group in roles.personal else "frozen"
     return GroupSize(group, role, len(named), sum(t.numel() for t in named.values()), sum(sizes))
 
 

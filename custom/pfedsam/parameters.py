@@ -101,11 +101,14 @@ class Roles:
         if both:
             raise PFedSAMError("E16", f"group(s) {both} are both shared and personal.", "Give each group one role.")
 
+    def group(self, name: str) -> str:
+        """The group that gives a tensor its role: its own, or `layer_norm` where that is personal (E12 if unknown)."""
+        group = group_of(name)
+        return LAYER_NORM if LAYER_NORM in self.personal and _LAYER_NORMS.fullmatch(name) else group
+
     def of(self, name: str) -> Role:
         """The role of one tensor name (E12 if the name is unknown)."""
-        group = group_of(name)
-        if LAYER_NORM in self.personal and _LAYER_NORMS.fullmatch(name):
-            return "personal"
+        group = self.group(name)
         if group in self.shared:
             return "shared"
         return "personal" if group in self.personal else "frozen"
@@ -170,7 +173,7 @@ def check_state(state: Mapping[str, Any], expected: Manifest, *, code: str, what
     remedy = "Both sides must use the same bundle, backbone, number of classes and strategy."
     missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or extra:
-        raise PFedSAMError(code, f"{what}: missing tensors {_short(missing)}, unknown tensors {_short(extra)}.", remedy)
+        raise PFedSAMError(code, f"{what}: missing tensors {short(missing)}, unknown tensors {short(extra)}.", remedy)
     for name, spec in expected.items():
         value = state[name]
         if not hasattr(value, "shape") or not hasattr(value, "dtype"):
@@ -268,5 +271,6 @@ def _load(network: nn.Module, roles: Roles, role: Role, state: Mapping[str, Any]
             tensor.copy_(torch.as_tensor(state[name]))
 
 
-def _short(names: list[str], limit: int = 3) -> str:
+def short(names: list[str], limit: int = 3) -> str:
+    """The first names of a list, and how many more there are, for a sentence."""
     return str(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

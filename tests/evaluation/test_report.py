@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,8 +19,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from torch.utils.tensorboard import SummaryWriter
+from typer.testing import CliRunner
 
 from pfedsam.bundles import folder
+from pfedsam.cli import app
 from pfedsam.data.phantom import write_phantom
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.pictures import case_picture
@@ -28,6 +31,7 @@ from pfedsam.evaluation.report import read_curves, write_report
 from pfedsam.evaluation.runs import case_hash
 from pfedsam.evaluation.site import CasePrediction, CaseScore, SiteEvaluation
 from pfedsam.evaluation.tables import results
+from pfedsam.federated.simulation import Simulation, _keep_start, sent_bytes
 
 SITES = ("site-1", "site-2", "case_western_st_joseph", "thomas_jefferson")
 LAYERS = 8
@@ -45,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scores = []
         label = np.zeros((1, 24, 24, 6), bool)
         label[0, 6:14, 6:14, 2:4] = True
-        shown = CasePrediction(SECRET, "image", label, {m: np.roll(label, 2, 1) for m in ("global", "personal")})
+        shown = CasePrediction(SECRET, Path("image"), label, {m: np.roll(label, 2, 1) for m in ("global", "personal")})
         for n in range(3 if place else 6):
             for model in ("global", "personal"):
                 dice = 0.5 + 0.05 * n - (0.2 if place == 1 and model == "personal" else 0)
@@ -127,6 +131,28 @@ def test_warnings(page: str) -> None:
     assert "Fewer than 5 test cases, so that a mean says little: site-2 (3)" in page
     assert "(<code>pfedsam infer --global</code>)" in page
     assert "At site-1 the global model missed a class in 1 of 6 cases" in page
+
+
+def test_a_page_to_show_outside_has_no_image_and_no_single_case(run: Path, page: str, tmp_path: Path) -> None:
+    assert "Dice of every test case" in page and "keep it at the sites" in page
+    outside = tmp_path / "outside.html"
+    done = CliRunner().invoke(app, ["report", str(run), "--no-pictures", "--out", str(outside)])
+    assert done.exit_code == 0, done.output
+    text = outside.read_text()
+    assert "<img" not in text and "Dice of every test case" not in text and "keep it at the sites" not in text
+    assert "Validation Dice over rounds" in text and "site-1" in text
+
+
+def test_the_page_says_nothing_of_where_weights_lie(run: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PFEDSAM_CHECKPOINT", str(tmp_path / "someone" / "weights.pth"))
+    text = write_report(run, tmp_path / "page.html").read_text()
+    assert "someone" not in text and "a file of this machine" in text
+
+
+def test_the_page_is_the_same_twice(run: Path, page: str) -> None:
+    line = [sys.executable, "-m", "pfedsam.cli", "report", str(run)]
+    subprocess.run(line, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    assert (run / "report.html").read_text() == page
 
 
 def test_a_site_with_markup_in_its_name_is_text(run: Path, tmp_path: Path) -> None:
@@ -258,6 +284,33 @@ def test_megabytes_are_of_what_left_after_all_filters(page: str) -> None:
     assert f"sent at all sites ends at {2 * len(SITES):.2f}" in page
 
 
+def test_a_run_that_was_started_again_has_the_rounds_of_all_its_starts(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    for site in SITES:
+        (tmp_path / "data" / site / "images").mkdir(parents=True)
+    again = Simulation(tmp_path / "data", copy)
+    before = read_curves(copy), sent_bytes(again)
+    _keep_start(again)
+    assert not list((copy / "workspace").rglob("events*"))
+    pd.testing.assert_frame_equal(read_curves(copy), before[0])
+    assert sent_bytes(again) == before[1] == {site: {0: 1e6, 1: 1e6} for site in SITES}
+    # the second start does round 1 again, and round 4
+    kept = copy / "earlier" / "0"
+    shutil.copytree(kept, copy / "workspace", dirs_exist_ok=True)
+    for site in SITES:
+        sent = copy / "workspace" / site / "simulate_job" / "pfedsam_sent.jsonl"
+        told = [{"stage": "left", "task": "train", "tensors": 3, "round": n, "bytes": 2e6} for n in (1, 4)]
+        sent.write_text("\n".join(map(json.dumps, told)) + "\n")
+        with SummaryWriter(str(copy / "workspace" / "server" / "simulate_job" / "tb_events" / site)) as writer:
+            writer.add_scalar("val_dice_global", 0.7, 4)
+    assert sent_bytes(again) == {site: {0: 1e6, 1: 2e6, 4: 2e6} for site in SITES}
+    curves = read_curves(copy)
+    assert curves[(curves.tag == "val_dice_global") & (curves.site == SITES[0])]["round"].tolist() == [0, 1, 2, 3, 4]
+    assert f"sent at all sites ends at {5 * len(SITES):.2f}" in write_report(copy).read_text()
+    _keep_start(again)
+    assert (copy / "earlier" / "1").is_dir() and sent_bytes(again)[SITES[0]] == {0: 1e6, 1: 2e6, 4: 2e6}
+
+
 def test_ids_of_the_figures_do_not_meet(page: str) -> None:
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
@@ -275,12 +328,13 @@ def test_a_run_without_curves_or_job_has_a_page(run: Path, tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder of `pfedsam simulate`: two phantom sites, one round of the smallest network."""
+    """A run folder of `pfedsam simulate`: two phantom sites, one round of the smallest network, an ablation."""
     folder = tmp_path_factory.mktemp("trained")
     write_phantom(folder / "data", sites=2, cases=6, shape=(32, 32, 6))
     options = [word for pair in TINY for word in ("--set", pair)]
     line = [sys.executable, "-m", "pfedsam.cli", "simulate", folder / "data", "--out", folder / "run", "--rounds", "1"]
-    subprocess.run([*line, *options], check=True, cwd=folder)
+    # what it sets in the network must hold in the evaluation, too
+    subprocess.run([*line, "--strategy", "experts_2", *options], check=True, cwd=folder)
     return folder / "run"
 
 

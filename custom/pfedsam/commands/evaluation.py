@@ -38,13 +38,16 @@ def report(
     compare: Annotated[
         Path | None, typer.Option(help="Records of `pfedsam compare` with local_only: where is a site better alone?")
     ] = None,
+    pictures: Annotated[
+        bool, typer.Option(help="Images of patients and results of single cases; without them to show it outside.")
+    ] = True,
 ) -> None:
     """One self-contained page about a run: tables, curves, pictures, warnings. It names sites, never cases."""
     with console.status("writing the report"):
         quiet_libraries()
         from pfedsam.evaluation.report import write_report
 
-        path = write_report(run, out, compare)
+        path = write_report(run, out, compare, pictures=pictures)
     console.print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB; open it in a browser)")
 
 
@@ -74,16 +77,10 @@ def show_evaluation(
             found = evaluate_site(bundle, data, model, progress=advance.total, **how)
         evaluations.append(found)
         for name, example in found.examples.items():
-            image = load_picture(_image_of(data, example.case)).values
+            image = load_picture(example.image).values
             case_picture(found, name, image, out / "pictures" / f"{site}-{name}.png")
     about = {"bundle": bundle, "overrides": dict(overrides), "section": section}
     table = {"about": about, **results(evaluations, sent)}
     (out / "results.json").write_text(json.dumps(table, indent=2) + "\n")
     console.print(site_table(table, f"{bundle}: {section} cases"))
     console.print(f"pictures: {out / 'pictures'}    all numbers: {out / 'results.json'}")
-
-
-def _image_of(data: Path, case: str) -> Path:
-    from pfedsam.data.sites import read_site
-
-    return next(one.image for one in read_site(data) if one.name == case)

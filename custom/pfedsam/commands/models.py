@@ -68,7 +68,7 @@ def describe_bundle(
         plan = plan_settings(find_job(job))
         strategy = Strategy.of(plan["strategy"])
         overrides = {**(plan.get("overrides") or {}), **literals(set_ or [])}
-        found = describe(bundle, strategy.roles, overrides)
+        found = describe(bundle, strategy.roles, overrides, copies=strategy.has_copy)
     if as_json:
         print(json.dumps({**found.to_dict(), "strategy": strategy.model_dump()}, indent=2))
         return

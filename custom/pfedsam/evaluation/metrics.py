@@ -18,7 +18,6 @@ from torch import Tensor
 
 #: Tolerance of the surface Dice, in the unit of the spacing.
 TOLERANCE = 2.0
-SURFACE_METRICS = ("hd95", "asd", "nsd")
 
 
 @dataclass(frozen=True)

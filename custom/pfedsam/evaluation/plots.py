@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -40,15 +41,16 @@ class Plot:
     svg: Markup
 
 
-def plots(curves: pd.DataFrame, results: Mapping[str, Any], sent: pd.DataFrame) -> list[Plot]:
+def plots(curves: pd.DataFrame, results: Mapping[str, Any], sent: pd.DataFrame, *, cases: bool = True) -> list[Plot]:
     """All figures that there is something for.
 
     Args:
         curves: columns `site`, `tag`, `round`, `value`, see `pfedsam.evaluation.report.read_curves`.
         results: of `pfedsam.evaluation.tables.results`.
         sent: columns `site`, `round`, `bytes`.
+        cases: with the results of single cases.
     """
-    found = [_cases(results)]
+    found = [_cases(results)] if cases else []
     for pattern, title, label in (
         ("val_dice_(global|personal)", "Validation Dice over rounds", "Dice"),
         ("loss/.*", "Training loss over rounds", "loss"),
@@ -221,7 +223,7 @@ def _svg(figure: Figure) -> Markup:
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     # ids of several figures in one page must not meet
-    salt = f"f{abs(hash(text)) % 10**8}"
+    salt = f"f{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     text = re.sub(r'(id="|#)([\w.-]+)', lambda m: m[0] if _is_colour(m) else f"{m[1]}{salt}{m[2]}", text)
     return Markup(re.sub(r"<svg ", '<svg aria-hidden="true" focusable="false" ', text, count=1))
 

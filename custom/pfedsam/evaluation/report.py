@@ -1,6 +1,7 @@
-"""One page about a run that a person can look at, keep and send: no script, no link to another file, no network.
+"""One page about a run that a person can look at and keep: no script, no link to another file, no network.
 
-The page names sites, never cases: it may be shown outside the hospitals.
+The page names sites, never cases. It shows slices of patients' images and the Dice of single cases: to be shown outside
+the hospitals it is written without them (`pictures=False`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,22 @@ from pfedsam.evaluation.runs import case_hash
 from pfedsam.evaluation.site import MODELS
 from pfedsam.evaluation.statistics import case_table
 from pfedsam.parameters import Roles
+from pfedsam.run_folder import RUN, SENT_FILE, bytes_by_round, starts
+from pfedsam.training.phases import Strategy
 
 FEW_CASES = 5
 DEAD_SHARE = 0.02
 EXAMPLES = ("best", "median", "worst")
 
 
-def write_report(run: Path, out: Path | None = None, compare: Path | None = None) -> Path:
+def write_report(run: Path, out: Path | None = None, compare: Path | None = None, *, pictures: bool = True) -> Path:
     """Write the page about a run of `pfedsam demo` or `pfedsam simulate`.
 
     Args:
         run: the run folder; `results.json` must be in it, curves and settings are used where they are there.
         out: HTML file to write; `report.html` in the run folder by default.
         compare: records of `pfedsam compare`; those of `local_only` tell where a site does better alone.
+        pictures: with images of patients and results of single cases; False leaves means of sites and curves.
 
     Returns:
         The file written.
@@ -71,10 +75,11 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
         strategy=plan.get("strategy", {}),
         settings=_settings(plan, about),
         groups=_groups(plan),
-        plots=plots(curves, results, _sent(run)),
-        pictures=_pictures(run, results),
+        plots=plots(curves, results, _sent(run, results["sites"]), cases=pictures),
+        pictures=_pictures(run, results) if pictures else {},
         warnings=[*_warnings(results, curves), *alone],
         compared=compare is not None,
+        shown=pictures,
     )
     out = out or run / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -88,12 +93,17 @@ def _code(text: str) -> Markup:
 
 
 def read_curves(run: Path) -> pd.DataFrame:
-    """The scalars that the sites sent, from TensorBoard's files: columns `site`, `tag`, `round`, `value`."""
-    rows = []
-    for folder in sorted(path for path in run.glob("workspace/server/*/tb_events/*") if path.is_dir()):
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-        for tag in events.Tags()["scalars"]:
-            rows += [(folder.name, tag, event.step, event.value) for event in events.Scalars(tag)]
+    """The scalars that the sites sent, from TensorBoard's files of all starts: columns `site`, `tag`, `round`, `value`.
+
+    Of a round that was done twice the last value counts.
+    """
+    values: dict[tuple[str, str, int], float] = {}
+    for start in starts(run):
+        for folder in sorted(path for path in start.glob(f"server/{RUN}/tb_events/*") if path.is_dir()):
+            events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+            for tag in events.Tags()["scalars"]:
+                values |= {(folder.name, tag, event.step): event.value for event in events.Scalars(tag)}
+    rows = [(*key, value) for key, value in sorted(values.items())]
     return pd.DataFrame(rows, columns=["site", "tag", "round", "value"])
 
 
@@ -117,18 +127,18 @@ def _plan(run: Path) -> tuple[dict[str, Any], int | None]:
     return plan, config["start_round"] + config["num_rounds"]
 
 
-def _sent(run: Path) -> pd.DataFrame:
+def _sent(run: Path, sites: Iterable[str]) -> pd.DataFrame:
     """What left each site after all filters, as its own record has it: columns `site`, `round`, `bytes`."""
-    rows = []
-    for path in sorted(run.glob("workspace/*/*/pfedsam_sent.jsonl")):
-        for note in map(json.loads, path.read_text().splitlines()):
-            if note.get("stage") == "left" and note["task"] == "train" and note["tensors"]:
-                rows.append({"site": path.parents[1].name, "round": note["round"], "bytes": note["bytes"]})
+    rows = [
+        {"site": site, "round": number, "bytes": count}
+        for site in sites
+        for number, count in bytes_by_round(start / site / RUN / SENT_FILE for start in starts(run)).items()
+    ]
     return pd.DataFrame(rows)
 
 
 def _settings(plan: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, str]:
-    """What was set, in words."""
+    """What was set, in words; of the base weights only whether they are a file of this machine, not where it lies."""
     from pfedsam.bundles import settings_of
 
     bundle = plan.get("bundle") or about.get("bundle")
@@ -136,6 +146,8 @@ def _settings(plan: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, st
         return {}
     overrides = plan.get("overrides") or about.get("overrides")
     told = settings_of(bundle, overrides) | describe(bundle, Roles(), overrides).settings
+    if "checkpoint" in told and not str(told["checkpoint"]).isidentifier():
+        told["checkpoint"] = "a file of this machine"
     return {"bundle": bundle, **{key: json.dumps(value) for key, value in told.items()}}
 
 
@@ -143,9 +155,8 @@ def _groups(plan: Mapping[str, Any]) -> list[Any]:
     """Parameter groups with their roles and sizes."""
     if not plan:
         return []
-    strategy = plan["strategy"]
-    roles = Roles(tuple(strategy["shared"]), tuple(strategy["personal"]))
-    return list(describe(plan["bundle"], roles, plan.get("overrides")).groups)
+    strategy = Strategy.of(plan["strategy"])
+    return list(describe(plan["bundle"], strategy.roles, plan.get("overrides"), copies=strategy.has_copy).groups)
 
 
 def _warnings(results: Mapping[str, Any], curves: pd.DataFrame) -> list[str]:

@@ -55,10 +55,10 @@ class CaseScore:
 
 @dataclass(frozen=True)
 class CasePrediction:
-    """Label and predictions of a case, `(C, H, W, D)` each, in the grid of the image at `image`."""
+    """Label and predictions of a case, `(C, H, W, D)` each, in the grid of the file (or DICOM folder) `image`."""
 
     case: str
-    image: str
+    image: Path
     label: np.ndarray
     predictions: dict[str, np.ndarray]
 
@@ -121,20 +121,25 @@ def evaluate_site(
     workflow = _workflow(bundle, folder, model_file, settings, section, output_dir)
     try:
         workflow.initialize()
-        evaluator, network = (workflow.parser.get_parsed_content(id_) for id_ in ("validate#evaluator", "network"))
+        parsed = workflow.parser.get_parsed_content
+        evaluator, network, listed = parsed("validate#evaluator"), parsed("network"), parsed("validate#data_list")
         kept = [read(file) for file in (model_file, *ensemble)]
     except Exception as error:
         raise first_of_ours(error) or error from error
     total = len(models) * len(evaluator.data_loader)
     if not total:
         raise PFedSAMError("E06", f"{folder} has no {section} case.", "Name some in datalist.json, or remove it.")
+    images = {str(item["case"]): Path(item["image"]) for item in listed}
     found: dict[str, CasePrediction] = {}
     scores: list[CaseScore] = []
     for model in models:
 
         def keep(engine: Any, model: str = model) -> None:
             for item, output in zip(engine.state.batch, engine.state.output, strict=True):
-                scores.append(_score(site, model, item, output, found))
+                score, label, prediction = _score(site, model, str(item["case"]), output)
+                kept_case = CasePrediction(score.case, images[score.case], label, {})
+                found.setdefault(score.case, kept_case).predictions[model] = prediction
+                scores.append(score)
                 if progress:
                     progress(len(scores), total)
 
@@ -193,15 +198,12 @@ def _workflow(bundle: str, folder: Any, model_file: Any, settings: Any, section:
     )
 
 
-def _score(site: str, model: str, item: Any, output: Any, found: dict[str, CasePrediction]) -> CaseScore:
+def _score(site: str, model: str, case: str, output: Any) -> tuple[CaseScore, np.ndarray, np.ndarray]:
+    """The score of a case, its label and the prediction, `(C, H, W, D)` each."""
     prediction, label = output["pred"].bool(), output["label"].bool()
     spacing = affine_to_spacing(output["label"].affine, r=label.ndim - 1).tolist()
     metrics = case_metrics(prediction.as_tensor(), label.as_tensor(), spacing)
-    case = str(item["case"])
-    image = str(output["label"].meta["filename_or_obj"]) if case not in found else found[case].image
-    kept = found.setdefault(case, CasePrediction(case, image, label.cpu().numpy(), {}))
-    kept.predictions[model] = prediction.cpu().numpy()
-    return CaseScore(site, case, model, **vars(metrics))
+    return CaseScore(site, case, model, **vars(metrics)), label.cpu().numpy(), prediction.cpu().numpy()
 
 
 def _examples(scores: list[CaseScore], found: dict[str, CasePrediction]) -> dict[str, CasePrediction]:
