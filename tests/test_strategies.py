@@ -127,16 +127,23 @@ def test_without_lmoe_is_pfedsam_with_a_copy_instead_of_experts() -> None:
     assert other.has_copy and not other.personal
 
 
-@pytest.mark.parametrize("name", ["local_phase_each_round", "global_first"])
-def test_the_order_of_the_phases_is_the_strategys(name: str) -> None:
-    names = [phase.name for phase in find_strategy(name).checked().phases]
-    assert names == (["global", "local"] if name == "global_first" else ["local", "global"])
+def test_the_order_of_the_phases_is_that_of_a_strategy_in_which_it_matters() -> None:
+    mutual, other = find_strategy("distil_mutual").checked(), find_strategy("global_first").checked()
+    assert [phase.name for phase in mutual.phases] == ["local", "global"]
+    assert list(other.phases) == list(reversed(mutual.phases))
+    # without a personal teacher neither phase depends on what the other has just trained
+    assert {phase.name: phase.distillation.teacher for phase in other.phases if phase.distillation} == {
+        "local": "global",
+        "global": "personal",
+    }
 
 
 @pytest.mark.parametrize(("name", "of"), [("feddpa", "local_phase_each_round"), ("one_adapter", "pfedsam")])
 def test_the_control_has_one_expert_and_no_teacher(name: str, of: str) -> None:
     control, ours = find_strategy(name), find_strategy(of)
     assert control.overrides == {"experts": 1}
+    # FedDPA serves its personal model whole
+    assert control.checked().interpolation == (1 if name == "feddpa" else ours.checked().interpolation)
     assert control.checked().roles == ours.checked().roles
     for a, b in zip(
         (*control.checked().phases, *control.checked().final),

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pfedsam.errors import PFedSAMError
+from pfedsam.files import write_atomically
 
 IMAGE_SUFFIXES: tuple[str, ...] = (".nii.gz", ".nii", ".png", ".jpg", ".tif", ".dcm")
 LABEL_SUFFIXES: tuple[str, ...] = (".nii.gz", ".nii", ".png", ".tif")
@@ -213,7 +213,7 @@ def datalist(folder: str | Path, section: str, seed: int = 0, folds: int = 3) ->
 def write_split(folder: str | Path, path: str | Path, seed: int = 0, folds: int = 3) -> dict[str, Any]:
     """Write the split of a site as readable JSON: case names of each section, seed, folds and where it comes from.
 
-    The file is written beside its final name and renamed. It names cases, so it stays at the site.
+    It names cases, so it stays at the site.
 
     Returns:
         What was written.
@@ -229,10 +229,7 @@ def write_split(folder: str | Path, path: str | Path, seed: int = 0, folds: int 
     patients = {case.name: case.patient for cases in split.values() for case in cases if case.patient != case.name}
     if patients:
         content["patients"] = patients
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, f"{json.dumps(content, indent=1, ensure_ascii=False)}\n".encode())
     return content
 
 

@@ -19,6 +19,7 @@ from monai.bundle import ConfigWorkflow
 from torch import Tensor
 
 from pfedsam.bundles import find_bundle, local_settings
+from pfedsam.data.sites import write_split
 from pfedsam.errors import PFedSAMError, first_of_ours
 from pfedsam.networks.sam import SegmentAnything
 from pfedsam.parameters import (
@@ -38,6 +39,9 @@ from pfedsam.training.phases import Phase, Strategy
 from pfedsam.training.trainer import PhaseReport, PhaseTrainer, reset
 
 logger = logging.getLogger(__name__)
+
+#: Which cases are in which section, for people; in the output folder, which stays at the site.
+SPLIT_FILE = "split.json"
 
 
 @dataclass
@@ -94,7 +98,7 @@ class LocalTraining:
         self._global_dice: float | None = None
 
     def open(self) -> None:
-        """Build the bundle's training workflow on this site's data."""
+        """Build the bundle's training workflow on this site's data, and write down its split in `output_dir`."""
         root = find_bundle(self.bundle)
         try:
             settings: dict[str, Any] = {
@@ -123,6 +127,7 @@ class LocalTraining:
             parsed = workflow.parser.get_parsed_content
             self.trainer, self.evaluator = parsed("train#trainer"), parsed("validate#evaluator")
             self.cases, self.validation_cases = parsed("train#data_list"), parsed("validate#data_list")
+            write_split(self.folder, self.output_dir / SPLIT_FILE, parsed("seed"), parsed("folds"))
             self.network = self.trainer.network
             self.network.frozen_trunk = not trains_encoder(self.network, self.strategy.roles)
         except Exception as error:
