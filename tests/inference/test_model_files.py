@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from typer.testing import CliRunner
 
 from pfedsam.bundles import network_of
@@ -119,6 +122,53 @@ def test_torchscript_and_onnx_equal_the_network(model: Path, tmp_path: Path) -> 
     image = torch.rand(4, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(image), network(image), rtol=0, atol=1e-4)
+
+
+class Spoilt(nn.Module):
+    """A network of which no export can be told to be right."""
+
+    image_size = 8
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image * torch.nan
+
+
+@pytest.mark.parametrize("write_one", [export_torchscript, export_onnx])
+def test_an_export_that_is_not_right_takes_no_place(write_one: Callable[..., float], tmp_path: Path) -> None:
+    if write_one is export_onnx:
+        pytest.importorskip("onnxscript")
+    (tmp_path / "old").write_bytes(b"the export before")
+    for name in ("new", "old"):
+        with pytest.raises(PFedSAMError, match=r"E16.*nan"):
+            write_one(Spoilt(), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old").read_bytes() == b"the export before"
+
+
+def test_an_export_that_cannot_be_run_takes_no_place(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    import onnxruntime
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("this model cannot be loaded")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", broken)
+    with pytest.raises(RuntimeError, match="cannot be loaded"):
+        export_onnx(personal_network(model), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_path_of_this_machine_is_in_an_exported_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = network_of("brain_lesion_mri", TINY)
+    monkeypatch.setattr("pfedsam.inference.export.network_of", lambda *_: network)
+    monkeypatch.setenv("PFEDSAM_CHECKPOINT", "/srv/hospital/weights.pth")
+    told = export_model(model, tmp_path / "out")
+    assert "checkpoint" not in told["settings"] and told["settings"]["image_size"] == 64
+    assert b"/srv/hospital" not in (tmp_path / "out").read_bytes()
 
 
 @pytest.mark.slow

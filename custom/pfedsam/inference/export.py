@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -43,7 +45,8 @@ def export_model(
     model.info |= {
         "bundle": name,
         "overrides": settings,
-        "settings": settings_of(name, settings),
+        # without the path of the base weights on this machine: their fingerprint says which they are
+        "settings": {key: value for key, value in settings_of(name, settings).items() if key != "checkpoint"},
         "labels": class_names(find_bundle(name)),
         "use": "Research only. Not for diagnostic use.",
     }
@@ -72,17 +75,15 @@ def export_torchscript(network: Any, out: str | Path) -> float:
         The largest difference of its logits from the network's, on a batch of another size than it was traced with.
 
     Raises:
-        PFedSAMError: E16 if it exceeds `TOLERANCE`; nothing is written then.
+        PFedSAMError: E16 if it exceeds `TOLERANCE`; a file that was there before is intact then.
     """
     first, other = _examples(network)
-    with torch.no_grad(), warnings.catch_warnings():
+    with _kept_if_right(out) as path, torch.no_grad(), warnings.catch_warnings():
         # constants of a fixed image size: that is what is wanted
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        traced = torch.jit.trace(network, first, check_trace=False)
-        difference = float((traced(other) - network(other)).abs().max())
-    _require("TorchScript", difference)
-    traced.save(str(out))
-    return difference
+        torch.jit.trace(network, first, check_trace=False).save(str(path))
+        found = torch.jit.load(str(path), map_location="cpu")(other)
+        return _difference("TorchScript", found, network(other))
 
 
 def export_onnx(network: Any, out: str | Path) -> float:
@@ -92,7 +93,8 @@ def export_onnx(network: Any, out: str | Path) -> float:
         The largest difference of its logits from the network's, on a batch of another size than it was exported with.
 
     Raises:
-        PFedSAMError: E16 if it exceeds `TOLERANCE`, or if onnx and onnxruntime are not installed.
+        PFedSAMError: E16 if it exceeds `TOLERANCE`, or if onnx and onnxruntime are not installed; a file that was there
+            before is intact then.
     """
     try:
         import onnxruntime
@@ -101,25 +103,34 @@ def export_onnx(network: Any, out: str | Path) -> float:
         raise PFedSAMError("E16", f"ONNX needs {error.name}.", "Install the extra 'export' of pfedsam.") from None
     first, other = _examples(network)
     batch = torch.export.Dim("batch", min=1, max=64)
-    torch.onnx.export(
-        network,
-        (first,),
-        str(out),
-        input_names=["image"],
-        output_names=["pred"],
-        dynamic_shapes=({0: batch},),
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
-    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"image": other.numpy()})
-    with torch.no_grad():
-        difference = float(np.abs(found - network(other).numpy()).max())
-    if difference > TOLERANCE:
-        Path(out).unlink()
-    _require("ONNX", difference)
-    return difference
+    with _kept_if_right(out) as path:
+        torch.onnx.export(
+            network,
+            (first,),
+            str(path),
+            input_names=["image"],
+            output_names=["pred"],
+            dynamic_shapes=({0: batch},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {"image": other.numpy()})
+        with torch.no_grad():
+            return _difference("ONNX", torch.from_numpy(found), network(other))
+
+
+@contextmanager
+def _kept_if_right(out: str | Path) -> Iterator[Path]:
+    """A file beside `out` that takes its place if nothing was raised, and is removed if something was."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        path = Path(folder) / out.name
+        yield path
+        path.chmod(0o600)  # it holds personal tensors
+        os.replace(path, out)
 
 
 def _examples(network: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,8 +140,13 @@ def _examples(network: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(2, 3, side, side, generator=random), torch.rand(3, 3, side, side, generator=random)
 
 
-def _require(kind: str, difference: float) -> None:
+def _difference(kind: str, found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference; E16 if it is more than `TOLERANCE`, or no number."""
+    difference = float((found - expected).abs().max())
     if not difference <= TOLERANCE:
         raise PFedSAMError(
-            "E16", f"{kind} differs from the network by {difference:.2e}, more than {TOLERANCE:.0e}.", "Do not use it."
+            "E16",
+            f"{kind} differs from the network by {difference:.2e}, more than {TOLERANCE:.0e}.",
+            "It is not kept: use the model file itself.",
         )
+    return difference

@@ -20,8 +20,8 @@ class FeatureCache:
 
     Args:
         limit_gb: at most so many GiB; 0 turns the cache off.
-        folder: where the file is written; None for memory. The file is temporary: it holds features of patients'
-            images, so it is deleted with the cache and never leaves the site.
+        folder: where the file is written; None for memory. It holds features of patients' images: it has no name in
+            the folder, so that nobody else opens it and nothing is left of it, however the process ends.
         dtype: of the stored features; `float32` is exact, `float16` and `bfloat16` halve the bytes.
     """
 
@@ -33,7 +33,6 @@ class FeatureCache:
         self.hits = self.misses = 0
         self._memory: list[Tensor] = []
         self._file: Tensor | None = None
-        self._handle: tempfile._TemporaryFileWrapper | None = None
         self._shape: torch.Size | None = None
         self._dtypes: dict[Hashable, torch.dtype] = {}
         self._full = False
@@ -108,13 +107,13 @@ class FeatureCache:
         return self._memory[row] if self.folder is None else self._rows_on_disk()[row]
 
     def _rows_on_disk(self) -> Tensor:
-        """`(capacity, *shape)`, backed by a sparse temporary file."""
+        """`(capacity, *shape)`, backed by a sparse temporary file whose name is removed as soon as it is mapped."""
         if self._file is None:
             assert self.folder is not None and self._shape is not None
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._handle = tempfile.NamedTemporaryFile(dir=self.folder, prefix="features-", suffix=".bin")  # noqa: SIM115
             capacity = self.limit // self._row_bytes()
             size = capacity * self._shape.numel()
-            flat = torch.from_file(self._handle.name, shared=True, size=size, dtype=self.dtype)
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="features-", suffix=".bin") as file:
+                flat = torch.from_file(file.name, shared=True, size=size, dtype=self.dtype)
             self._file = flat.view(capacity, *self._shape)
         return self._file
