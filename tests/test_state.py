@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import torch
 
 from pfedsam import state as module
 from pfedsam.errors import PFedSAMError
+from pfedsam.parameters import COPY
 from pfedsam.site_model import SiteModel, read, write
 from pfedsam.state import CURRENT, LOCK, PREVIOUS, SiteState, delete_state, list_states, state_root
+from pfedsam.strategies import find_strategy
 
 FINGERPRINT = "ab" * 32
 ROLES = {"shared": ["lora_a"], "personal": ["experts"]}
@@ -224,6 +227,47 @@ def test_what_a_killed_save_left_never_takes_the_place_of_the_one_before_it(open
     assert read(opened.folder / PREVIOUS).info["round"] == 1
 
 
+def without_links(*_, **__):
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
+def test_a_file_system_without_hard_links_keeps_the_state_before_the_last_too(opened, monkeypatch):
+    monkeypatch.setattr(os, "link", without_links)
+    for number in (1, 2, 3):
+        opened.save(model(number))
+    assert round_of(opened) == 3 and read(opened.folder / PREVIOUS).info["round"] == 2
+    assert {path.name for path in opened.folder.iterdir()} == {CURRENT, PREVIOUS, LOCK}
+    assert (opened.folder / PREVIOUS).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.ENOSPC, "Free some disk space"), (errno.EROFS, "how the disk is mounted"), (errno.EIO, "Look at the disk")],
+)
+def test_the_remedy_is_that_of_the_error(opened, monkeypatch, number, remedy):
+    opened.save(model(1))
+    monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    with pytest.raises(PFedSAMError, match=rf"E13.*{os.strerror(number)}.*{remedy}"):
+        opened.save(model(2))
+    assert round_of(opened) == 1
+
+
+LEFT_OVER = (f".{CURRENT}.abc.tmp", f"..{PREVIOUS}.abc.tmp")
+
+
+def test_what_a_killed_write_has_left_is_removed_by_the_next_job_and_by_no_other(opened, tmp_path):
+    opened.save(model(1))
+    for name in LEFT_OVER:
+        (opened.folder / name).write_bytes(b"half a state")
+    second = site_state(tmp_path)
+    assert code_of(second.open) == "E14"
+    assert {path.name for path in opened.folder.iterdir()} == {CURRENT, LOCK, *LEFT_OVER}
+    opened.close()
+    second.open()
+    assert {path.name for path in opened.folder.iterdir()} == {CURRENT, LOCK} and round_of(second) == 1
+    second.close()
+
+
 def test_a_state_with_values_that_are_not_finite_is_not_saved(opened):
     opened.save(model(1))
     opened.save(model(2))
@@ -287,6 +331,54 @@ def test_state_of_other_base_weights_in_this_folder_is_refused(opened):
     """The folder's name has twelve letters of the fingerprint only."""
     opened.save(model(1, FINGERPRINT[:12] + "0" * 52))
     assert code_of(opened.load) == "E11"
+
+
+def state_of(strategy: str, copy: bool) -> SiteModel:
+    found = model(1)
+    roles = find_strategy(strategy).checked().roles
+    # the order of groups says nothing
+    found.info |= {
+        "strategy": strategy,
+        "roles": {"shared": list(roles.shared)[::-1], "personal": list(roles.personal)},
+    }
+    if copy:
+        found.personal[f"{COPY}a"] = torch.ones(2)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("saved", "copy", "job"),
+    [
+        ("ditto", True, "fedavg_lora"),
+        ("fedavg_lora", False, "ditto"),
+        ("ditto", True, "fedrep"),
+        ("fedrep", False, "fedavg_lora"),
+        ("pfedsam", False, "fedavg_lora"),
+        ("fedln", False, "fedrep"),
+    ],
+)
+def test_a_state_that_holds_other_tensors_than_the_job_keeps_is_refused(opened, saved, copy, job):
+    with pytest.raises(PFedSAMError) as caught:
+        opened.require_same_kind(state_of(saved, copy), find_strategy(job).checked())
+    assert caught.value.code == "E13"
+    for word in (str(opened.folder), f"'{saved}'", f"'{job}'", "another federation name", "pfedsam state delete"):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("saved", "copy", "job"),
+    [
+        ("pfedsam", False, "pfedsam"),
+        ("pfedsam", False, "narrow_lora"),
+        ("pfedsam", False, "feddpa"),
+        ("fedavg_lora", False, "fedprox"),
+        ("ditto", True, "fedavg_lora_ft"),
+        # the copy is made in the final phase
+        ("fedavg_lora_ft", False, "fedavg_lora_ft"),
+    ],
+)
+def test_a_state_that_holds_what_the_job_keeps_is_let_through_whatever_its_name(opened, saved, copy, job):
+    opened.require_same_kind(state_of(saved, copy), find_strategy(job).checked())
 
 
 # list and delete ------------------------------------------------------------------------------------------------------

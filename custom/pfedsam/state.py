@@ -6,6 +6,7 @@ federation, not by the job, so that a job submitted again finds it. Folders have
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -16,15 +17,22 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pfedsam.errors import PFedSAMError
+from pfedsam.files import write_atomically
+from pfedsam.parameters import Roles
 from pfedsam.site_model import SiteModel, read, require_finite, write
+from pfedsam.training.phases import Strategy
 
 logger = logging.getLogger(__name__)
 
 ROOT_VARIABLE = "PFEDSAM_STATE_ROOT"
 CURRENT, PREVIOUS, LOCK = "state.safetensors", "previous.safetensors", "lock"
 _BACKUP = f".{PREVIOUS}"
-#: Whatever holds tensors of a site, also what a write that was killed has left.
-_HOLD_TENSORS = (CURRENT, PREVIOUS, _BACKUP, f".{CURRENT}.*.tmp")
+#: What a write that was killed has left.
+_HALF_WRITTEN = (f".{CURRENT}.*.tmp", f".{_BACKUP}.*.tmp")
+#: Whatever holds tensors of a site.
+_HOLD_TENSORS = (CURRENT, PREVIOUS, _BACKUP, *_HALF_WRITTEN)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def state_root(site_setting: str | None = None) -> Path:
@@ -51,7 +59,7 @@ class SiteState:
         self._whole = False
 
     def open(self) -> None:
-        """Create the folder and take its lock.
+        """Create the folder, take its lock, and remove what a write that was killed has left.
 
         Raises:
             PFedSAMError: E14 if another job holds the lock, E13 if the folder cannot be written.
@@ -61,6 +69,8 @@ class SiteState:
             for folder in (self.folder, self.folder.parent, self.folder.parent.parent):
                 folder.chmod(0o700)
             self._lock.acquire()
+            for path in (path for pattern in _HALF_WRITTEN for path in self.folder.glob(pattern)):
+                path.unlink()
         except Timeout:
             raise PFedSAMError(
                 "E14",
@@ -89,15 +99,14 @@ class SiteState:
             backup.unlink(missing_ok=True)
             keep = current.exists() and (self._whole or _readable(current))
             if keep:
-                # a link, not a move: there is a valid `current` at every moment
-                os.link(current, backup)
+                _keep(current, backup)
             write(current, model)
             self._whole = True
             if keep:
                 os.replace(backup, previous)
         except OSError as error:
             raise PFedSAMError(
-                "E13", f"{current} could not be written: {error}; the last state is intact.", "Free some disk space."
+                "E13", f"{current} could not be written: {error}; the last state is intact.", _remedy(error)
             ) from None
 
     def load(self) -> SiteModel | None:
@@ -116,6 +125,31 @@ class SiteState:
         self._whole = model is not None and path.name == CURRENT
         return model
 
+    def require_same_kind(self, saved: SiteModel, strategy: Strategy) -> None:
+        """Refuse to go on from a state in which another strategy keeps other tensors: it would be overwritten.
+
+        A strategy of another name that keeps the same is let through. One that makes its copy of the shared tensors in
+        the final phase has none before.
+
+        Args:
+            saved: what `load` has found.
+            strategy: of the job.
+
+        Raises:
+            PFedSAMError: E13 naming the folder and both strategies.
+        """
+        name, had, has = saved.info.get("strategy"), bool(saved.copy), strategy.has_copy
+        same_copy = had == has or (has and name == strategy.name)
+        if _groups(saved.roles) == _groups(strategy.roles) and same_copy:
+            return
+        federation, site = self.folder.parts[-3:-1]
+        raise PFedSAMError(
+            "E13",
+            f"{self.folder} holds a state of strategy '{name}' ({_told(saved.roles, had)}), the job is of "
+            f"'{strategy.name}' ({_told(strategy.roles, has)}).",
+            f"Take another federation name, or `pfedsam state delete {federation} {site}`.",
+        )
+
 
 def _last(folder: Path) -> tuple[Path, SiteModel | None, PFedSAMError | None]:
     """The file that a job goes on from, its model if there is one, and why the current file is not it."""
@@ -128,6 +162,30 @@ def _last(folder: Path) -> tuple[Path, SiteModel | None, PFedSAMError | None]:
         except PFedSAMError as error:
             problem = problem or error
     return folder / CURRENT, None, problem
+
+
+def _groups(roles: Roles) -> tuple[set[str], set[str]]:
+    return set(roles.shared), set(roles.personal)
+
+
+def _told(roles: Roles, copy: bool) -> str:
+    return f"shared {sorted(roles.shared)}, personal {sorted(roles.personal)}{', a copy of the shared' if copy else ''}"
+
+
+def _keep(current: Path, backup: Path) -> None:
+    """Keep the current state under another name; it stays in its place, so there is a valid one at every moment."""
+    try:
+        os.link(current, backup)
+    except OSError:  # some file systems have no hard links
+        write_atomically(backup, current.read_bytes())
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in _FULL:
+        return "Free some disk space."
+    if error.errno in _DENIED:
+        return "See that this user may write there: owner, mode, how the disk is mounted."
+    return "Look at the disk and how it is mounted."
 
 
 def _readable(path: Path) -> bool:
