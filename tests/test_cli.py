@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,15 @@ def test_bad_input_is_one_line_with_a_code_and_exit_code_1(arguments: tuple[str,
     assert done.returncode == 1 and code in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.fixture
+def own_umask() -> Iterator[None]:
+    """`main` sets the umask of its process."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("own_umask")
 @pytest.mark.parametrize("name", ["pip install 'pfedsam[he]'", "[/srv/a]", "[bold]", "ends with a backslash\\"])
 def test_an_error_is_printed_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path):
     monkeypatch.setattr(sys, "argv", ["pfedsam", "job", "export", name, str(tmp_path / "out")])
@@ -96,6 +106,14 @@ def test_an_error_is_printed_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch
         main()
     assert ended.value.code == 1
     assert f"there is no job '{name}'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("own_umask")
+def test_what_a_command_writes_is_closed_to_other_users(tmp_path: Path):
+    done = pfedsam("phantom", str(tmp_path / "out"), "--sites", "2", "--cases", "3", "--slices", "4", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    assert len(written) > 6 and [path for path in written if path.stat().st_mode & 0o077] == []
 
 
 def test_validate_tells_good_from_bad_by_its_exit_code(data: Path, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -41,7 +42,8 @@ app.add_typer(audit.app)
 
 
 def main() -> None:
-    """Entry point: an error of ours is one line and exit code 1."""
+    """Entry point: an error of ours is one line and exit code 1. What a command writes is closed to other users."""
+    os.umask(0o077)
     try:
         app()
     except PFedSAMError as error:

@@ -20,12 +20,15 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import (
     FINGERPRINT_KEY,
+    LISTED_NAMES,
+    METADATA,
     METRICS,
     ROUND_KEY,
     Passed,
     allowed_return_code,
     check_headers,
     check_result,
+    told_names,
 )
 from pfedsam.parameters import TensorSpec
 
@@ -73,9 +76,11 @@ def test_a_result_of_flmodel_passes_with_its_initial_metrics():
     model = FLModel(
         params=weights(), params_type=ParamsType.DIFF, metrics={"val_dice": 0.5}, current_round=1, meta=dict(META)
     )
-    model.meta[MetaKey.INITIAL_METRICS] = {"val_dice": np.float32(0.25), "n_validation": 3}
+    model.meta[MetaKey.INITIAL_METRICS] = {"val_dice": np.float32(0.25)}
     passed = passes(FLModelUtils.to_shareable(model))
-    assert passed.metadata[MetaKey.INITIAL_METRICS] == {"val_dice": 0.25, "n_validation": 3.0}
+    assert passed.metadata[MetaKey.INITIAL_METRICS] == {"val_dice": 0.25}
+    assert told_names(passed.metadata) == sorted([*METADATA, "initial_metrics.val_dice"])
+    assert set(told_names(passed.metadata)) <= LISTED_NAMES
     assert set(passed.shareable[ReservedHeaderKey.HEADERS]) == {ReservedHeaderKey.CONTENT_TYPE}
 
 
@@ -143,6 +148,10 @@ def test_a_tensor_of_wrong_type_shape_dtype_or_value_is_refused(value):
 def test_dtype_metadata_is_left_behind():
     array = np.zeros((2, 3), np.dtype("float32", metadata={"name": SECRET}))
     assert passes(trained(weights(**{A: array}))).tensors[A].dtype.metadata is None
+
+
+def test_a_long_name_is_told_by_its_beginning():
+    assert len(refused(trained(weights(**{"x" * 10_000: np.ones(2)})))) < 1000
 
 
 def test_a_missing_shared_tensor_is_refused():
@@ -231,6 +240,12 @@ def test_validation_sends_listed_finite_metrics_only():
         {"val_dice": SECRET},
         {"val_dice": math.nan},
         {"val_dice": math.inf},
+        {"val_dice": -0.001},
+        {"val_dice": 1.001},
+        {"val_dice": 12},
+        {"n_validation": 3},
+        {"val_dice_personal": 0.5},
+        {"train_loss": 0.5},
         {"val_dice": True},
         {"val_dice": None},
         {"val_dice": [0.5]},
@@ -242,8 +257,25 @@ def test_validation_sends_listed_finite_metrics_only():
         {"val_dice": {"inner": 0.5}},
     ],
 )
-def test_a_metric_that_is_unlisted_or_no_finite_number_is_refused(metrics):
+def test_a_metric_that_is_unlisted_or_no_number_from_0_to_1_is_refused(metrics):
     assert SECRET not in refused(DXO(DataKind.METRICS, data=metrics).to_shareable(), "validate")
+
+
+def test_no_metric_leaves_exactly():
+    """Of one case an exact Dice 2i / (p + l) would tell the number l of the lesion's voxels."""
+    exact = np.float64(2 * 1234 / 5677)
+    validated = DXO(DataKind.METRICS, data={"val_dice": exact}).to_shareable()
+    assert from_shareable(passes(validated, "validate").shareable).data == {"val_dice": 0.435}
+    beside = passes(trained(meta=META | {MetaKey.INITIAL_METRICS: {"val_dice": exact}}))
+    assert from_shareable(beside.shareable).meta[MetaKey.INITIAL_METRICS] == {"val_dice": 0.435}
+    for end in (0, 1):
+        metrics = DXO(DataKind.METRICS, data={"val_dice": end}).to_shareable()
+        assert passes(metrics, "validate").metadata == {"val_dice": float(end)}
+
+
+def test_a_validation_without_a_metric_passes():
+    passed = passes(DXO(DataKind.METRICS, data={}).to_shareable(), "validate")
+    assert from_shareable(passed.shareable).data == {} and told_names(passed.metadata) == []
 
 
 def test_weights_are_refused_as_a_validation_result():

@@ -27,7 +27,7 @@ from pfedsam.federated.filters import (
     PersonalisedFilter,
     require_outgoing_filter,
 )
-from pfedsam.federated.packing import PackPayload
+from pfedsam.federated.packing import PACKED, PackPayload
 from pfedsam.federated.plan import PLAN_ID, Plan
 from pfedsam.federated.privacy import ClipAndNoise
 from pfedsam.parameters import TensorSpec
@@ -116,6 +116,7 @@ def test_what_left_is_written_down(tmp_path):
     assert line["by_group"] == {"lora_a": 24, "decoder_subset": 16}
     assert (line["task"], line["round"], line["tensors"], line["excluded"]) == ("train", 1, 2, 1)
     assert len(line["sha256"]) == 64
+    assert line["metadata"] == sorted(META)
 
 
 @pytest.mark.parametrize(
@@ -211,13 +212,16 @@ def test_applied_by_site_and_job_a_refusal_counts_once_too(tmp_path):
 def test_without_a_filter_behind_ours_what_leaves_has_the_digest_of_what_was_checked(tmp_path, task):
     ours = PersonalisedFilter()
     fl_ctx = context(tmp_path, task=task, chain=[ours])
-    metrics = DXO(DataKind.METRICS, data={"val_dice": 0.5, "n_validation": 3}).to_shareable()
-    sent = ours.process(trained() if task == "train" else metrics, fl_ctx)
+    metrics = {"val_dice": 0.5}
+    validated = DXO(DataKind.METRICS, data=metrics).to_shareable()
+    sent = ours.process(trained(initial_metrics=metrics) if task == "train" else validated, fl_ctx)
     fl_ctx.set_prop(FLContextKey.TASK_RESULT, sent, private=True, sticky=False)
     ours.handle_event(EventType.AFTER_TASK_RESULT_FILTER, fl_ctx)
     checked, left = lines(tmp_path, SENT_FILE)
     assert (checked["stage"], left["stage"]) == ("checked", "left")
     assert (left["sha256"], left["bytes"]) == (checked["sha256"], checked["bytes"])
+    wanted = ["val_dice"] if task == "validate" else sorted([*META, "initial_metrics.val_dice"])
+    assert left["metadata"] == checked["metadata"] == wanted
 
 
 def test_what_leaves_after_the_filters_behind_ours_is_written_down_as_it_is(tmp_path):
@@ -236,6 +240,7 @@ def test_what_leaves_after_the_filters_behind_ours_is_written_down_as_it_is(tmp_
     ]
     assert (checked["stage"], left["stage"], left["round"]) == ("checked", "left", 1)
     assert left["bytes"] == checked["bytes"] / 4 and left["sha256"] != checked["sha256"]
+    assert left["metadata"] == sorted([*checked["metadata"], PACKED])
 
 
 def test_the_sentence_stays_in_the_site_s_log(tmp_path, caplog):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shlex
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
@@ -156,6 +162,72 @@ def test_a_file_that_cannot_be_read_is_named_and_not_replaced(kit: Path) -> None
     assert (kit / "local" / PRIVACY).read_text() == "{"
 
 
+@pytest.mark.parametrize("given", ["any", "o:site", ["o:site", "n:lead@hospital-a.org"], "none"])
+def test_a_role_whose_rights_are_one_word_keeps_them_without_code_and_shell(kit: Path, given: Any) -> None:
+    permissions = content(kit, AUTHORIZATION)["permissions"] | {"member": given}
+    change(kit, AUTHORIZATION, permissions=permissions)
+    again(kit)
+    rights = content(kit, AUTHORIZATION)["permissions"]["member"]
+    assert rights["view"] == rights["submit_job"] == given
+    assert rights["byoc"] == rights["shell_commands"] == "none"
+    assert all(one.fine for one in [*found(kit, "code in jobs"), *found(kit, "shell commands")])
+
+
+def test_a_single_shell_command_is_taken_away_too(kit: Path) -> None:
+    permissions = content(kit, AUTHORIZATION)["permissions"]
+    permissions["lead"] |= {"cat": "any"}
+    change(kit, AUTHORIZATION, permissions=permissions)
+    assert again(kit)[AUTHORIZATION] == ('permissions.lead.cat: "any" -> "none"',)
+
+
+@pytest.mark.parametrize("name", [RESOURCES, PRIVACY, AUTHORIZATION])
+def test_a_policy_that_cannot_be_written_is_as_before(kit: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the file NVFlare would take its own default, which allows more."""
+    change(kit, name, note="by hand")
+    if name == PRIVACY:
+        change(kit, name, default_scope="other")
+    if name == RESOURCES:
+        change(kit, name, allow_log_streaming=True)
+    if name == AUTHORIZATION:
+        change(kit, name, permissions=content(kit, name)["permissions"] | {"member": "any"})
+    before = (kit / "local" / name).read_bytes()
+
+    def full(*args: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(PFedSAMError, match=rf"E01.*{name}.*No space left"):
+            init_kit(kit, SiteSettings())
+    assert (kit / "local" / name).read_bytes() == before
+    assert not list((kit / "local").glob("*.tmp"))
+    assert name in again(kit)
+    assert (kit / "local" / f"{name}.before").read_bytes() == before
+
+
+def test_a_new_policy_is_its_owners_and_one_that_is_there_keeps_its_mode(fresh: Path) -> None:
+    init_kit(fresh, SiteSettings(data_root="/data"))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (fresh / "local").glob("*.json")}
+    assert modes == dict.fromkeys([RESOURCES, PRIVACY, AUTHORIZATION, SITE_SETTINGS], 0o600)
+    (fresh / "local" / SITE_SETTINGS).chmod(0o640)
+    again(fresh, device="cpu")
+    for name in (SITE_SETTINGS, f"{SITE_SETTINGS}.before"):
+        assert (fresh / "local" / name).stat().st_mode & 0o777 == 0o640
+
+
+def test_what_is_set_by_hand_in_the_sites_file_stays(kit: Path) -> None:
+    change(kit, SITE_SETTINGS, least_validation_cases=5)
+    again(kit, device="cpu")
+    assert content(kit, SITE_SETTINGS)["least_validation_cases"] == 5
+
+
+def test_a_kit_of_our_projects_sends_no_log_even_before_it_is_made_ready(fresh: Path) -> None:
+    assert content(fresh, f"{RESOURCES}.default")["allow_log_streaming"] is False
+    for name in ("project.yml", "hospitals.yml"):
+        assert yaml.safe_load((PROJECT.parent / name).read_text())["allow_log_streaming"] is False
+
+
 def test_each_side_allows_the_classes_of_its_own_side_only(kit: Path, server: Path) -> None:
     assert content(kit, RESOURCES)["class_allow_list"] == needed_classes(CLIENT)
     assert content(server, RESOURCES)["class_allow_list"] == needed_classes(SERVER)
@@ -218,3 +290,63 @@ def test_a_default_scope_that_does_not_exist_is_wrong(kit: Path) -> None:
     change(kit, PRIVACY, default_scope="nothing")
     (finding,) = found(kit, "outgoing filter")
     assert not finding.fine and "nothing" in finding.message
+
+
+@pytest.mark.parametrize("given", ["any", "o:site", ["o:site"], " ANY ", {"byoc": "o:site", "Cat": "any"}])
+def test_a_role_that_may_bring_code_or_read_files_is_wrong_however_it_is_written(kit: Path, given: Any) -> None:
+    change(kit, AUTHORIZATION, permissions=content(kit, AUTHORIZATION)["permissions"] | {"member": given})
+    for name in ("code in jobs", "shell commands"):
+        (finding,) = found(kit, name)
+        assert not finding.fine and "['member']" in finding.message
+
+
+@pytest.mark.parametrize("right", ["shell_commands", "cat", "tail"])
+def test_a_shell_command_is_wrong_where_code_is_denied(kit: Path, right: str) -> None:
+    permissions = content(kit, AUTHORIZATION)["permissions"]
+    permissions["lead"] |= {right: "o:site"}
+    change(kit, AUTHORIZATION, permissions=permissions)
+    (code,), (shell,) = found(kit, "code in jobs"), found(kit, "shell commands")
+    assert code.fine and not shell.fine and "lead" in shell.message
+
+
+@pytest.mark.parametrize("given", ["none", "No", {"view": "any", "shell_commands": "none", "byoc": "no"}])
+def test_a_role_without_code_and_shell_is_fine(kit: Path, given: Any) -> None:
+    change(kit, AUTHORIZATION, permissions=content(kit, AUTHORIZATION)["permissions"] | {"member": given})
+    assert all(one.fine for one in [*found(kit, "code in jobs"), *found(kit, "shell commands")])
+
+
+@pytest.mark.parametrize("permissions", [None, {}, "any", {"lead": 5}, {"lead": {"byoc": [7]}}])
+def test_a_policy_that_nvflare_would_not_read_is_wrong(kit: Path, permissions: Any) -> None:
+    change(kit, AUTHORIZATION, permissions=permissions)
+    assert not any(one.fine for one in [*found(kit, "code in jobs"), *found(kit, "shell commands")])
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that others on this machine can look into: those of pytest are closed."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_what_others_can_read_is_a_warning_with_the_command_that_closes_it(kit: Path, open_folder: Path) -> None:
+    site = Path(shutil.copytree(kit, open_folder / "a kit"))
+    (site / "job-1").mkdir(mode=0o755)
+    for log in (site / "log.txt", site / "job-1" / "error_log.txt"):
+        log.write_text("case-1")
+        log.chmod(0o644)
+    for folder in (open_folder / "data" / "images", open_folder / "data" / "labels", open_folder / "states"):
+        folder.mkdir(parents=True)
+        (folder / "case-1.nii.gz").write_text("")
+    (open_folder / "data" / "labels").chmod(0o750)
+    change(site, SITE_SETTINGS, data_root=str(open_folder / "data"), state_root=str(open_folder / "states"))
+    warnings = {one.name: one.message for one in check_kit(site) if one.name.endswith(" access")}
+    assert all(one.fine and one.warning for one in check_kit(site) if one.name.endswith(" access"))
+    assert set(warnings) == {"kit access", "data access", "state access"}
+    assert "log.txt" in warnings["kit access"] and "job-1/error_log.txt" in warnings["kit access"]
+    assert RESOURCES not in warnings["kit access"], "a policy is its owner's only"
+    assert "labels" not in warnings["data access"]
+    for name, path in (("kit", site), ("data", open_folder / "data"), ("state", open_folder / "states")):
+        assert f"chmod -R o-rwx {shlex.quote(str(path))}" in warnings[f"{name} access"]
+        path.chmod(0o750)
+    assert not [one for one in check_kit(site) if one.name.endswith(" access")]

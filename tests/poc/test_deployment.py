@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from deployed import PROJECT, TINY, Federation, change_config, free_port, wait_for
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.admin import JobResult, connect, reason_of
 from pfedsam.federated.audit import audit, statement
 from pfedsam.federated.jobs import CLIENT, SERVER, Privacy
-from pfedsam.federated.processes import Deployment
+from pfedsam.federated.kits import init_kit
+from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
 from pfedsam.federated.records import CHECKED, LEFT
+from pfedsam.federated.settings import SiteSettings
 from pfedsam.federated.site_check import check_kit
 from pfedsam.inference.pair import pair
 from pfedsam.site_model import read
@@ -75,7 +78,7 @@ def test_site_check_finds_nothing_wrong_and_then_what_was_made_wrong(federation:
     (copy / "local" / "privacy.json").unlink()
     shutil.copy(copy / "local" / "authorization.json.default", copy / "local" / "authorization.json")
     wrong = {one.name for one in check_kit(copy) if not one.fine}
-    assert wrong == {"classes", "log streaming", "outgoing filter", "code in jobs"}
+    assert wrong == {"classes", "log streaming", "outgoing filter", "code in jobs", "shell commands"}
 
 
 def test_site_check_names_host_and_port_of_a_server_that_does_not_answer(
@@ -188,6 +191,52 @@ def assert_refused(federation: Federation, name: str) -> None:
     assert re.search(reason, said), said
     # and no site has trained
     assert {site: entry.file.read_bytes() for site, entry in federation.states().items()} == before
+
+
+@pytest.mark.slow
+def test_sites_that_nobody_has_made_ready_refuse_before_they_read_data(tmp_path: Path, phantom: list[Path]) -> None:
+    """Kits as NVFlare provisions them by default: they take code in jobs, and send their error logs to the server."""
+    content = yaml.safe_load(PROJECT.read_text()) | {"allow_log_streaming": True}
+    (tmp_path / "project.yml").write_text(yaml.safe_dump(content))
+    deployment = Deployment(tmp_path / "runtime", tmp_path / "project.yml", free_port())
+    deployment.provision()
+    server = deployment.kit(deployment.server)
+    init_kit(server, SiteSettings(), byoc=True)
+    _receive_logs(server / "local")
+    # what a site would tell of its data: a case without a label
+    broken = Path(shutil.copytree(phantom[0], tmp_path / "data"))
+    next((broken / "labels").iterdir()).unlink()
+    (case,) = {path.name for path in (broken / "images").iterdir()} - {
+        path.name for path in (broken / "labels").iterdir()
+    }
+    told = {OUTCOME_VARIABLE: "10", "PFEDSAM_DATA": str(broken), "PFEDSAM_STATE_ROOT": str(tmp_path / "states")}
+    try:
+        deployment.start(environment=told)
+        with connect(deployment.admin()) as session:
+            deployment.wait(session)
+            federation = Federation(deployment, {}, session, tmp_path)
+            result = federation.run(federation.job(rounds=1, code=[Path(__file__).with_name("misbehaving.py")]))
+            time.sleep(5)  # NVFlare sends the log of a job after its end
+    finally:
+        assert deployment.stop() == []
+    assert not result.completed and "SITE_REFUSED:E01" in result.problem()
+    for site in deployment.sites:
+        said = federation.log_of(site, result.job_id)
+        assert "pfedsam site init <kit>" in said and case not in said
+    assert not (tmp_path / "states").exists()
+    received = [path.read_bytes() for path in server.rglob("*") if path.is_file()]
+    assert any(b"pfedsam site init <kit>" in data for data in received), "no log has come: there is nothing to see"
+    assert not any(case.encode() in data for data in received)
+
+
+def _receive_logs(local: Path) -> None:
+    """A server as NVFlare provisions it, which keeps the logs that come."""
+    resources, default = (
+        json.loads((local / name).read_text()) for name in ("resources.json", "resources.json.default")
+    )
+    resources["components"] += [one for one in default["components"] if one["path"].endswith("JobLogReceiver")]
+    resources["allow_log_streaming"] = True
+    (local / "resources.json").write_text(json.dumps(resources))
 
 
 @pytest.mark.parametrize("name", ["code in the job", "another federation"])

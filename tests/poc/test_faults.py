@@ -19,7 +19,8 @@ from nvflare.apis.job_def import RunStatus
 from pfedsam.federated.admin import connect, fetch, follow, resume, submit
 from pfedsam.federated.jobs import CLIENT
 from pfedsam.federated.processes import OUTCOME_VARIABLE
-from pfedsam.federated.records import RECEIVED_FILE, read_records
+from pfedsam.federated.records import RECEIVED_FILE
+from pfedsam.files import read_lines
 from pfedsam.global_model import round_of
 from pfedsam.site_model import read
 
@@ -249,7 +250,7 @@ def test_a_site_that_sends_nonsense_is_named_and_the_others_keep_their_time(
         assert len(refused) == len(ways)
         for line, way in zip(refused, ways, strict=True):
             assert WAYS[way] in line, (way, line)
-        records = [one for one in read_records(result.file(RECEIVED_FILE) or Path()) if one["task"] == "train"]
+        records = [one for one in read_lines(result.file(RECEIVED_FILE) or Path()) if one["task"] == "train"]
         accepted = [one["round"] for one in records if one["client"] == "hospital-a" and one["accepted"]]
         assert accepted == list(range(len(ways)))
         assert not [one for one in records if one["client"] == "hospital-b" and one["accepted"]]

@@ -14,8 +14,9 @@ from pfedsam.federated.admin import connect
 from pfedsam.federated.audit import audit
 from pfedsam.federated.jobs import CLIENT, SERVER
 from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
-from pfedsam.federated.records import CHECKED, SENT_FILE, read_records
+from pfedsam.federated.records import CHECKED, SENT_FILE
 from pfedsam.federated.site_check import check_kit
+from pfedsam.files import read_lines
 
 pytestmark = pytest.mark.slow
 HOSPITALS = PROJECT.with_name("hospitals.yml")
@@ -114,7 +115,7 @@ def test_a_job_with_code_that_sends_everything_is_stopped_by_the_sites_own_scope
         for one in results:
             assert not wanted.in_(one.blob())
             assert not [where for where, value in one.leaves if "notes" in where or isinstance(value, bytes)]
-        records = read_records(deployment.kit(site) / result.job_id / SENT_FILE)
+        records = read_lines(deployment.kit(site) / result.job_id / SENT_FILE)
         sent = [one for one in records if one["stage"] == CHECKED and one["task"] == "train"]
         replies = [one["reply"] for one in sent]
         assert replies == ["OK"] * (len(leaks) - 1) + ["SITE_REFUSED:E19"]

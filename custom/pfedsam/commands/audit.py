@@ -37,8 +37,8 @@ def audit(
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
         raise typer.Exit(1 if found.problems else 0)
-    _show(f"results of job {found.job} after the allow-list", found.stage(CHECKED), "by_group", "excluded")
-    _show("what left this site, after all filters", found.stage(LEFT), "reply")
+    _show(f"results of job {found.job} after the allow-list", found.stage(CHECKED), "by_group", "excluded", "metadata")
+    _show("what left this site, after all filters", found.stage(LEFT), "reply", "metadata")
     for task, chain in {one["task"]: one["filters"] for one in found.stage(CHECKED) if "filters" in one}.items():
         console.print(f"filters of task {task}: {', then '.join(chain)}", highlight=False)
     for one in found.stage(SCALARS):
@@ -68,6 +68,7 @@ def _show(title: str, records: list[dict[str, Any]], *more: str) -> None:
         table.add_column(column)
     for one in records:
         told = one | {"by_group": ", ".join(one.get("by_group", ())) or one["reply"]}
+        told["metadata"] = ", ".join(one.get("metadata", ()))
         cells = (told.get(key) for key in columns)
         table.add_row(one["time"][11:19], *("" if v is None else str(v) for v in cells), one.get("sha256", "")[:12])
     console.print(table)

@@ -36,6 +36,9 @@ def init(
     curves: Annotated[
         bool | None, typer.Option("--curves/--no-curves", help="Send losses and validation Dice for curves.")
     ] = None,
+    least_validation_cases: Annotated[
+        int | None, typer.Option(min=1, help="With fewer validation cases no Dice leaves the site.")
+    ] = None,
     byoc: Annotated[
         bool, typer.Option("--byoc", help="Let jobs carry code. No filter stops hostile code in the same process.")
     ] = False,
@@ -63,6 +66,7 @@ def init(
         "largest_clip": largest_clip,
         "least_noise": least_noise,
         "curves": curves,
+        "least_validation_cases": least_validation_cases,
     }
     given = {key: value for key, value in told.items() if value is not None}
     try:

@@ -5,23 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from nvflare.apis.dxo import MetaKey
 
 import pfedsam
 from pfedsam.errors import CODES, PFedSAMError
 from pfedsam.federated import boundary, scalars
 from pfedsam.federated.jobs import CLIENT
+from pfedsam.federated.packing import PACKED
 from pfedsam.federated.plan import PLAN_ID
-from pfedsam.federated.records import CHECKED, LEFT, SCALARS, SENT_FILE, read_records
+from pfedsam.federated.records import CHECKED, LEFT, SCALARS, SENT_FILE
+from pfedsam.files import read_lines
 from pfedsam.parameters import CEILING, MAY_BE_PERSONAL
 
 _SUBMITTED = re.compile(r"\[S:(?P<scope>[^\]]*)\].*\[A:(?P<task>\w+)#[^\]]*\]submit result:? (?P<reply>\S+)")
 _ACTION = re.compile(r"\[U:(?P<user>[^\]]*)\]\[A:(?P<action>[^\]]*)\]")
+#: Metadata that packing and encryption add behind the allow-list: how the values are to be read.
+_ADDED = frozenset({PACKED, MetaKey.PROCESSED_KEYS, MetaKey.PROCESSED_ALGORITHM, MetaKey.FILTER_HISTORY})
 
 
 @dataclass
@@ -31,7 +37,8 @@ class Audit:
     Attributes:
         job: its id.
         results: what the outgoing filter wrote: each result as the allow-list let it pass (stage `checked`), with the
-            filters of its task; the same as it left (`left`); and how often each scalar was sent (`scalars`).
+            filters of its task; the same as it left (`left`); and, last, how often each scalar was sent (`scalars`), or
+            at least how often, if the job was killed.
         submitted: results by NVFlare's own audit log: task, privacy scope, reply.
         actions: who did what, by NVFlare's audit log of the site.
         hashes: SHA-256 of each file of the job's app and of the site's policy, and of the installed package.
@@ -76,7 +83,7 @@ def audit(workspace: Path, job: str) -> Audit:
     files = [*sorted(run.glob("app_*/**/*")), *sorted((workspace / "local").glob("*.json"))]
     result = Audit(
         run.name,
-        read_records(run / SENT_FILE),
+        _with_all_scalars_in_one(read_lines(run / SENT_FILE)),
         [one.groupdict() for one in _SUBMITTED.finditer(log)],
         [one.groupdict() for one in _ACTION.finditer(site_log) if one["user"]],
         {
@@ -89,6 +96,16 @@ def audit(workspace: Path, job: str) -> Audit:
     result.hashes[f"installed package pfedsam {pfedsam.__version__}"] = _package_hash()
     result.problems = list(_problems(result))
     return result
+
+
+def _with_all_scalars_in_one(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records with the counts of all records of scalars added up in the first of them, which comes last."""
+    others = [one for one in records if one.get("stage") != SCALARS]
+    counted = [one for one in records if one.get("stage") == SCALARS]
+    total: Counter[str] = Counter()
+    for one in counted:
+        total.update(one["tags"])
+    return [*others, *({**one, "tags": dict(total)} for one in counted[:1])]
 
 
 def _package_hash() -> str:
@@ -121,6 +138,10 @@ def _problems(found: Audit) -> list[str]:
         above = sorted(set(one.get("by_group", {})) - (CEILING & set(found.shared)))
         if above:
             problems.append(f"result {number}: group(s) {above} are not shared by the job's plan, or may never leave")
+    for stage, listed in ((CHECKED, boundary.LISTED_NAMES), (LEFT, boundary.LISTED_NAMES | _ADDED)):
+        more = sorted({name for one in found.stage(stage) for name in one.get("metadata", ())} - listed)
+        if more:
+            problems.append(f"metadata or metrics that are not listed are in results of stage '{stage}': {more[:3]}")
     unlisted = sorted(tag for one in found.stage(SCALARS) for tag in one["tags"] if not scalars.LISTED.fullmatch(tag))
     if unlisted:
         problems.append(f"scalars were sent under tags that are not listed: {unlisted[:3]}")
@@ -133,13 +154,14 @@ def _problems(found: Audit) -> list[str]:
 def statement() -> str:
     """The data-flow statement for a privacy officer, as Markdown: every list in it is read from the code."""
     page = Environment(loader=PackageLoader("pfedsam.federated", "."), undefined=StrictUndefined, autoescape=False)
-    metadata: Sequence[str] = (boundary.MetaKey.NUM_STEPS_CURRENT_ROUND, boundary.ROUND_KEY, boundary.FINGERPRINT_KEY)
     return page.get_template("statement.md.j2").render(
         version=pfedsam.__version__,
         shared=sorted(CEILING),
         personal=sorted(MAY_BE_PERSONAL - CEILING),
-        metadata=metadata,
+        metadata=boundary.METADATA,
         metrics=boundary.METRICS,
+        beside=MetaKey.INITIAL_METRICS,
+        decimals=boundary.METRIC_DECIMALS,
         tags=scalars.LISTED.pattern,
         tasks=boundary.MODEL_TASKS,
         codes=CODES,

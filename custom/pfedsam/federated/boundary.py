@@ -7,8 +7,8 @@ the site's outgoing filter and the server's guard (see `filters`).
 | task | what passes |
 |---|---|
 | any, failed | its return code, if NVFlare or `pfedsam.errors` knows it |
-| `train`, `submit_model` | shared tensors of the plan as weight differences, and listed metadata |
-| `validate` | listed metrics |
+| `train`, `submit_model` | shared tensors of the plan as weight differences, listed metadata, listed metrics |
+| `validate` | listed metrics, rounded |
 | any other | its return code |
 
 The values themselves are bounded, not understood: these rules keep personal tensors, names and texts at the site, and
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -32,13 +31,17 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
 from nvflare.app_common.app_constant import AppConstants
 
 from pfedsam.errors import PFedSAMError, code_of_reply
-from pfedsam.parameters import CEILING, Manifest, TensorSpec, group_of
+from pfedsam.parameters import CEILING, Manifest, TensorSpec, group_of, short
 
-#: Metrics that may leave a site; all are finite numbers.
-METRICS: tuple[str, ...] = ("val_dice", "val_dice_personal", "train_loss", "n_validation")
+#: Metrics that may leave a site, of the global model; each is a number from 0 to 1.
+METRICS: tuple[str, ...] = ("val_dice",)
+#: Decimals of a metric that leaves: of a single case an exact Dice would tell the number of its lesion's voxels.
+METRIC_DECIMALS = 3
 #: Metadata keys of our own.
 ROUND_KEY = "pfedsam_round"
 FINGERPRINT_KEY = "pfedsam_fingerprint"
+#: Metadata of a weight difference. Metrics of the model before the training may go with it, as INITIAL_METRICS.
+METADATA: tuple[str, ...] = (MetaKey.NUM_STEPS_CURRENT_ROUND, ROUND_KEY, FINGERPRINT_KEY)
 #: Tasks whose result is a weight difference.
 MODEL_TASKS: tuple[str, ...] = (AppConstants.TASK_TRAIN, AppConstants.TASK_SUBMIT_MODEL)
 #: No element of a weight difference may be larger.
@@ -139,6 +142,31 @@ def check_headers(result: Shareable, *, code: str) -> dict[str, Any]:
         raise PFedSAMError(code, f"the headers could not be read ({type(error).__name__}).") from error
 
 
+def rounded_metric(value: Any) -> float:
+    """A metric as it may leave: with `METRIC_DECIMALS` decimals.
+
+    Raises:
+        ValueError: if it is no number from 0 to 1.
+    """
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:
+        raise ValueError("no number from 0 to 1")
+    return round(float(value), METRIC_DECIMALS)
+
+
+def told_names(metadata: Mapping[str, Any]) -> list[str]:
+    """Sorted names of metadata and metrics; a metric that goes with a weight difference is `initial_metrics.<name>`."""
+    beside = metadata.get(MetaKey.INITIAL_METRICS)
+    if not isinstance(beside, dict):
+        return sorted(map(str, metadata))
+    names = [name for name in metadata if name != MetaKey.INITIAL_METRICS]
+    return sorted([*map(str, names), *(f"{MetaKey.INITIAL_METRICS}.{name}" for name in beside)])
+
+
+#: All that `told_names` may find in a result that has passed.
+LISTED_NAMES = frozenset({*METADATA, *METRICS, *told_names({MetaKey.INITIAL_METRICS: dict.fromkeys(METRICS)})})
+
+
 def allowed_return_code(return_code: Any) -> str:
     """The return code if NVFlare or `pfedsam.errors` knows it, else EXECUTION_EXCEPTION: it could hold any text."""
     if type(return_code) is str and (return_code in _RETURN_CODES or code_of_reply(return_code)):
@@ -190,7 +218,8 @@ def _tensors(data: dict, shared: Manifest, personal: Collection[str], code: str)
     unknown = sorted(set(data) - set(shared) - set(excluded))
     missing = sorted(set(shared) - (set(data) - set(excluded)))
     if unknown or missing:
-        raise PFedSAMError(code, f"missing tensors {_short(missing)}, unknown tensors {_short(unknown)}.")
+        told = [short([name[:_LONGEST_TEXT] for name in names]) for names in (missing, unknown)]
+        raise PFedSAMError(code, f"missing tensors {told[0]}, unknown tensors {told[1]}.")
     return {name: _tensor(name, data[name], spec, code) for name, spec in shared.items()}, len(excluded)
 
 
@@ -237,10 +266,10 @@ def _metrics(metrics: Any, code: str) -> dict[str, float]:
     for key, value in metrics.items():
         if type(key) is not str or key not in METRICS:
             raise PFedSAMError(code, f"a metric is not one of {list(METRICS)}.")
-        number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            raise PFedSAMError(code, f"metric '{key}' is not a finite number.")
-        checked[key] = float(value)
+        try:
+            checked[key] = rounded_metric(value)
+        except ValueError as error:
+            raise PFedSAMError(code, f"metric '{key}' is {error}.") from None
     return checked
 
 
@@ -265,8 +294,3 @@ def _plain(value: Any, code: str) -> int | str:
     if type(value) is int or (type(value) is str and len(value) <= _LONGEST_TEXT):
         return value
     raise PFedSAMError(code, f"a header is {type(value).__name__}, expected an int or a short string.")
-
-
-def _short(names: list[str], limit: int = 3) -> str:
-    shown = [name[:_LONGEST_TEXT] for name in names[:limit]]
-    return str(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -25,7 +25,7 @@ from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY, Passed, check_headers, check_result
+from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY, Passed, check_headers, check_result, told_names
 from pfedsam.federated.plan import plan_of
 from pfedsam.federated.records import CHECKED, LEFT, RECEIVED_FILE, SENT_FILE, append_record
 from pfedsam.federated.settings import SITE_SETTINGS, site_settings
@@ -98,6 +98,7 @@ class PersonalisedFilter(Filter):
             "bytes": sum(by_group.values()),
             "by_group": by_group,
             "excluded": excluded,
+            "metadata": told_names(passed.metadata),
             "sha256": passed.sha256(),
             "filters": [_described(one) for one in outgoing_filters(fl_ctx, task)],
         }
@@ -257,7 +258,9 @@ def _described(one: Filter) -> str:
 
 
 def _contents(result: Shareable) -> dict[str, Any]:
-    """Reply, round, number, bytes and digest of what is in a result: arrays, or ciphertexts as bytes."""
+    """Reply, round, number, bytes and digest of what is in a result: arrays, or ciphertexts as bytes; and the names of
+    its metadata and metrics.
+    """
     found: dict[str, Any] = {"reply": result.get_return_code(), "round": None}
     data: dict[str, Any] = {}
     metadata: dict[str, Any] = {}
@@ -266,13 +269,14 @@ def _contents(result: Shareable) -> dict[str, Any]:
         data, metadata = dxo.data or {}, dxo.meta or {}
     told = {name: np.frombuffer(v, np.uint8) if isinstance(v, bytes) else v for name, v in data.items()}
     arrays = {name: value for name, value in told.items() if isinstance(value, np.ndarray)}
-    metrics = {name: value for name, value in told.items() if name not in arrays}
+    others = {**metadata, **{name: value for name, value in told.items() if name not in arrays}}
     return found | {
         "round": metadata.get(ROUND_KEY),
         "tensors": len(arrays),
         "bytes": sum(array.nbytes for array in arrays.values()),
+        "metadata": told_names(others),
         # the digest of stage `checked`, if no filter behind ours has changed anything
-        "sha256": Passed(result, arrays, {**metadata, **metrics}).sha256(),
+        "sha256": Passed(result, arrays, others).sha256(),
     }
 
 

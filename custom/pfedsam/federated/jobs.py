@@ -16,6 +16,7 @@ from typing import Any, get_args
 from pfedsam.bundles import folder
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.packing import Precision
+from pfedsam.files import write_like
 from pfedsam.strategies import find_strategy
 
 _AGGREGATORS = "pfedsam.federated.aggregators"
@@ -282,7 +283,8 @@ def allow_classes(job: Path, workspace: Path) -> tuple[Path, list[str]]:
     added = [name for name in classes_of(job) if name not in allowed]
     settings["class_allow_list"] = [*allowed, *added]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
+    text = f"{json.dumps(settings, indent=2)}\n"
+    write_like(path, text.encode(), next((one for one in (path, source) if one.exists()), path.parent))
     return path, added
 
 

@@ -18,9 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.app_common.logging.constants import is_log_streaming_allowed
+from nvflare.security.security import COMMAND_CATEGORIES, CommandCategory
+
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.jobs import CLIENT, SERVER, needed_classes
 from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings, read_settings
+from pfedsam.files import write_like
 from pfedsam.parameters import GROUPS
 
 RESOURCES, PRIVACY, AUTHORIZATION = "resources.json", "privacy.json", "authorization.json"
@@ -28,7 +34,9 @@ FILTER = "pfedsam.federated.filters.PersonalisedFilter"
 SCOPE = "pfedsam"
 #: Components of NVFlare that send a site's log files to the server.
 LOG_SENDERS = ("SiteLogStreamer", "JobLogStreamer", "JobLogReceiver")
-#: What every role keeps if its default is "any".
+#: Commands of an administrator that read files of the site.
+SHELL = tuple(name for name, category in COMMAND_CATEGORIES.items() if category == CommandCategory.SHELL_COMMANDS)
+#: What a role keeps whose rights are one word (or list) for all of them.
 _OPERATIONS = ("submit_job", "clone_job", "manage_job", "download_job", "view", "operate")
 _SILENT_SECONDS = 120
 _LONGEST_VALUE = 120
@@ -75,7 +83,8 @@ def init_kit(kit: Path, settings: SiteSettings, *, byoc: bool = False) -> list[P
 
     Raises:
         PFedSAMError: E01 if it is no startup kit, a file that is there cannot be read, or the settings name a
-            parameter group that does not exist. Nothing is written then.
+            parameter group that does not exist; nothing is written then. Also if a file cannot be written; it is as
+            before then.
     """
     server, local = is_server(kit), kit / "local"
     files: dict[str, Any] = {
@@ -91,6 +100,31 @@ def init_kit(kit: Path, settings: SiteSettings, *, byoc: bool = False) -> list[P
             raise PFedSAMError("E01", f"there are no parameter groups {unknown} to share.", f"Some of {list(GROUPS)}.")
         files[SITE_SETTINGS] = told.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     return [_write(local / name, content) for name, content in files.items()]
+
+
+def require_no_log_streaming(fl_ctx: FLContext, app: str | Path) -> None:
+    """Refuse to work where NVFlare sends the site's logs to the server, as it does from a kit as it is provisioned.
+
+    The simulator, where all logs lie on one machine, is exempt.
+
+    Args:
+        fl_ctx: context of a task at the site.
+        app: the job's app folder at the site. A site that runs with settings from before `pfedsam site init` has put
+            its sender into the configuration there.
+
+    Raises:
+        PFedSAMError: E01. Its sentence is in a log that leaves, so it names nothing of the site.
+    """
+    if fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False):
+        return
+    config = Path(app) / "config" / CLIENT
+    sends = config.is_file() and any(name in config.read_text() for name in LOG_SENDERS)
+    if sends or is_log_streaming_allowed(fl_ctx):
+        raise PFedSAMError(
+            "E01",
+            "NVFlare may send the logs of this site, which name cases and paths, to the server.",
+            "Stop the site, run `pfedsam site init <kit>`, and start it again.",
+        )
 
 
 def outgoing(scope: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -137,11 +171,12 @@ def _authorization(local: Path, byoc: bool) -> dict[str, Any]:
     found = _load(local / AUTHORIZATION, default)
     permissions = {}
     for role, given in found["permissions"].items():
-        rights = dict.fromkeys(_OPERATIONS, "any") if given == "any" else given
+        rights = given if isinstance(given, dict) else dict.fromkeys(_OPERATIONS, given)
         first = default["permissions"].get(role, {})
-        code = first if isinstance(first, str) else first.get("byoc", "none")
-        # a shell command of an administrator reads files of the site
+        code = first.get("byoc", "none") if isinstance(first, dict) else first
         closed = {"byoc": code if byoc else "none", "shell_commands": "none", "server-predeployed-flwr": "none"}
+        # a single command may be named beside its category
+        closed |= {name: "none" for name in SHELL if name in rights}
         permissions[role] = {**rights, **closed}
     return {**found, "permissions": permissions}
 
@@ -158,12 +193,19 @@ def _privacy(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Any) -> PolicyFile:
+    """There is a whole policy at every moment: without a file NVFlare would take its own default, which allows more."""
     before = _load(path, None)
     changes = tuple(_changes(before, content))
-    if before is None or changes:
-        if before is not None:
-            path.replace(path.with_name(path.name + ".before"))
-        path.write_text(json.dumps(content, indent=2) + "\n")
+    text = (json.dumps(content, indent=2) + "\n").encode()
+    try:
+        if before is None:
+            write_like(path, text, path.parent)
+        elif changes:
+            write_like(path.with_name(path.name + ".before"), path.read_bytes(), path)
+            write_like(path, text, path)
+    except OSError as error:
+        remedy = "Free some disk space, or see whose folder it is; then call it again."
+        raise PFedSAMError("E01", f"{path} could not be written: {error}; it is as before.", remedy) from None
     return PolicyFile(path, None if before is None else changes)
 
 

@@ -20,6 +20,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
 from pfedsam.federated.filters import outgoing_filters, require_outgoing_filter
 from pfedsam.federated.jobs import CLIENT
+from pfedsam.federated.kits import require_no_log_streaming
 from pfedsam.federated.literals import require_literal
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.federated.privacy import require_policy
@@ -65,8 +66,12 @@ class PFedSAMLearner(ModelLearner):
         self._started = True
         self._guarded(self._start)
 
-    def validate(self, model: FLModel) -> str | FLModel:
-        """Dice of the global model (experts off) on the site's validation cases."""
+    def validate(self, model: FLModel) -> str | FLModel | None:
+        """Dice of the global model (experts off) on the site's validation cases.
+
+        Before the training of a round that is not validated, or at a site that tells no Dice, NVFlare gets None and
+        sends no metrics with the result.
+        """
         return self._guarded(self._validate, model)
 
     def train(self, model: FLModel) -> str | FLModel:
@@ -92,7 +97,10 @@ class PFedSAMLearner(ModelLearner):
             self._state.close()
 
     def _start(self) -> None:
-        require_literal(self.workspace.get_app_dir(self.job_id), CLIENT)
+        app = self.workspace.get_app_dir(self.job_id)
+        # first: the sentences of all other problems are in the logs
+        require_no_log_streaming(self.fl_ctx, app)
+        require_literal(app, CLIENT)
         require_outgoing_filter(self.fl_ctx, FILTERED_TASKS)
         plan = plan_of(self.fl_ctx)
         strategy, site = plan.checked(), site_settings(self.fl_ctx)
@@ -111,6 +119,7 @@ class PFedSAMLearner(ModelLearner):
         self._local.open()
         self._open_state(plan, site.state_root)
         self._scalars = self._find_scalars(site.curves)
+        self._tells_dice = len(self._local.validation_cases) >= site.least_validation_cases
         self._local.trainer.should_stop = self.is_aborted
         self.logger.info(
             f"{len(self._local.cases)} training and {len(self._local.validation_cases)} validation cases, "
@@ -128,18 +137,21 @@ class PFedSAMLearner(ModelLearner):
         self._state.open()
         saved = self._state.load()
         if saved is not None:
+            self._state.require_same_kind(saved, self._local.strategy)
             self._local.restore(saved)
             self.logger.info(f"personal state of round {saved.info.get('round')} taken from {self._state.folder}")
 
-    def _validate(self, model: FLModel) -> FLModel:
+    def _validate(self, model: FLModel) -> FLModel | None:
         before_training = self.current_round is not None
         if before_training and not self._local.validates(int(self.current_round)):
-            return FLModel(metrics={"n_validation": len(self._local.validation_cases)})
-        metrics = self._receive_and_validate(model)
+            return None
+        dice = self._receive_and_validate(model)
         if before_training:
-            self._scalars.send("val_dice_global", metrics["val_dice"], self.current_round)
-            self.logger.info(f"round {self.current_round}: global Dice {metrics['val_dice']:.3f}")
-        return FLModel(metrics={**metrics, "n_validation": len(self._local.validation_cases)})
+            self._send_dice("val_dice_global", dice)
+            self.logger.info(f"round {self.current_round}: global Dice {dice:.3f}")
+        if self._tells_dice:
+            return FLModel(metrics={"val_dice": dice})
+        return None if before_training else FLModel(metrics={})
 
     def _train(self, model: FLModel) -> str | FLModel:
         self._local.receive(model.params, model.meta.get(FINGERPRINT_KEY))
@@ -149,7 +161,7 @@ class PFedSAMLearner(ModelLearner):
         self._save(final=False)
         self._report(result)
         if (personal := self._local.personal_dice(self.current_round)) is not None:
-            self._scalars.send("val_dice_personal", personal, self.current_round)
+            self._send_dice("val_dice_personal", personal)
             self.logger.info(f"round {self.current_round}: personal Dice {personal:.3f}")
         return FLModel(
             params_type=ParamsType.DIFF,
@@ -166,18 +178,20 @@ class PFedSAMLearner(ModelLearner):
         result = self._local.finish(self.current_round)
         if self.is_aborted():
             return
-        after = self._local.validate(experts=True)
-        self._save(final=True, val_dice_global=before["val_dice"], val_dice_personal=after["val_dice"])
+        after = self._local.validate(experts=True)["val_dice"]
+        self._save(final=True, val_dice_global=before, val_dice_personal=after)
         self._report(result)
-        self._scalars.send("val_dice_global", before["val_dice"], self.current_round)
-        self._scalars.send("val_dice_personal", after["val_dice"], self.current_round)
-        self.logger.info(
-            f"final personal phase: global Dice {before['val_dice']:.3f}, personal Dice {after['val_dice']:.3f}"
-        )
+        self._send_dice("val_dice_global", before)
+        self._send_dice("val_dice_personal", after)
+        self.logger.info(f"final personal phase: global Dice {before:.3f}, personal Dice {after:.3f}")
 
-    def _receive_and_validate(self, model: FLModel) -> dict[str, float]:
+    def _receive_and_validate(self, model: FLModel) -> float:
         self._local.receive(model.params, model.meta.get(FINGERPRINT_KEY))
-        return self._local.validate(experts=False)
+        return self._local.validate(experts=False)["val_dice"]
+
+    def _send_dice(self, tag: str, dice: float) -> None:
+        if self._tells_dice:
+            self._scalars.send(tag, dice, self.current_round)
 
     def _save(self, final: bool, **metrics: float) -> None:
         assert self._state is not None

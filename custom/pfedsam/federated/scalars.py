@@ -2,6 +2,7 @@
 
 NVFlare's own writers take the names of events from the job, and NVFlare fills environment variables of the site into
 every text of a job's configuration. So this sender takes nothing from a job: one event, listed tags, finite numbers.
+Validation Dice is rounded as it is in a result (see `boundary`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE, AnalyticsDataType, LogWriterName
@@ -18,6 +20,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo
 from nvflare.app_common.widgets.convert_to_fed_event import FED_EVENT_PREFIX
 
+from pfedsam.federated.boundary import rounded_metric
 from pfedsam.federated.records import SCALARS, SENT_FILE, append_record
 from pfedsam.training.phases import Strategy
 
@@ -25,9 +28,10 @@ from pfedsam.training.phases import Strategy
 EVENT = FED_EVENT_PREFIX + ANALYTIC_EVENT_TYPE
 #: Names of phases that may leave a site; any other phase is told by its number.
 PHASES = ("alone", "final", "global", "local", "train")
+_DICE = r"val_dice_(global|personal)"
 #: Tags that may leave a site.
 LISTED = re.compile(
-    r"val_dice_(global|personal)|"
+    rf"{_DICE}|"
     rf"(loss|distilled_share)/({'|'.join(PHASES)}|phase_\d{{1,2}})|"
     r"(gate_entropy|expert_share_\d{1,2})/layer_\d{1,2}"
 )
@@ -41,7 +45,11 @@ def phase_tag(strategy: Strategy, name: str) -> str:
 
 
 class ListedScalars(FLComponent):
-    """Sends listed scalars to the server, and nothing else."""
+    """Sends listed scalars to the server, and nothing else.
+
+    The tags are written down in the site's records: each before it is sent for the first time, and at the end of the
+    run how often it was sent after that.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,21 +60,23 @@ class ListedScalars(FLComponent):
         """Take the engine of the run; at its end write down how often each tag was sent."""
         if event_type == EventType.ABOUT_TO_START_RUN:
             self._engine = fl_ctx.get_engine()
-        elif event_type == EventType.END_RUN and self.sent:
-            run_dir = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
-            append_record(run_dir, SENT_FILE, {"stage": SCALARS, "tags": dict(self.sent)})
+        elif event_type == EventType.END_RUN:
+            _record({tag: count - 1 for tag, count in self.sent.items() if count > 1}, fl_ctx)
             self.sent.clear()
 
     def send(self, tag: str, value: float, step: int) -> None:
         """Send one number under a listed tag; a number that is not finite is left out.
 
         Raises:
-            ValueError: if the tag is not listed.
+            ValueError: if the tag is not listed, or a Dice is not from 0 to 1.
+            OSError: if the tag cannot be written down; nothing is sent then.
         """
         if not LISTED.fullmatch(tag):
             raise ValueError(f"scalar tag {tag!r} is not listed in {__name__}")
         if self._engine is None or not math.isfinite(value):
             return
+        if re.fullmatch(_DICE, tag):
+            value = rounded_metric(value)
         dxo = create_analytic_dxo(
             tag=tag,
             value=float(value),
@@ -75,5 +85,13 @@ class ListedScalars(FLComponent):
             global_step=int(step),
         )
         with self._engine.new_context() as fl_ctx:
+            if tag not in self.sent:
+                _record({tag: 1}, fl_ctx)
             self.fire_fed_event(EVENT, dxo.to_shareable(), fl_ctx)
         self.sent[tag] += 1
+
+
+def _record(counts: Mapping[str, int], fl_ctx: FLContext) -> None:
+    if counts:
+        run_dir = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
+        append_record(run_dir, SENT_FILE, {"stage": SCALARS, "tags": dict(counts)})

@@ -25,13 +25,14 @@ class SiteSettings(BaseModel):
         checkpoint: path of SAM's base weights at this site; by default the environment variable PFEDSAM_CHECKPOINT,
             else the weights folder (see `pfedsam models`).
         device: `auto` or a torch device.
-        threads: of torch; by default the cores divided by the sites that are simulated on this machine.
+        threads: of torch; by default one in a simulation, where the sites share the cores, else torch's own.
         labels: what this site's label values mean, for example {"3": "disc", "4": "cup"}; None: the bundle's numbers.
         federations: names of the federations that this site has agreed to; None for any.
         may_share: parameter groups that this site is willing to share; None sets no limit but the code's.
         largest_clip, least_noise: a job must clip this site's update to a norm of at most so much, and add noise of at
             least so many times that (see `pfedsam.federated.privacy`); None asks for nothing.
         curves: whether losses, validation Dice and shares of gates and experts are sent as scalars for curves.
+        least_validation_cases: with fewer validation cases no Dice leaves the site, in no result and no scalar.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,6 +48,7 @@ class SiteSettings(BaseModel):
     largest_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
     least_noise: float | None = Field(None, gt=0, allow_inf_nan=False)
     curves: bool = True
+    least_validation_cases: int = Field(1, ge=1)
 
 
 def site_settings(fl_ctx: FLContext) -> SiteSettings:

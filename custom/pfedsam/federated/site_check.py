@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import shlex
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_IROTH, S_IXOTH
 from typing import Any
+
+from nvflare.fuel.sec.authz import parse_policy_config
+from nvflare.security.security import COMMAND_CATEGORIES
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.jobs import CLIENT, SERVER, needed_classes
-from pfedsam.federated.kits import AUTHORIZATION, FILTER, LOG_SENDERS, PRIVACY, RESOURCES, is_server, outgoing
+from pfedsam.federated.kits import AUTHORIZATION, FILTER, LOG_SENDERS, PRIVACY, RESOURCES, SHELL, is_server, outgoing
 from pfedsam.federated.settings import SITE_SETTINGS
 
 #: A certificate that expires sooner is a problem.
 _EXPIRES_SOON_DAYS = 30
 _LEAST_DISK_GIB, _LEAST_MEMORY_GIB = 5, 4
 _CONNECT_SECONDS = 5
+#: What NVFlare writes of a site and of a job, in the kit and in the job's folder there.
+_LOGS = ("log*.txt*", "error_log.txt*", "log.json*")
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ def check_kit(kit: Path) -> Iterator[Finding]:
     """
     server = is_server(kit)
     yield from _check_policy(kit, server)
+    yield from _check_access("kit", kit, _of_kit(kit))
     yield from _check_certificate(kit)
     yield from _check_machine(kit)
     yield _check_port(kit) if server else _check_reachable(kit)
@@ -75,13 +83,30 @@ def _check_policy(kit: Path, server: bool) -> Iterator[Finding]:
         one["path"].endswith(LOG_SENDERS) for one in resources.get("components", ())
     )
     yield Finding("log streaming", not streams, "off" if not streams else f"on in {local / RESOURCES}: logs name cases")
-    permissions = (_read(local / AUTHORIZATION) or {}).get("permissions", {})
-    open_roles = [r for r, rights in permissions.items() if rights == "any" or _may_bring_code(rights)]
-    closed = bool(permissions) and not open_roles
-    yield Finding("code in jobs", closed, "denied" if closed else f"allowed for {open_roles or 'everybody'}")
+    yield from _check_rights(local / AUTHORIZATION)
     if server:
         return
     yield _check_scopes(local / PRIVACY)
+
+
+def _check_rights(path: Path) -> Iterator[Finding]:
+    """Whether any role may bring code in a job, or read files of the machine with a shell command."""
+    try:
+        policy, problem = parse_policy_config(_read(path) or {}, COMMAND_CATEGORIES)
+    except TypeError as error:
+        policy, problem = None, str(error)
+    for name, rights in (("code in jobs", ("byoc",)), ("shell commands", SHELL)):
+        if policy is None:
+            yield Finding(name, False, f"not denied in {path}: {problem}")
+            continue
+        allowed = [role for role, given in policy.role_rights.items() if any(_allows(given, one) for one in rights)]
+        yield Finding(name, not allowed, f"allowed for {allowed} in {path}" if allowed else "denied")
+
+
+def _allows(given: Mapping[str, Any], right: str) -> bool:
+    """Whether a role has a right, be it on a condition; "*" stands where one word is for all rights."""
+    condition = given.get("*", given.get(right, "none"))
+    return not isinstance(condition, str) or condition.strip().lower() not in ("none", "no")
 
 
 def _check_scopes(path: Path) -> Finding:
@@ -98,8 +123,25 @@ def _check_scopes(path: Path) -> Finding:
     return Finding("outgoing filter", True, f"{path}: the first filter is {FILTER} in every scope")
 
 
-def _may_bring_code(rights: Mapping[str, Any]) -> bool:
-    return rights.get("byoc", "none") != "none"
+def _of_kit(kit: Path) -> Iterator[Path]:
+    """Settings, policy and logs."""
+    yield from (kit / "local" / name for name in (SITE_SETTINGS, RESOURCES, PRIVACY, AUTHORIZATION))
+    yield from (log for folder in ("", "*/") for name in _LOGS for log in kit.glob(folder + name))
+
+
+def _check_access(name: str, top: Path, paths: Iterable[Path]) -> Iterator[Finding]:
+    """A warning if everybody with an account on this machine can read one of these files or folders of `top`."""
+    found = sorted(str(path) for path in paths if _others_may_read(path))
+    if found:
+        message = f"others on this machine can read {', '.join(found[:3])}{' ...' if len(found) > 3 else ''}"
+        yield Finding(f"{name} access", True, f"{message}: chmod -R o-rwx {shlex.quote(str(top))}", warning=True)
+
+
+def _others_may_read(path: Path) -> bool:
+    """Whether others may read a file, or list a folder, and pass through all folders above it."""
+    if not path.exists() or not path.stat().st_mode & S_IROTH:
+        return False
+    return all(folder.stat().st_mode & S_IXOTH for folder in path.resolve().parents)
 
 
 def _check_certificate(kit: Path) -> Iterator[Finding]:
@@ -184,6 +226,7 @@ def _check_data(kit: Path) -> Iterator[Finding]:
         name = (_read(kit / "startup" / "fed_client.json") or {}).get("client", {}).get("fqsn", kit.name)
         folder = site_folder(settings.data_root, str(name))
         yield Finding("data", True, f"{folder}: {len(read_site(folder))} cases (pfedsam validate {folder} says more)")
+        yield from _check_access("data", folder, [folder, folder / "images", folder / "labels"])
     except PFedSAMError as error:
         yield Finding("data", False, str(error))
         return
@@ -196,5 +239,6 @@ def _check_data(kit: Path) -> Iterator[Finding]:
         inside = kit.resolve() in root.resolve().parents
         text = f"{root}" + (" lies inside the NVFlare workspace: an upgrade would remove it" if inside else "")
         yield Finding("state", not inside, text)
+        yield from _check_access("state", root, [root])
     except OSError as error:
         yield Finding("state", False, f"{root} cannot be written: {error}")

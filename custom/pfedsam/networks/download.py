@@ -63,6 +63,7 @@ def download(
             except PFedSAMError:
                 part.unlink()
                 raise
+            part.chmod(0o644)  # they are public, and the folder may be of several users
             os.replace(part, path)
     except OSError as error:
         raise PFedSAMError("E10", f"{path} could not be written ({error}).", _by_hand(source, path)) from None

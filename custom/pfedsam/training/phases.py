@@ -132,7 +132,8 @@ class Strategy(_Settings):
         validate_every: the global model is validated before the training of every such round; the last theta always is.
         aggregation: of LoRA's factors: `mean` of A and B; `svd`: the weighted mean of the products, factored again to
             the same rank; `alternate`: B in even rounds and A in odd ones, so that the mean is exact.
-        weights: of the sites in the mean: by `cases`, or `uniform`, which also keeps the number of cases at the site.
+        weights: of the sites in the mean: by `cases`, or `uniform`, which also keeps the number of cases at the site:
+            nothing that is sent tells it then.
     """
 
     name: str = "pfedsam"

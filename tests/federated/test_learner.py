@@ -1,0 +1,285 @@
+"""The learner between NVFlare and a site's training: what it refuses at the start, and what it hands over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext, FLContextManager
+from nvflare.apis.shareable import Shareable
+from nvflare.apis.signal import Signal
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.executors.model_learner_executor import ModelLearnerExecutor
+
+from pfedsam.federated import learner as module
+from pfedsam.federated.boundary import FINGERPRINT_KEY, METADATA, check_result, told_names
+from pfedsam.federated.jobs import CLIENT
+from pfedsam.federated.learner import PFedSAMLearner
+from pfedsam.federated.plan import PLAN_ID, Plan
+from pfedsam.parameters import COPY, TensorSpec
+from pfedsam.site_model import SiteModel
+from pfedsam.state import CURRENT, SiteState
+from pfedsam.strategies import find_strategy
+from pfedsam.training.local import RoundResult
+
+SITE, JOB, BUNDLE, FEDERATION = "site-1", "job", "brain_lesion_mri", "lesions"
+A, EXPERT = "image_encoder.blocks.0.qkv.lora_a", "image_encoder.blocks.0.mlp.experts.up"
+SHARED = {A: TensorSpec((2, 3), "float32")}
+FINGERPRINT = "ab" * 32
+GLOBAL_DICE, PERSONAL_DICE = 0.123456, 0.654321
+
+
+class Training:
+    """What the learner asks of `LocalTraining`."""
+
+    fingerprint, weight = FINGERPRINT, 4
+    network = trainer = SimpleNamespace(state=SimpleNamespace(device="cpu"))
+    cases, validation_cases = [1, 2, 3, 4], [5, 6]
+
+    def __init__(self, strategy: Any) -> None:
+        self.strategy = strategy
+        self.restored: list[SiteModel] = []
+
+    def open(self) -> None:
+        pass
+
+    def restore(self, model: SiteModel) -> None:
+        self.restored.append(model)
+
+    def receive(self, theta: Any, fingerprint: str | None) -> None:
+        assert fingerprint == FINGERPRINT
+
+    def validates(self, number: int) -> bool:
+        return (number + 1) % self.strategy.validate_every == 0
+
+    def validate(self, experts: bool) -> dict[str, float]:
+        return {"val_dice": PERSONAL_DICE if experts else GLOBAL_DICE}
+
+    def personal_dice(self, number: int) -> float | None:
+        return PERSONAL_DICE
+
+    def train(self, number: int) -> RoundResult:
+        return RoundResult({A: torch.ones(2, 3)}, {EXPERT: torch.ones(2, 2)})
+
+    finish = train
+
+    def model(self, **info: Any) -> SiteModel:
+        return saved(self.strategy.name, **info)
+
+
+def saved(strategy: str, copy: bool = False, **info: Any) -> SiteModel:
+    """A state of a strategy, with tensors of any name."""
+    roles = find_strategy(strategy).checked().roles
+    told = {"roles": {"shared": list(roles.shared), "personal": list(roles.personal)}, "strategy": strategy}
+    own = {f"{COPY}{A}": torch.ones(2)} if copy else {}
+    return SiteModel({A: torch.ones(2)}, own, {}, {"fingerprint": FINGERPRINT, "round": 0, **told, **info})
+
+
+class Engine:
+    """NVFlare's engine and workspace of a site in one."""
+
+    def __init__(self, root: Path, **components: Any) -> None:
+        self.root, self.components = root, components
+
+    def get_component(self, name: str) -> Any:
+        return self.components.get(name)
+
+    def fire_event(self, event: str, fl_ctx: FLContext) -> None:
+        pass
+
+    def get_workspace(self) -> Engine:
+        return self
+
+    def get_root_dir(self) -> str:
+        return str(self.root)
+
+    def get_run_dir(self, job: str) -> str:
+        return str(self.root / job)
+
+    def get_app_dir(self, job: str) -> str:
+        return str(self.root / job / "app")
+
+    def get_site_config_dir(self) -> str:
+        return str(self.root / "local")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """The workspace of a site with a job's configuration, and nothing of `pfedsam site init`."""
+    for folder in ("startup", "local", "job/app/config"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "job" / "app" / "config" / CLIENT).write_text("{}")
+    return tmp_path
+
+
+def context(root: Path, strategy: str = "pfedsam", simulated: bool = False, **changes: Any) -> FLContext:
+    plan = Plan(FEDERATION, BUNDLE, {**find_strategy(strategy).strategy, **changes})
+    engine = Engine(root, **{PLAN_ID: plan})
+    fl_ctx = FLContextManager(engine=engine, identity_name=SITE, job_id=JOB).new_context()
+    fl_ctx.set_prop(FLContextKey.WORKSPACE_ROOT, str(root), private=True, sticky=True)
+    fl_ctx.set_prop(FLContextKey.CURRENT_RUN, JOB, private=False, sticky=True)
+    fl_ctx.set_prop(FLContextKey.SIMULATE_MODE, simulated, private=True, sticky=True)
+    return fl_ctx
+
+
+def executor() -> ModelLearnerExecutor:
+    made = ModelLearnerExecutor("learner")
+    made.learner = PFedSAMLearner()
+    return made
+
+
+def run(made: ModelLearnerExecutor, fl_ctx: FLContext, task: str, number: int | None = None) -> Shareable:
+    """The result of a task as NVFlare makes it of what the learner returns."""
+    theta = DXO(DataKind.WEIGHTS, data={A: np.zeros((2, 3), np.float32)}, meta={FINGERPRINT_KEY: FINGERPRINT})
+    data = theta.to_shareable()
+    if number is not None:
+        data.set_header(AppConstants.CURRENT_ROUND, number)
+    return made.execute(task, data, fl_ctx, Signal())
+
+
+# a site whose logs would leave ----------------------------------------------------------------------------------------
+
+
+def set_streaming(root: Path, allowed: bool) -> None:
+    (root / "local" / "resources.json").write_text(json.dumps({"allow_log_streaming": allowed}))
+
+
+@pytest.mark.parametrize("task", ["train", "validate"])
+def test_a_site_that_nobody_has_made_ready_refuses_before_anything_else(
+    site: Path, task: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("require_literal", "check_site", "site_folder"):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("something else came first"))
+    reply = run(executor(), context(site), task, 0).get_return_code()
+    assert reply == "SITE_REFUSED:E01"
+    assert "pfedsam site init <kit>" in caplog.text
+    # the sentence leaves with the log that it is in
+    assert str(site) not in caplog.text and "Traceback" not in caplog.text
+
+
+def test_a_kit_that_was_provisioned_with_log_streaming_is_refused(site: Path) -> None:
+    set_streaming(site, True)
+    assert run(executor(), context(site), "train", 0).get_return_code() == "SITE_REFUSED:E01"
+
+
+def test_a_site_that_still_runs_with_its_settings_of_before_is_refused(site: Path) -> None:
+    set_streaming(site, False)
+    sender = {"id": "auto_log_streamer", "path": "nvflare.app_common.logging.job_log_streamer.JobLogStreamer"}
+    (site / JOB / "app" / "config" / CLIENT).write_text(json.dumps({"components": [sender]}))
+    assert run(executor(), context(site), "train", 0).get_return_code() == "SITE_REFUSED:E01"
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_where_no_log_leaves_and_in_the_simulator_the_next_question_is_the_filter(site: Path, simulated: bool) -> None:
+    if not simulated:
+        set_streaming(site, False)
+    assert run(executor(), context(site, simulated=simulated), "train", 0).get_return_code() == "SITE_REFUSED:E15"
+
+
+# what leaves of the validation ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ready(site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A site that is ready to train, with `Training` in the place of the real one."""
+    set_streaming(site, False)
+    for name in ("require_outgoing_filter", "require_valid"):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setattr(module, "outgoing_filters", lambda *_: [])
+    monkeypatch.setattr(module, "check_site", lambda *_, **__: None)
+    monkeypatch.setattr(module, "LocalTraining", lambda bundle, folder, strategy, *_, **__: Training(strategy))
+    (site / "data" / "images").mkdir(parents=True)
+    set_site(site)
+    return site
+
+
+def set_site(root: Path, **more: Any) -> None:
+    told = {"data_root": str(root / "data"), "state_root": str(root / "states"), "threads": 1, **more}
+    (root / "local" / "pfedsam.json").write_text(json.dumps(told))
+
+
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """Every scalar that the learner sends."""
+    sent: list[tuple[str, float]] = []
+    sender = SimpleNamespace(send=lambda tag, value, step: sent.append((tag, value)))
+    monkeypatch.setattr(PFedSAMLearner, "_find_scalars", lambda *_: sender)
+    return sent
+
+
+def passed(result: Shareable, task: str) -> list[str]:
+    """Names of what has passed the allow-list beside the tensors."""
+    found = check_result(result, task, shared=SHARED, personal=[EXPERT], code="E19")
+    assert found.shareable.get_return_code() == "OK"
+    return told_names(found.metadata)
+
+
+def test_of_a_validated_round_the_dice_leaves_and_no_number_of_cases(ready: Path, curves: list[Any]) -> None:
+    made, fl_ctx = executor(), context(ready)
+    result = run(made, fl_ctx, "train", 0)
+    assert from_shareable(result).meta[MetaKey.INITIAL_METRICS] == {"val_dice": GLOBAL_DICE}
+    assert passed(result, "train") == sorted([*METADATA, "initial_metrics.val_dice"])
+    assert passed(run(made, fl_ctx, "validate"), "validate") == ["val_dice"]
+    assert [tag for tag, _ in curves] == ["val_dice_global", "val_dice_personal"]
+
+
+def test_of_a_round_that_is_not_validated_the_update_alone_leaves(
+    ready: Path, curves: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    result = run(executor(), context(ready, validate_every=3), "train", 0)
+    assert passed(result, "train") == sorted(METADATA)
+    # NVFlare takes it for no mistake
+    assert "metrics" not in caplog.text
+
+
+@pytest.mark.parametrize(("least", "told"), [(2, True), (3, False)])
+def test_a_site_with_too_few_validation_cases_tells_no_dice(
+    ready: Path, curves: list[Any], least: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    set_site(ready, least_validation_cases=least)
+    made, fl_ctx = executor(), context(ready)
+    assert ("initial_metrics.val_dice" in passed(run(made, fl_ctx, "train", 0), "train")) == told
+    assert passed(run(made, fl_ctx, "validate"), "validate") == ["val_dice"] * told
+    run(made, fl_ctx, "configure", 1)
+    assert len([tag for tag, _ in curves if tag.startswith("val_dice")]) == (4 if told else 0)
+    # the site itself has it
+    assert "global Dice 0.123, personal Dice 0.654" in caplog.text
+    entry = SiteState(ready / "states", FEDERATION, SITE, BUNDLE, FINGERPRINT).load()
+    assert entry is not None and entry.info["val_dice_personal"] == PERSONAL_DICE
+
+
+# the state of another strategy ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job", ["fedavg_lora", "fedrep"])
+def test_a_state_of_another_strategy_is_neither_taken_nor_overwritten(
+    ready: Path, curves: list[Any], job: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = SiteState(ready / "states", FEDERATION, SITE, BUNDLE, FINGERPRINT)
+    state.open()
+    state.save(saved("ditto", copy=True))
+    state.close()
+    kept = (state.folder / CURRENT).read_bytes()
+    made, fl_ctx = executor(), context(ready, strategy=job)
+    for number in range(2):
+        assert run(made, fl_ctx, "train", number).get_return_code() == "SITE_REFUSED:E13"
+    assert (state.folder / CURRENT).read_bytes() == kept
+    assert made.learner._local.restored == []
+    for word in (str(state.folder), "'ditto'", f"'{job}'", f"pfedsam state delete {FEDERATION} {SITE}"):
+        assert word in caplog.text
+
+
+def test_a_state_of_the_same_strategy_is_gone_on_from(ready: Path, curves: list[Any]) -> None:
+    for number in range(2):
+        made, fl_ctx = executor(), context(ready)
+        assert run(made, fl_ctx, "train", number).get_return_code() == "OK"
+        assert len(made.learner._local.restored) == number
+        made.learner.finalize()
