@@ -149,6 +149,7 @@ def test_the_page_says_nothing_of_where_weights_lie(run: Path, tmp_path: Path, m
     assert "someone" not in text and "a file of this machine" in text
 
 
+@pytest.mark.slow
 def test_the_page_is_the_same_twice(run: Path, page: str) -> None:
     line = [sys.executable, "-m", "pfedsam.cli", "report", str(run)]
     subprocess.run(line, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})

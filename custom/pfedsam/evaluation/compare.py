@@ -141,12 +141,16 @@ def _work(index: int, run: Run, out: str, messages: Any, simulator: Simulator | 
 
     import torch
 
+    simulated = run.simulated
+
     def leave(*_: Any) -> None:
+        if not simulated:
+            os._exit(1)  # at once, wherever it is
         messages.cancel_join_thread()  # nobody reads them
-        sys.exit(1)
+        sys.exit(1)  # with the processes that it waits for
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    signal.signal(signal.SIGTERM, leave)  # and it ends what it has started itself
+    signal.signal(signal.SIGTERM, leave)
     parent = os.getppid()
     torch.set_num_threads(1)
     _keep_freed_memory()
