@@ -21,7 +21,8 @@ from pfedsam.bundles import network_of
 from pfedsam.data.phantom import write_phantom
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.compare import Comparison, read_records
-from pfedsam.evaluation.runs import Run, case_hash, code_version, execute, run_card
+from pfedsam.evaluation.provenance import case_hash, code_version
+from pfedsam.evaluation.runs import Run, execute, run_card
 from pfedsam.evaluation.site import Ensemble
 from pfedsam.evaluation.unseen import case_counts
 from pfedsam.federated.compared import run_simulated

@@ -27,8 +27,8 @@ from pfedsam.data.phantom import write_phantom
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.pictures import case_picture
 from pfedsam.evaluation.plots import _smallest, curve_figure, plots, share_figure
+from pfedsam.evaluation.provenance import case_hash
 from pfedsam.evaluation.report import read_curves, write_report
-from pfedsam.evaluation.runs import case_hash
 from pfedsam.evaluation.site import CasePrediction, CaseScore, SiteEvaluation
 from pfedsam.evaluation.tables import results
 from pfedsam.federated.simulation import Simulation, _keep_start, sent_bytes

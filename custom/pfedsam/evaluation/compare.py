@@ -14,7 +14,8 @@ from queue import Empty
 from typing import Any
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.evaluation.runs import Run, Simulator, defaults, execute
+from pfedsam.evaluation.provenance import defaults
+from pfedsam.evaluation.runs import Run, Simulator, execute
 from pfedsam.files import append_line, read_lines
 
 RECORDS = "runs.jsonl"

@@ -24,7 +24,7 @@ from pfedsam.describe import describe
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.compare import read_records
 from pfedsam.evaluation.plots import plots
-from pfedsam.evaluation.runs import case_hash
+from pfedsam.evaluation.provenance import case_hash
 from pfedsam.evaluation.site import MODELS
 from pfedsam.evaluation.statistics import case_table
 from pfedsam.parameters import Roles

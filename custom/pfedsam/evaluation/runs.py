@@ -7,37 +7,36 @@ there: with the names at hand, or guessed, a hash is found again.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 import pfedsam
-from pfedsam.bundles import folder, settings_of
 from pfedsam.data.sites import Split, read_split
 from pfedsam.errors import PFedSAMError
+from pfedsam.evaluation.provenance import (
+    INDIFFERENT,
+    case_hash,
+    commit,
+    content_hash,
+    defaults,
+    hash_of,
+    machine,
+    split_hash,
+    weights_checksum,
+)
 from pfedsam.evaluation.site import CaseScore, evaluate_site
 from pfedsam.evaluation.unseen import unseen
-from pfedsam.networks.backbones import get_backbone
-from pfedsam.networks.weights import CHECKPOINTS, file_digest
 from pfedsam.strategies import StrategyFile, find_strategy, strategy_names
 from pfedsam.training.federation import Federation, pooled_site, run_federation
 
 #: Trains a run in a folder by other means than this process: the model file of each site, and a note a round and site.
 Simulator = Callable[["Run", Path, Callable[[str], None]], tuple[dict[str, Path], list[dict[str, Any]]]]
-#: Settings that change nothing but speed or memory.
-_INDIFFERENT = ("cache_limit_gb", "val_batch_size", "checkpointing")
-#: Folders of the source tree on which the numbers depend.
-_CODE = ("custom", "jobs", "bundles")
 
 
 @dataclass(frozen=True)
@@ -110,15 +109,15 @@ class Run:
         file = self.file
         strategy = {**file.strategy, "name": "", "validate_every": self.validate_every}
         kind = "local" if file.kind == "ensemble" else file.kind
-        settings = {key: value for key, value in self.settings.items() if key not in _INDIFFERENT}
+        settings = {key: value for key, value in self.settings.items() if key not in INDIFFERENT}
         if settings.get("experts") == 0 and settings.get("lora_rank") == 0:
             settings.pop("adapted_blocks", None)  # they get nothing
         told = [self.bundle, self.sites, strategy, kind, settings, self.rounds, self.held_out, self.simulator]
-        return _hash([told, self.split_hash()])[:16]
+        return hash_of([told, self.split_hash()])[:16]
 
     def key(self) -> str:
         """Hash of all that the record depends on: a run with a record is not repeated."""
-        return f"{self.training_key()}-{_hash([self.strategy, self.file.kind])[:8]}"
+        return f"{self.training_key()}-{hash_of([self.strategy, self.file.kind])[:8]}"
 
     def splits(self) -> dict[str, Split]:
         """The cases of each section of each site."""
@@ -151,22 +150,11 @@ class Run:
         """Hash of the content of all images and labels and of the base weights, wherever they lie."""
         cases = {(site, case) for site, split in self.splits().items() for part in split.values() for case in part}
         told = sorted([site, one.name, content_hash(one.image), content_hash(one.label)] for site, one in cases)
-        return _hash([told, self._weights()])[:16]
-
-    def _weights(self) -> str:
-        """Checksum of the base weights; "" where they are random, or a file that is not there."""
-        settings = settings_of(self.bundle, self.settings)
-        own, named = get_backbone(settings["backbone"]).checkpoint, settings.get("checkpoint", "default")
-        if own is None:
-            return ""
-        name = own if named == "default" else named
-        if name in CHECKPOINTS:
-            return CHECKPOINTS[name].checksum
-        return f"sha256:{content_hash(Path(name))}" if Path(name).is_file() else ""
+        return hash_of([told, weights_checksum(self.bundle, self.settings)])[:16]
 
     def _beside_the_key(self) -> str:
         """Hash of what the training depends on beside its key: the bundle's defaults, the content of the inputs."""
-        return _hash([defaults(self.bundle), self.inputs()])[:8]
+        return hash_of([defaults(self.bundle), self.inputs()])[:8]
 
     def shared_folder(self, out: Path) -> Path:
         """The folder whose training other runs share: that of the rounds, or of the whole."""
@@ -242,18 +230,13 @@ def execute(
 
 def run_card(run: Run) -> dict[str, str]:
     """What a reader needs to run it again: code, configuration, the bundle's defaults, inputs, split, machine."""
-    import monai
-    import torch
-
     return {
-        "code": f"{pfedsam.__version__} {_commit()}".strip(),
+        "code": f"{pfedsam.__version__} {commit()}".strip(),
         "configuration": run.training_key(),
         "defaults": defaults(run.bundle),
         "inputs": run.inputs(),
         "split": run.split_hash(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, "
-        f"Python {platform.python_version()}, "
-        f"torch {torch.__version__}, MONAI {monai.__version__}, {torch.get_num_threads()} thread(s)",
+        "machine": machine(),
     }
 
 
@@ -289,73 +272,9 @@ def _counted(history: Sequence[Mapping[str, Any]], what: str) -> int | None:
     return sum(phase[what] for note in history for phase in note["phases"].values())
 
 
-def split_hash(splits: Mapping[str, Split]) -> str:
-    """Hash of which case is in which section, by site."""
-    told = {site: {s: [c.name for c in cases] for s, cases in split.items()} for site, split in splits.items()}
-    return _hash(told)[:16]
-
-
-def content_hash(path: Path | None) -> str:
-    """Hash of a file's content, or of that of a folder of DICOM slices; "" for none.
-
-    A file is read once in a process, as long as its size and time stay the same.
-    """
-    if path is None:
-        return ""
-    if path.is_dir():
-        return _hash([content_hash(one) for one in sorted(path.iterdir()) if one.is_file()])
-    status = path.stat()
-    return _content_hash(path.resolve(), status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _content_hash(path: Path, size: int, time_ns: int) -> str:
-    return file_digest(path)
-
-
-def case_hash(site: str, case: str) -> str:
-    """What stands for a case, or for a patient, of a site in a record.
-
-    A pseudonym, not anonymous: who has the names, or tries all that are possible, finds the one.
-    """
-    return _hash([site, case])[:12]
-
-
 def _case_row(score: CaseScore, patient: str) -> dict[str, Any]:
     return {
         **score.to_dict(),
         "case": case_hash(score.site, score.case),
         "patient": case_hash(score.site, patient),
     }
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def defaults(bundle: str) -> str:
-    """Hash of a bundle's own settings, which hold wherever a run overrides none; without what is this machine's."""
-    settings = settings_of(bundle)
-    return _hash({key: value for key, value in settings.items() if key not in (*_INDIFFERENT, "checkpoint")})[:16]
-
-
-def _commit() -> str:
-    """Version of the source tree, or nothing for an installed package."""
-    root = folder("bundles").parent
-    return code_version(root) if (root / ".git").exists() else ""
-
-
-def code_version(root: Path) -> str:
-    """The last commit that changed the code in a source tree, with a `+` if the code differs from it, "" without git.
-
-    Code is what is in `custom`, `jobs` and `bundles`: a new line of results makes no new version.
-    """
-
-    def git(*words: str) -> str:
-        told = ("git", "--no-optional-locks", *words, "--", *_CODE)
-        return subprocess.run(told, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""

@@ -1,0 +1,111 @@
+"""What a number depends on, as hashes, and which code on which machine made it: for keys of runs and their cards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pfedsam.bundles import folder, settings_of
+from pfedsam.data.sites import Split
+from pfedsam.networks.backbones import get_backbone
+from pfedsam.networks.weights import CHECKPOINTS, file_digest
+
+#: Settings that change nothing but speed or memory.
+INDIFFERENT = ("cache_limit_gb", "val_batch_size", "checkpointing")
+#: Folders of the source tree on which the numbers depend.
+_CODE = ("custom", "jobs", "bundles")
+
+
+def hash_of(value: Any) -> str:
+    """SHA-256 of a value as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def split_hash(splits: Mapping[str, Split]) -> str:
+    """Hash of which case is in which section, by site."""
+    told = {site: {s: [c.name for c in cases] for s, cases in split.items()} for site, split in splits.items()}
+    return hash_of(told)[:16]
+
+
+def content_hash(path: Path | None) -> str:
+    """Hash of a file's content, or of that of a folder of DICOM slices; "" for none.
+
+    A file is read once in a process, as long as its size and time stay the same.
+    """
+    if path is None:
+        return ""
+    if path.is_dir():
+        return hash_of([content_hash(one) for one in sorted(path.iterdir()) if one.is_file()])
+    status = path.stat()
+    return _content_hash(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _content_hash(path: Path, size: int, time_ns: int) -> str:
+    return file_digest(path)
+
+
+def case_hash(site: str, case: str) -> str:
+    """What stands for a case, or for a patient, of a site in a record.
+
+    A pseudonym, not anonymous: who has the names, or tries all that are possible, finds the one.
+    """
+    return hash_of([site, case])[:12]
+
+
+def weights_checksum(bundle: str, overrides: Mapping[str, Any]) -> str:
+    """Checksum of the base weights; "" where they are random, or a file that is not there."""
+    settings = settings_of(bundle, overrides)
+    own, named = get_backbone(settings["backbone"]).checkpoint, settings.get("checkpoint", "default")
+    if own is None:
+        return ""
+    name = own if named == "default" else named
+    if name in CHECKPOINTS:
+        return CHECKPOINTS[name].checksum
+    return f"sha256:{content_hash(Path(name))}" if Path(name).is_file() else ""
+
+
+def defaults(bundle: str) -> str:
+    """Hash of a bundle's own settings, which hold wherever a run overrides none; without what is this machine's."""
+    settings = settings_of(bundle)
+    return hash_of({key: value for key, value in settings.items() if key not in (*INDIFFERENT, "checkpoint")})[:16]
+
+
+def machine() -> str:
+    """Processor, system and libraries, for people; no name of the machine."""
+    import monai
+    import torch
+
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, MONAI {monai.__version__}, {torch.get_num_threads()} thread(s)"
+    )
+
+
+def commit() -> str:
+    """Version of the source tree, or nothing for an installed package."""
+    root = folder("bundles").parent
+    return code_version(root) if (root / ".git").exists() else ""
+
+
+def code_version(root: Path) -> str:
+    """The last commit that changed the code in a source tree, with a `+` if the code differs from it, "" without git.
+
+    Code is what is in `custom`, `jobs` and `bundles`: a new line of results makes no new version.
+    """
+
+    def git(*words: str) -> str:
+        told = ("git", "--no-optional-locks", *words, "--", *_CODE)
+        return subprocess.run(told, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
