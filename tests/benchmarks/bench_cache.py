@@ -106,7 +106,7 @@ def measure(phase: Phase, options: argparse.Namespace) -> dict[str, list[float]]
 
 def operations(network: SegmentAnything, phase: Phase, side: int) -> dict[str, int]:
     """Operations for one image: trunk, head forward and backward, teacher."""
-    set_trainable(network, ROLES, phase.trains)
+    set_trainable(network, ROLES, [role for role in phase.trains if role != "copy"])
     network.set_experts(phase.experts)
     counts = {}
     with FlopCounterMode(display=False) as counter:

@@ -2,12 +2,12 @@
 
     python tests/benchmarks/choose_settings.py <folder with the site folders>
 
-Each choice is a strategy with a patch, as in `jobs/strategies/ablations.json`. It is trained as `pfedsam compare`
-trains it, on each fold, and the Dice on the validation cases of each site is noted for the global and the personal
-model. With the folder `--out` of a comparison, what that has trained is not trained again, and rounds are shared with
-it. Prints a table of means over the sites and writes results/choices.jsonl. A choice and fold that is in it with all
-the settings it has now is not repeated; rows of other settings, for example of a default that is another now, stay in
-it and are shown as such.
+Each choice is a strategy with a patch. It is trained as `pfedsam compare` trains it, on each fold, and the Dice on the
+validation cases of each site is noted for the global and the personal model. With the folder `--out` of a comparison,
+what that has trained is not trained again, and rounds are shared with it. Prints a table of means over the sites, and
+over all cases, with which a training on the pool can be compared, and writes results/choices.jsonl. A choice and fold
+that is in it with all the settings it has now is not repeated; rows of other settings, for example of a default that is
+another now, stay in it and are shown as such.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -66,36 +66,63 @@ def taught(weight: float, gate: bool = True) -> dict[str, Any]:
     return final(distillation={"warmup_rounds": 0, "weight": weight, "quality_gate": gate})
 
 
-#: name of a choice: (strategy, patch)
-CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in (*SHARED, *PERSONAL)},
+class Patched(NamedTuple):
+    """A strategy with a patch, as in `jobs/strategies/ablations.json`; `rounds` is ROUNDS if it is None."""
+
+    base: str
+    patch: dict[str, Any]
+    rounds: int | None = None
+
+
+def train(**changes: Any) -> Patched:
+    """Patch of fedavg_lora's only phase."""
+    return Patched("fedavg_lora", {"phases": {"train": changes}})
+
+
+#: name of a choice
+CHOICES: dict[str, Patched] = {
+    **{name: Patched(name, {}) for name in (*SHARED, *PERSONAL)},
     **{
-        f"{name}, rates times {factor:g}": (name, times(name, factor))
+        f"{name}, rates times {factor:g}": Patched(name, times(name, factor))
         for name in (*SHARED, *PERSONAL)
         for factor in FACTORS
     },
-    "pfedsam, no teacher": ("pfedsam", final(distillation=None)),
-    "pfedsam, weight 0.5": ("pfedsam", taught(0.5)),
-    "pfedsam, weight 0.5, no quality gate": ("pfedsam", taught(0.5, gate=False)),
-    "pfedsam, interpolation 0.25": ("pfedsam", {"strategy": {"interpolation": 0.25}}),
-    "pfedsam, interpolation 0.75": ("pfedsam", {"strategy": {"interpolation": 0.75}}),
-    "pfedsam, whole": ("pfedsam", {"strategy": {"interpolation": 1}}),
-    "pfedsam, token gate": ("pfedsam", {"overrides": {"gate": "token"}}),
-    "pfedsam, bottleneck 64": ("pfedsam", {"overrides": {"bottleneck": 64}}),
-    "pfedsam, experts in encoder and decoder": (
+    "pfedsam, no teacher": Patched("pfedsam", final(distillation=None)),
+    "pfedsam, weight 0.5": Patched("pfedsam", taught(0.5)),
+    "pfedsam, weight 0.5, no quality gate": Patched("pfedsam", taught(0.5, gate=False)),
+    "pfedsam, interpolation 0.25": Patched("pfedsam", {"strategy": {"interpolation": 0.25}}),
+    "pfedsam, interpolation 0.75": Patched("pfedsam", {"strategy": {"interpolation": 0.75}}),
+    "pfedsam, whole": Patched("pfedsam", {"strategy": {"interpolation": 1}}),
+    "pfedsam, token gate": Patched("pfedsam", {"overrides": {"gate": "token"}}),
+    "pfedsam, bottleneck 64": Patched("pfedsam", {"overrides": {"bottleneck": 64}}),
+    "pfedsam, experts in encoder and decoder": Patched(
         "pfedsam",
         {"overrides": {"expert_places": ["encoder", "decoder"]}},
     ),
-    "local phase each round": ("local_phase_each_round", {}),
-    "fedavg_lora, constant rate": ("fedavg_lora", {"phases": {"train": {"inverse_time_decay": 0}}}),
-    "fedavg_lora, products averaged": ("fedavg_lora", {"strategy": {"aggregation": "svd"}}),
-    "fedavg_lora, factors in turn": ("fedavg_lora", {"strategy": {"aggregation": "alternate"}}),
-    "fedavg_lora, rank 4": ("fedavg_lora", {"overrides": {"lora_rank": 4}}),
-    "fedavg_lora, rank 64": ("fedavg_lora", {"overrides": {"lora_rank": 64}}),
-    "fedavg_lora, all blocks": ("fedavg_lora", {"overrides": {"adapted_blocks": "all"}}),
-    "fedavg_lora, LoRA of q and v": ("fedavg_lora", {"overrides": {"lora_places": ["qv"]}}),
-    "fedavg_lora, decoder at the rate of LoRA": ("fedavg_lora", {"phases": {"train": {"rates": {}}}}),
-    "fedavg_lora, decoder at a tenth of it": ("fedavg_lora", {"phases": {"train": {"rates": {"decoder_subset": 0.1}}}}),
+    "local phase each round": Patched("local_phase_each_round", {}),
+    "fedavg_lora, constant rate": train(inverse_time_decay=0),
+    "fedavg_lora, rate falls within each round": train(inverse_time_decay=0, anneal="cosine"),
+    "fedavg_lora, moments kept": train(keep_moments=True),
+    "fedavg_lora, B at four times the rate": train(rates={"lora_b": 4, "decoder_subset": 0.4}),
+    "fedavg_lora, 24 rounds of one epoch": Patched(
+        "fedavg_lora", {"phases": {"train": {"epochs": 1, "inverse_time_decay": 0.5 / 3}}}, rounds=24
+    ),
+    "fedavg_lora, products averaged": Patched("fedavg_lora", {"strategy": {"aggregation": "svd"}}),
+    "fedavg_lora, factors in turn": Patched("fedavg_lora", {"strategy": {"aggregation": "alternate"}}),
+    "fedavg_lora, rank 4": Patched("fedavg_lora", {"overrides": {"lora_rank": 4}}),
+    "fedavg_lora, rank 64": Patched("fedavg_lora", {"overrides": {"lora_rank": 64}}),
+    "fedavg_lora, all blocks": Patched("fedavg_lora", {"overrides": {"adapted_blocks": "all"}}),
+    "fedavg_lora, LoRA of q and v": Patched("fedavg_lora", {"overrides": {"lora_places": ["qv"]}}),
+    "fedavg_lora, decoder at the rate of LoRA": train(rates={}),
+    "fedavg_lora, decoder at a tenth of it": train(rates={"decoder_subset": 0.1}),
+    "centralised, all of SAM": Patched(
+        "centralised",
+        {
+            "strategy": {"personal": ["encoder", "decoder_subset", "decoder_rest"]},
+            "phases": {name: {"learning_rate": 0.0001, "rates": {}} for name in ("alone", "final")},
+            "overrides": {"lora_rank": 0},
+        },
+    ),
 }
 
 
@@ -106,7 +133,7 @@ class Choice(Run):
     @property
     def file(self) -> StrategyFile:
         """The patched strategy."""
-        base, patch = CHOICES[self.strategy]
+        base, patch, _ = CHOICES[self.strategy]
         return patched(base, {"base": base, **patch})
 
     @property
@@ -119,27 +146,37 @@ class Choice(Run):
 
 def choice(name: str, fold: int, data: Path | None = None) -> Choice:
     """A choice in one fold of the site folders in `data`; without it, to ask for its settings only."""
-    return Choice(str(data), site_names(data) if data else (), BUNDLE, name, fold, ROUNDS, dict(SETTINGS))
+    rounds = CHOICES[name].rounds or ROUNDS
+    return Choice(str(data), site_names(data) if data else (), BUNDLE, name, fold, rounds, dict(SETTINGS))
 
 
 def measure(run: Choice, out: Path) -> dict[str, Any]:
     """Validation Dice of one choice in one fold."""
-    started, (base, patch) = time.monotonic(), CHOICES[run.strategy]
+    started, (base, patch, _) = time.monotonic(), CHOICES[run.strategy]
     federation = run.federation(out)
 
     def tell(line: str) -> None:
         print(f"  {line}", flush=True)
 
     run_federation(federation, tell, aggregated=run.file.kind == "federated")
-    last = [note for note in federation.history() if note["round"] == ROUNDS]
+    last = [note for note in federation.history() if note["round"] == run.rounds]
     dice = {who: {note["site"]: note[f"val_dice_{who}"] for note in last} for who in ("global", "personal")}
+    cases = {site: len(split["validation"]) for site, split in run.splits().items()}
+    if run.file.kind == "pooled":
+        cases = {"pooled": sum(cases.values())}
     told = {"key": run.row_key, "choice": run.strategy, "fold": run.seed, "base": base, "patch": patch}
-    return {**told, "dice": dice, "seconds": time.monotonic() - started}
+    return {**told, "dice": dice, "cases": cases, "seconds": time.monotonic() - started}
 
 
 def is_current(row: dict[str, Any]) -> bool:
     """Whether a row is of a choice with the settings that it has now."""
     return row["choice"] in CHOICES and "fold" in row and row.get("key") == choice(row["choice"], row["fold"]).row_key
+
+
+def over_cases(row: dict[str, Any], who: str) -> float:
+    """Mean Dice over all validation cases, not a number where a row does not tell how many a site has."""
+    dice, cases = pd.Series(row["dice"][who]), pd.Series(row.get("cases", {}), dtype=float)
+    return float((dice * cases).sum(skipna=False) / cases.sum()) if len(cases) else float("nan")
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -154,15 +191,17 @@ def show(rows: list[dict[str, Any]]) -> None:
             "current": is_current(row),
             "folds": str(row.get("fold", 0)),
             **{who: pd.Series(row["dice"][who]).mean() for who in ("global", "personal")},
+            **{f"{who}, cases": over_cases(row, who) for who in ("global", "personal")},
             **row["dice"]["personal"],
         }
         for row in rows
     )
-    means = dict.fromkeys(["global", "personal", *sites], "mean")
+    columns = ["global", "personal", "global, cases", "personal, cases", *sites]
+    means = dict.fromkeys(columns, "mean")
     current = lines[lines.current].groupby("choice").agg({"folds": ",".join, **means}).reset_index()
     current = current.sort_values("choice", key=lambda names: names.map(list(CHOICES).index))
     for title, part in (("", current), (", of older settings", lines[~lines.current])):
-        table = Table("choice", "folds", "global", "personal", *sites, title=f"Dice on validation cases{title}")
+        table = Table("choice", "folds", *columns, title=f"Dice on validation cases{title}")
         for line in part.to_dict("records"):
             numbers = ("-" if pd.isna(line[name]) else f"{line[name]:.3f}" for name in means)
             table.add_row(line["choice"], line["folds"], *numbers)

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import choose_settings
 import pytest
-from choose_settings import BUNDLE, CHOICES, FACTORS, FOLDS, PERSONAL, ROUNDS, SETTINGS, choice, is_current, show
+from choose_settings import (
+    BUNDLE,
+    CHOICES,
+    FACTORS,
+    FOLDS,
+    PERSONAL,
+    ROUNDS,
+    SETTINGS,
+    choice,
+    is_current,
+    over_cases,
+    show,
+)
 
 from pfedsam import bundles
 from pfedsam.data.phantom import write_phantom
@@ -33,9 +46,10 @@ def row(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_choice_is_a_possible_strategy(name: str) -> None:
-    base, patch = CHOICES[name]
+    base, patch, rounds = CHOICES[name]
     file = choice(name, 0).file
     assert file.checked().name == base
+    assert choice(name, 0).rounds == (rounds or ROUNDS)
     assert set(patch.get("overrides", {})) <= set(file.overrides)
 
 
@@ -107,6 +121,13 @@ def test_folds_of_a_choice_are_one_line_of_means(capsys: pytest.CaptureFixture[s
     show([row(), row(key=choice(NAME, 2).row_key, fold=2, dice=dice)])
     shown = capsys.readouterr().out
     assert shown.count(NAME) == 1 and "1,2" in shown and "0.500" in shown and shown.count("0.700") == 2
+
+
+def test_the_mean_over_cases_weighs_a_site_by_its_cases() -> None:
+    two = {"site-1": 0.25, "site-2": 0.75}
+    told = row(dice={"global": two, "personal": two}, cases={"site-1": 3, "site-2": 1})
+    assert over_cases(told, "global") == 0.375
+    assert math.isnan(over_cases(row(), "global"))
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in choose_settings.RESULTS.parent.glob("choices*.jsonl")))
