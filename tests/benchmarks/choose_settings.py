@@ -107,6 +107,7 @@ CHOICES: dict[str, Patched] = {
     "fedavg_lora, 24 rounds of one epoch": Patched(
         "fedavg_lora", {"phases": {"train": {"epochs": 1, "inverse_time_decay": 0.5 / 3}}}, rounds=24
     ),
+    "fedavg_lora, 16 rounds": Patched("fedavg_lora", {}, rounds=16),
     "fedavg_lora, products averaged": Patched("fedavg_lora", {"strategy": {"aggregation": "svd"}}),
     "fedavg_lora, factors in turn": Patched("fedavg_lora", {"strategy": {"aggregation": "alternate"}}),
     "fedavg_lora, rank 4": Patched("fedavg_lora", {"overrides": {"lora_rank": 4}}),
