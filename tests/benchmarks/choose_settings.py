@@ -104,6 +104,7 @@ CHOICES: dict[str, Patched] = {
     "fedavg_lora, rate falls within each round": train(inverse_time_decay=0, anneal="cosine"),
     "fedavg_lora, moments kept": train(keep_moments=True),
     "fedavg_lora, B at four times the rate": train(rates={"lora_b": 4, "decoder_subset": 0.4}),
+    "fedavg_lora, B at 16 times the rate": train(rates={"lora_b": 16, "decoder_subset": 0.4}),
     "fedavg_lora, 24 rounds of one epoch": Patched(
         "fedavg_lora", {"phases": {"train": {"epochs": 1, "inverse_time_decay": 0.5 / 3}}}, rounds=24
     ),
