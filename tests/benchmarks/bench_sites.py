@@ -64,6 +64,8 @@ MEANT = "lean"
 LIMIT = 1200
 #: Name of this file in the job.
 MODULE = "prepared_sites"
+#: Names the folder of a run to the processes of the job: paths have no place in a job, and the server refuses them.
+FOLDER = "PFEDSAM_BENCH_SITES"
 UPDATE, TOLD, EVENTS = "update.npz", "update.json", "events.jsonl"
 RESULTS = Path(__file__).parent / "results" / "sites.json"
 
@@ -72,14 +74,12 @@ class PreparedUpdate(Executor):
     """A site that sends the same update in each round, as soon as all sites have the task.
 
     Args:
-        sites: number of sites.
-        meeting: folder where each site leaves a file for each round.
+        sites: number of sites. In `meeting` in the run's folder each site leaves a file for each round.
     """
 
-    def __init__(self, sites: int, meeting: str) -> None:
+    def __init__(self, sites: int) -> None:
         super().__init__()
         self.sites = sites
-        self.meeting = meeting
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         here, current = Path(__file__).parent, int(shareable.get_header(AppConstants.CURRENT_ROUND))
@@ -92,7 +92,7 @@ class PreparedUpdate(Executor):
             # better in each round, so that the server saves the best model each time
             MetaKey.INITIAL_METRICS: {"val_dice": 0.5 + current / 100},
         }
-        present = Path(self.meeting) / str(current)
+        present = Path(os.environ[FOLDER]) / "meeting" / str(current)
         present.mkdir(parents=True, exist_ok=True)
         (present / fl_ctx.get_identity_name()).touch()
         while len(list(present.iterdir())) < self.sites and not abort_signal.triggered:
@@ -101,15 +101,7 @@ class PreparedUpdate(Executor):
 
 
 class ServerProbe(FLComponent):
-    """Writes down the time and the memory of the server's process at the start and the end of each round.
-
-    Args:
-        file: where to.
-    """
-
-    def __init__(self, file: str) -> None:
-        super().__init__()
-        self.file = file
+    """Writes down the time and the memory of the server's process at the start and the end of each round."""
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
@@ -139,7 +131,7 @@ class ServerProbe(FLComponent):
             "high_water": int(status.split("VmHWM:")[1].split()[0]) * 1024,
             "threads": threading.active_count(),
         }
-        with Path(self.file).open("a") as file:
+        with (Path(os.environ[FOLDER]) / EVENTS).open("a") as file:
             file.write(json.dumps(told) + "\n")
 
 
@@ -172,12 +164,12 @@ def write_job(folder: Path, sites: int) -> int:
     config, custom = job / "app" / "config", job / "app" / "custom"
     server = json.loads((config / SERVER).read_text())
     server["workflows"] = [one for one in server["workflows"] if one["id"] == "scatter_and_gather"]
-    probe = {"id": "probe", "path": f"{MODULE}.ServerProbe", "args": {"file": str(folder / EVENTS)}}
+    probe = {"id": "probe", "path": f"{MODULE}.ServerProbe", "args": {}}
     server["components"].append(probe)
     (config / SERVER).write_text(json.dumps(server))
     executor = {
         "path": f"{MODULE}.PreparedUpdate",
-        "args": {"sites": sites, "meeting": str(folder / "meeting")},
+        "args": {"sites": sites},
     }
     client = json.loads((config / CLIENT).read_text())
     client |= {"executors": [{"tasks": ["train"], "executor": executor}], "task_result_filters": [], "components": []}
@@ -198,7 +190,8 @@ def simulate(folder: Path, sites: int, settings: str) -> tuple[list[dict[str, An
     """Run the job; what the probe wrote, and samples of time, RSS and USS of the server's process."""
     command = [sys.executable, __file__, "--run", str(folder), "--sites", str(sites)]
     (folder / "home").mkdir()
-    told = {"HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment(settings)}
+    told = {"HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", FOLDER: str(folder)}
+    told |= environment(settings)
     samples: list[tuple[float, int, int]] = []
     server: psutil.Process | None = None
     deadline = time.monotonic() + LIMIT
