@@ -79,7 +79,7 @@ def train(**changes: Any) -> Patched:
     return Patched("fedavg_lora", {"phases": {"train": changes}})
 
 
-#: name of a choice
+#: By name of the choice.
 CHOICES: dict[str, Patched] = {
     **{name: Patched(name, {}) for name in (*SHARED, *PERSONAL)},
     **{
@@ -167,7 +167,7 @@ def measure(run: Choice, out: Path) -> dict[str, Any]:
     if run.file.kind == "pooled":
         cases = {"pooled": sum(cases.values())}
     told = {"key": run.row_key, "choice": run.strategy, "fold": run.seed, "base": base, "patch": patch}
-    return {**told, "dice": dice, "cases": cases, "seconds": time.monotonic() - started}
+    return {**told, "rounds": run.rounds, "dice": dice, "cases": cases, "seconds": time.monotonic() - started}
 
 
 def is_current(row: dict[str, Any]) -> bool:
