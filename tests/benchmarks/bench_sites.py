@@ -17,13 +17,14 @@ the processes (`pfedsam.federated.processes.MEMORY`). The bar, for `lean`: from 
 high-water mark grows by at most 2 payloads for each further site, and the last step is no steeper than
 that line. Otherwise the exit code is not 0, with a message. A constant part (thread pools, the sum and the model of the
 server) is no growth by sites. Seconds are only reported. Prints tables and writes results/sites.json; rows that are in
-it are not repeated.
+it are not repeated, but those of another payload are taken out.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import itertools
 import json
@@ -151,12 +152,28 @@ def give_back() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def write_job(folder: Path, sites: int) -> int:
-    """Write the exported job with the sites replaced; bytes of a payload."""
+@functools.cache
+def update_of_bundle() -> tuple[dict[str, np.ndarray], str]:
+    """What a site sends: an update of the bundle's shared tensors, and the fingerprint of its base weights."""
     from pfedsam.bundles import network_of
+    from pfedsam.parameters import Roles, manifest
+
+    network = network_of(BUNDLE)
+    random = np.random.default_rng(0)
+    specs = manifest(network, Roles(), "shared")
+    update = {name: random.normal(0, 1e-3, spec.shape).astype(spec.dtype) for name, spec in specs.items()}
+    return update, network.base_fingerprint
+
+
+def payload_bytes() -> int:
+    """Bytes of the tensors of one update."""
+    return sum(array.nbytes for array in update_of_bundle()[0].values())
+
+
+def write_job(folder: Path, sites: int) -> None:
+    """Write the exported job with the sites replaced."""
     from pfedsam.federated.boundary import FINGERPRINT_KEY
     from pfedsam.federated.jobs import CLIENT, SERVER, export_job, find_job
-    from pfedsam.parameters import Roles, manifest
 
     job = export_job(
         find_job("pfedsam"),
@@ -178,15 +195,9 @@ def write_job(folder: Path, sites: int) -> int:
     client |= {"executors": [{"tasks": ["train"], "executor": executor}], "task_result_filters": [], "components": []}
     (config / CLIENT).write_text(json.dumps(client))
     shutil.copyfile(__file__, custom / f"{MODULE}.py")
-    network = network_of(BUNDLE)
-    random = np.random.default_rng(0)
-    update = {
-        name: random.normal(0, 1e-3, spec.shape).astype(spec.dtype)
-        for name, spec in manifest(network, Roles(), "shared").items()
-    }
+    update, fingerprint = update_of_bundle()
     np.savez(custom / UPDATE, **update)  # type: ignore[arg-type]
-    (custom / TOLD).write_text(json.dumps({FINGERPRINT_KEY: network.base_fingerprint}))
-    return sum(array.nbytes for array in update.values())
+    (custom / TOLD).write_text(json.dumps({FINGERPRINT_KEY: fingerprint}))
 
 
 def simulate(folder: Path, sites: int, settings: str) -> tuple[list[dict[str, Any]], list[tuple[float, int, int]]]:
@@ -259,7 +270,8 @@ def measure(settings: str, sites: int) -> dict[str, Any]:
     """One run."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        payload = write_job(folder, sites)
+        payload = payload_bytes()
+        write_job(folder, sites)
         events, samples = simulate(folder, sites, settings)
         received = folder / "workspace" / "server" / "simulate_job" / "pfedsam_received.jsonl"
         records = [json.loads(line) for line in received.read_text().splitlines()] if received.exists() else []
@@ -341,7 +353,7 @@ def main() -> None:
         run_simulator(options.run, *options.sites)
         return
     found = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
-    rows = {(row["settings"], row["sites"]): row for row in found}
+    rows = {(row["settings"], row["sites"]): row for row in found if row["payload_bytes"] == payload_bytes()}
     for one in [(setting, sites) for setting in options.settings for sites in options.sites or SITES[setting]]:
         if one in rows and not options.again:
             continue
