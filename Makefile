@@ -35,7 +35,7 @@ lgg: $(STAMP)
 		--set positives_per_case=4 --set negatives_per_case=2 $(LGG_SETTINGS)
 
 # Tables of the README. Runs that are in the records are not repeated; stopped, it goes on.
-STRATEGIES := pfedsam,without_interpolation,one_adapter,fedavg_lora,fedavg_lora_ft,fedavg_lora_ft_interpolated,local_only,ensemble_local,centralised,feddpa,fedprox,fedrep,ditto,fedmsa,fedsam,all_of_sam_shared,narrow_lora,lora_plus
+STRATEGIES := pfedsam,without_interpolation,one_adapter,fedavg_lora,fedavg_lora_ft,fedavg_lora_ft_interpolated,local_only,ensemble_local,centralised,feddpa,fedprox,fedrep,ditto,fedmsa,fedsam,all_of_sam_shared,narrow_lora,equal_rates
 SEEDS ?= 0,1,2
 bench-lgg: $(STAMP)
 	@test -n "$(LGG)" || { echo "say where the data is: make bench-lgg LGG=<folder>"; exit 2; }

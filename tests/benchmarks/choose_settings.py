@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
 }
 RESULTS = Path(__file__).parent / "results" / "choices.jsonl"
 #: Each strategy's learning rates are tried times these, the same for all.
-FACTORS = (0.5, 2.0)
+FACTORS = (0.25, 0.5, 2.0)
 #: Strategies of which all learning rates are multiplied, and those of which only the personal phases' are, beside
 #: shared tensors at the rate that is chosen for them.
 SHARED = ("fedavg_lora", "fedprox", "fedmsa", "fedsam", "local_only", "centralised")
@@ -103,7 +103,7 @@ CHOICES: dict[str, Patched] = {
     "fedavg_lora, constant rate": train(inverse_time_decay=0),
     "fedavg_lora, rate falls within each round": train(inverse_time_decay=0, anneal="cosine"),
     "fedavg_lora, moments kept": train(keep_moments=True),
-    "fedavg_lora, B at four times the rate": train(rates={"lora_b": 4, "decoder_subset": 0.4}),
+    "fedavg_lora, A and B at one rate": train(rates={"decoder_subset": 0.4}),
     "fedavg_lora, B at 16 times the rate": train(rates={"lora_b": 16, "decoder_subset": 0.4}),
     "fedavg_lora, 24 rounds of one epoch": Patched(
         "fedavg_lora", {"phases": {"train": {"epochs": 1, "inverse_time_decay": 0.5 / 3}}}, rounds=24
@@ -115,8 +115,14 @@ CHOICES: dict[str, Patched] = {
     "fedavg_lora, rank 64": Patched("fedavg_lora", {"overrides": {"lora_rank": 64}}),
     "fedavg_lora, all blocks": Patched("fedavg_lora", {"overrides": {"adapted_blocks": "all"}}),
     "fedavg_lora, LoRA of q and v": Patched("fedavg_lora", {"overrides": {"lora_places": ["qv"]}}),
-    "fedavg_lora, decoder at the rate of LoRA": train(rates={}),
-    "fedavg_lora, decoder at a tenth of it": train(rates={"decoder_subset": 0.1}),
+    "fedavg_lora, decoder at the rate of LoRA's A": train(rates={"lora_b": 4}),
+    "fedavg_lora, decoder at a tenth of it": train(rates={"lora_b": 4, "decoder_subset": 0.1}),
+    **{
+        f"{name}, B at four times the rate": Patched(
+            name, {"phases": {one: {"rates": {"lora_b": 4, "decoder_subset": 0.4}} for one in ("alone", "final")}}
+        )
+        for name in ("local_only", "centralised")
+    },
     "centralised, all of SAM": Patched(
         "centralised",
         {

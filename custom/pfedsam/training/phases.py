@@ -70,8 +70,9 @@ class Phase(_Settings):
         experts: whether the experts are on in the student.
         epochs: passes over one drawn epoch of slices.
         learning_rate: of the bundle's optimiser in this phase.
-        rates: factors of the learning rate by group of tensors, 1 for those that are not named: LoRA starts at zero and
-            takes a higher rate than what is pretrained, such as the decoder. [ours]
+        rates: factors of the learning rate by group of tensors, 1 for those that are not named: what is pretrained,
+            such as the decoder, takes a lower rate than LoRA [ours], and LoRA's B, which starts at zero, a higher one
+            than its A (LoRA+: Hayou et al., arXiv 2402.12354).
         keep_moments: go on with the optimiser's moments of the last round (personal tensors) or start anew (shared).
         warmup_rounds: in these first rounds the learning rate rises linearly from a tenth over the phase's steps.
         decay: the learning rate is multiplied by this once for every round before (exponential decay).
