@@ -117,9 +117,8 @@ CHOICES: dict[str, Patched] = {
     "fedavg_lora, LoRA of q and v": Patched("fedavg_lora", {"overrides": {"lora_places": ["qv"]}}),
     "fedavg_lora, decoder at the rate of LoRA's A": train(rates={"lora_b": 4}),
     "fedavg_lora, decoder at a tenth of it": train(rates={"lora_b": 4, "decoder_subset": 0.1}),
-    "ditto, copy as the rest: B at four times the rate, a quarter of it at the end": Patched(
-        "ditto",
-        {"phases": {"local": {"rates": {"lora_b": 4, "decoder_subset": 0.4}}, "final": {"learning_rate": 0.00025}}},
+    "ditto, copy at one rate": Patched(
+        "ditto", {"phases": {"local": {"rates": {"decoder_subset": 0.4}}, "final": {"learning_rate": 0.001}}}
     ),
     **{
         f"{name}, B at four times the rate": Patched(
