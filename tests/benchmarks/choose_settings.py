@@ -87,6 +87,7 @@ CHOICES: dict[str, Patched] = {
         for name in (*SHARED, *PERSONAL)
         for factor in FACTORS
     },
+    "fedavg_lora_ft, rates times 4": Patched("fedavg_lora_ft", times("fedavg_lora_ft", 4)),
     "pfedsam, no teacher": Patched("pfedsam", final(distillation=None)),
     "pfedsam, weight 0.5": Patched("pfedsam", taught(0.5)),
     "pfedsam, weight 0.5, no quality gate": Patched("pfedsam", taught(0.5, gate=False)),
