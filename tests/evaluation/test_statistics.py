@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from io import StringIO
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pfedsam.evaluation.comparison_tables import markdown, tables, warnings
 from pfedsam.evaluation.statistics import (
@@ -151,6 +153,7 @@ def test_a_clear_difference_is_told_and_noise_is_not() -> None:
     assert table.loc["same", "verdict"] == "not distinguishable"
     assert table.loc["worse", "difference"] == pytest.approx(0.1)
     assert against(records, "worse").loc["ours", "verdict"] == "worse"
+    assert "| worse | +0.100 [+0.100, +0.100] | < 0.001 | 40 | better |" in markdown(records, "ours")
 
 
 def test_holm_multiplies_the_smallest_p_by_the_number_of_tests() -> None:
@@ -299,4 +302,17 @@ def test_the_markdown_names_what_is_missing() -> None:
     text = markdown(records, "ours", ["third, seed 0"])
     assert "Missing: third, seed 0." in text
     assert "| ours | 1/1 | 0.550 |" in text
-    assert len(tables(records, "ours")) == 5
+    assert len(tables(records, "ours", width=200)) == 5
+
+
+def test_a_narrow_terminal_breaks_no_number() -> None:
+    sites = {f"a_hospital_{n}": [0.5, 0.6] for n in range(5)}
+    records = [record("ours", sites), record("another_with_a_long_name", sites)]
+    console = Console(width=80, file=StringIO(), force_terminal=True, color_system=None)
+    for table in tables(records, "ours", console.width):
+        console.print(table)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, shown.splitlines())) <= 80
+    rows = [line.split("|")[1:-1] for line in markdown(records, "ours").splitlines() if line.startswith("| ")]
+    for cell in {cell.strip() for row in rows for cell in row}:
+        assert f" {cell} " in shown

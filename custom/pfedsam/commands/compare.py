@@ -131,7 +131,7 @@ def show_comparison(comparison: Any, reference: str) -> None:
     records = comparison.records()
     missing = [run.name for run in comparison.missing()]
     if records:
-        for table in tables(records, reference):
+        for table in tables(records, reference, console.width):
             console.print(table)
         for what, names in comparison.outdated().items():
             told = f"{len(names)} record(s) are of other {OUTDATED[what]}"

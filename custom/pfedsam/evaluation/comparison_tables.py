@@ -15,9 +15,16 @@ from pfedsam.evaluation.statistics import MODELS, against, seed_summary, site_su
 Records = Sequence[Mapping[str, Any]]
 
 
-def tables(records: Records, reference: str) -> list[Table]:
-    """Summary, sites, tests and unseen hospitals: those that the records have something for."""
-    return [_rich(frame, title) for title, frame in _frames(records, reference)]
+def tables(records: Records, reference: str, width: int) -> list[Table]:
+    """Summary, sites, tests and unseen hospitals: those that the records have something for.
+
+    One that is wider than `width` characters goes on in a table of its own, so that no number is broken over two lines.
+    """
+    return [
+        _rich(part, title if number == 0 else "continued")
+        for title, frame in _frames(records, reference)
+        for number, part in enumerate(_fitting(frame, width))
+    ]
 
 
 def markdown(records: Records, reference: str, missing: Sequence[str] = ()) -> str:
@@ -114,7 +121,9 @@ def _frames(records: Records, reference: str) -> list[tuple[str, pd.DataFrame]]:
         shown[f"{reference} minus it"] = [
             f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in tests.itertuples()
         ]
-        shown["p (Holm)"] = _numbers(tests["p"], 3)
+        shown["p (Holm)"] = [
+            "< 0.001" if p < 0.001 else text for p, text in zip(tests["p"], _numbers(tests["p"], 3), strict=True)
+        ]
         shown["pairs"] = [str(value) for value in tests["pairs"]]
         shown[f"{reference} is"] = tests["verdict"]
         frames.append((f"{reference} against each other strategy, paired over patients", shown))
@@ -145,6 +154,21 @@ def _by_seed(records: Records, order: Sequence[str]) -> pd.DataFrame:
 def _numbers(values: pd.Series, digits: int) -> list[str]:
     """With so many digits, `-` for what was not measured."""
     return ["-" if pd.isna(value) else f"{value:.{digits}f}" for value in values]
+
+
+def _fitting(frame: pd.DataFrame, width: int) -> list[pd.DataFrame]:
+    """The table in parts, each with as many columns as fit beside the names of the rows."""
+    room = width - len("┃  ┃") - max(map(len, [str(frame.index.name or ""), *map(str, frame.index)]))
+    parts: list[list[str]] = [[]]
+    left = room
+    for column in frame.columns:
+        needs = len("  ┃") + max(map(len, [str(column), *map(str, frame[column])]))
+        if needs > left and parts[-1]:
+            parts.append([])
+            left = room
+        parts[-1].append(column)
+        left -= needs
+    return [frame[part] for part in parts]
 
 
 def _rich(frame: pd.DataFrame, title: str) -> Table:
