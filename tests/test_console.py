@@ -36,3 +36,20 @@ def test_a_long_text_does_not_cut_the_time_left_off(width: int, monkeypatch: pyt
     assert len(last) <= width
     assert "feda" in last and "1/1000" in last
     assert re.search(r"left: (\d+:\d\d:\d\d|-:--:--)$", last)
+
+
+@pytest.mark.parametrize(("between", "expected"), [(0.0, ["1", "2", "3"]), (60.0, [])])
+def test_a_log_gets_lines_with_the_time_left(
+    between: float, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(file=shown, width=80))
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", between)
+    with console.bar("runs", 100) as advance:
+        for done in range(1, 4):
+            time.sleep(0.1)
+            advance(done, f"run {done}, tested on a hospital with a very long name that is not cut off in a log")
+    lines = [line for line in shown.getvalue().splitlines() if "passed:" in line]
+    assert (
+        re.findall(r"log: (\d) of 100, passed: 0:00:\d\d, left: (?:\?|0:0\d:\d\d)$", "\n".join(lines), re.M) == expected
+    )

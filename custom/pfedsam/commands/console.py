@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +18,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -29,6 +32,9 @@ console = Console(markup=False)
 
 #: Panels of `pfedsam --help`.
 DATA, TRAIN, LOOK, OPERATE = "Data and weights", "Train", "Look", "Operate"
+
+#: In a log; a terminal has a bar that moves.
+SECONDS_BETWEEN_LINES = 60.0
 
 RunFolder = Annotated[Path, typer.Option("--out", help="Run folder; a run that was stopped goes on in it.")]
 Bundle = Annotated[str, typer.Option(help="Name of an installed bundle.")]
@@ -69,19 +75,37 @@ def quiet_libraries() -> None:
 
 
 class Advance:
-    """Moves a progress bar: `advance(done, text)`, or `advance.total(done, total)`."""
+    """Moves a progress bar: `advance(done, text)`, or `advance.total(done, total)`.
 
-    def __init__(self, progress: Progress, task: Any) -> None:
+    Where the output is no terminal, as in a log, it writes a line instead, a minute or more after the last one.
+    """
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
+        self._told = time.monotonic()
 
     def __call__(self, done: int, text: str | None = None) -> None:
         """Set what is done, and a text."""
         described: Any = {} if text is None else {"description": text}
         self._progress.update(self._task, completed=done, **described)
+        self._log()
 
     def total(self, done: int, total: int) -> None:
         """Set both numbers."""
         self._progress.update(self._task, completed=done, total=total)
+        self._log()
+
+    def _log(self) -> None:
+        if console.is_terminal or time.monotonic() - self._told < SECONDS_BETWEEN_LINES:
+            return
+        self._told = time.monotonic()
+        task = self._progress.tasks[self._task]
+        passed, left = (
+            "?" if seconds is None else timedelta(seconds=int(seconds))
+            for seconds in (task.elapsed, task.time_remaining)
+        )
+        line = f"{task.description}: {task.completed:g} of {task.total:g}, passed: {passed}, left: {left}"
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 @contextmanager
