@@ -171,8 +171,9 @@ def test_no_path_of_this_machine_is_in_an_exported_model(
     assert b"/srv/hospital" not in (tmp_path / "out").read_bytes()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("backbone", "size"), [("vit_b", 224), ("lite_medsam", 128)])
+@pytest.mark.parametrize(
+    ("backbone", "size"), [pytest.param("vit_b", 224, marks=pytest.mark.slow), ("lite_medsam", 128)]
+)
 def test_exports_of_the_real_backbones(backbone: str, size: int, tmp_path: Path) -> None:
     from pfedsam.networks.sam import build_network
 

@@ -126,9 +126,10 @@ class Attention(nn.Module):
         q, k, v = windows.reshape(3, -1, self.num_heads, h * w, self.head_dim)
         bias = self._bias(h, w).to(q.dtype)
         if bias.shape[-1] > h * w:
+            # shape and not len(), which TorchScript's tracing would keep as the number that it was
             _, padded_k, padded_v = padded.view(1, *heads).permute(2, 0, 1, 3).unsqueeze(-2)
-            k = torch.cat([k, padded_k.expand(len(k), -1, -1, -1)], 2)
-            v = torch.cat([v, padded_v.expand(len(v), -1, -1, -1)], 2)
+            k = torch.cat([k, padded_k.expand(k.shape[0], -1, -1, -1)], 2)
+            v = torch.cat([v, padded_v.expand(v.shape[0], -1, -1, -1)], 2)
         attention = (q * self.head_dim**-0.5) @ k.transpose(-2, -1) + bias
         out = (attention.softmax(dim=-1) @ v).view(batch, rows, columns, self.num_heads, h, w, self.head_dim)
         return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, -1)
