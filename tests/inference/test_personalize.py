@@ -23,19 +23,23 @@ def test_a_site_whose_labels_the_bundle_does_not_know_is_refused(tmp_path: Path)
     assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E07"
 
 
-@pytest.mark.slow
-def test_five_cases_of_an_unseen_site_gain_over_the_global_model(tmp_path: Path) -> None:
-    """Real weights: three phantom sites train, another makes its personal model of 5 cases.
+#: With the present rates and one adapted block the global model finds nothing at the most shifted site (Dice 0.002),
+#: and 5 cases do not change that. Strict: it tells when they do.
+NOTHING_TO_START_FROM = pytest.mark.xfail(
+    raises=AssertionError, strict=True, reason="a global model that finds nothing"
+)
 
-    Not the most shifted one, the fourth: there these rounds with one adapted block leave a global model with a Dice of
-    0.002, from which 5 cases bring it nowhere, with interpolation or without.
-    """
+
+@pytest.mark.slow
+@pytest.mark.parametrize("site", [2, pytest.param(3, marks=NOTHING_TO_START_FROM)])
+def test_five_cases_of_an_unseen_site_gain_over_the_global_model(site: int, tmp_path: Path) -> None:
+    """Real weights: three phantom sites train, the other makes its personal model of 5 cases."""
     sites = write_phantom(tmp_path / "phantom", sites=4, cases=9, shape=(96, 96, 12))
     data = tmp_path / "data"
     data.mkdir()
-    unseen = sites.pop(2)
-    for site in sites:
-        site.rename(data / site.name)
+    unseen = sites.pop(site)
+    for other in sites:
+        other.rename(data / other.name)
     told = {"image_size": 64, **DEMO_OVERRIDES}
     settings = [word for key, value in told.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     run = [sys.executable, "-m", "pfedsam.cli"]
@@ -55,8 +59,9 @@ def test_five_cases_of_an_unseen_site_gain_over_the_global_model(tmp_path: Path)
         str(tmp_path / "own"),
     ]
     done = subprocess.run([*command, *settings], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
     found = json.loads((tmp_path / "own" / "results.json").read_text())["sites"][unseen.name]
     print(f"unseen site: global {found['dice_global']:.3f}, personal {found['dice_personal']:.3f}")
-    assert found["dice_personal"] > found["dice_global"]
     assert "gain" in done.stdout
+    assert found["dice_personal"] > found["dice_global"]

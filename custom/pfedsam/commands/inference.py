@@ -156,7 +156,9 @@ def personalize(
     out: Annotated[Path, typer.Option(help="Folder for the model, table and pictures.")] = Path("runs/personalize"),
     bundle: Annotated[str, typer.Option(help="Name of an installed bundle.")] = "brain_lesion_mri",
     strategy: Annotated[str, typer.Option(help="Its final phase is what is trained.")] = "pfedsam",
-    cases: Annotated[int, typer.Option(min=1, help="Train on at most so many cases; 5 to 20 are enough.")] = 20,
+    cases: Annotated[
+        int, typer.Option(min=1, help="Train on at most so many cases; 5 help where the global model finds some.")
+    ] = 20,
     seed: Annotated[int, typer.Option(help="Of the split and the draws.")] = 0,
     checkpoint: Checkpoint = None,
     set_: Overrides = None,
