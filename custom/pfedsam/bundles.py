@@ -23,6 +23,7 @@ OVERRIDES: dict[str, tuple[type, ...]] = {
     "backbone": (str,),
     "checkpoint": (str,),
     "image_size": (int,),
+    "field_of_view_mm": (int, float),
     "adapted_blocks": (int, str),
     "lora_rank": (int,),
     "lora_places": (list,),
@@ -183,3 +184,14 @@ def class_names(folder: Path) -> list[str]:
 def is_rgb(folder: Path) -> bool:
     """Whether a bundle takes colour pictures."""
     return metadata(folder)["network_data_format"]["inputs"]["image"]["format"] == "RGB"
+
+
+def field_of_view(bundle: str, overrides: Mapping[str, Any] | None = None) -> float | None:
+    """Side in millimetres of the square that a bundle sees of each slice, None if it sees all.
+
+    Raises:
+        PFedSAMError: E16 or E18 for wrong settings.
+    """
+    key = "field_of_view_mm"
+    settings = json.loads((find_bundle(bundle) / "configs" / "train.json").read_text()) | checked_overrides(overrides)
+    return float(settings[key]) if settings.get(key) else None

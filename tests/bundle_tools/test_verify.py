@@ -21,7 +21,7 @@ from pfedsam.bundle_tools.verify import CHECKS, Bundle, tiny_site, verify_bundle
 from pfedsam.bundles import BUNDLES_VARIABLE, folder, installed_bundles
 from pfedsam.cli import app
 from pfedsam.errors import PFedSAMError
-from pfedsam.inference.predict import predict
+from pfedsam.inference.predict import Predictor
 from pfedsam.parameters import shared_state
 from pfedsam.site_model import read, write
 from pfedsam.strategies import find_strategy
@@ -142,10 +142,9 @@ def test_a_new_bundle_passes_and_trains_in_a_federation_and_infers(
     result = local.train(0)
     assert all(np.isfinite(phase.mean_loss) for phase in result.phases.values())
     write(tmp_path / "model.safetensors", local.model(round=0, final=True))
-    found: list[Any] = []
     image = next((site / "images").iterdir())
-    predict(tmp_path / "model.safetensors", [image], found.append)
-    assert found[0].probabilities.shape == ((2, 48, 40) if modality == "rgb" else (2, 48, 40, 6))
+    found = Predictor(tmp_path / "model.safetensors")(image)
+    assert found.probabilities.shape == ((2, 48, 40) if modality == "rgb" else (2, 48, 40, 6))
 
 
 def test_a_new_bundle_with_a_wrong_name_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from pfedsam.bundles import folder
 from pfedsam.cli import app
 from pfedsam.data.phantom import write_phantom
+from pfedsam.data.pictures import Picture
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.pictures import case_picture
 from pfedsam.evaluation.plots import _smallest, curve_figure, plots, share_figure
@@ -58,7 +59,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         found = SiteEvaluation(site, scores, {"best": shown, "median": shown, "worst": shown})
         evaluations.append(found)
         for example in found.examples:
-            case_picture(found, example, random.uniform(size=(24, 24, 6)), out / "pictures" / f"{site}-{example}.png")
+            image = Picture(random.uniform(size=(24, 24, 6)), "volume", Path("image"))
+            case_picture(found, example, image, out / "pictures" / f"{site}-{example}.png")
         events = out / "workspace" / "server" / "simulate_job" / "tb_events" / site
         with SummaryWriter(str(events)) as writer:
             for number in range(4):

@@ -14,7 +14,7 @@ from pfedsam.bundle_tools.verify import tiny_site
 from pfedsam.cli import app
 from pfedsam.errors import PFedSAMError
 from pfedsam.inference import predict as room
-from pfedsam.inference.predict import predict
+from pfedsam.inference.predict import Predictor
 from pfedsam.parameters import shared_state
 from pfedsam.site_model import write
 from pfedsam.strategies import find_strategy
@@ -60,14 +60,13 @@ def test_the_box_of_the_network_is_the_box_of_the_image(
         return original(boxes, **kwargs)
 
     monkeypatch.setattr(room, "PromptedSliceInferer", spy)
-    out: list[Any] = []
-    predict(trained[1], [tmp_path / "a.nii.gz"], out.append, box=box)
+    found = Predictor(trained[1])(tmp_path / "a.nii.gz", box)
     (boxes,) = seen
     given = ~boxes.isnan().any(dim=1)
     assert given.nonzero().flatten().tolist() == [2, 3, 4]
     # x0 y0 x1 y1 with x along the last axis of the network's input; one pixel is 4 mm as one voxel is
     assert np.allclose(boxes[2].numpy(), [40, 10, 50, 30], atol=1)
-    probabilities = out[0].probabilities[0]
+    probabilities = found.probabilities[0]
     assert probabilities.shape == turned.shape
     slices = np.moveaxis(probabilities, axes.index("S"), 0)
     outside = ~np.moveaxis(turned, axes.index("S"), 0).any(axis=(1, 2))
@@ -80,8 +79,8 @@ def test_a_box_is_refused_outside_the_image_and_for_a_model_without_boxes(
     site, file = trained
     image = site / "images" / "tiny0.nii.gz"
     with pytest.raises(PFedSAMError, match=r"E16.*not inside"):
-        predict(file, [image], lambda found: None, box=[0, 48, 0, 10])
+        Predictor(file)(image, [0, 48, 0, 10])
     with pytest.raises(PFedSAMError, match=r"E16.*trained with boxes"):
-        predict(model, [image], lambda found: None, box=[0, 10, 0, 10])
+        Predictor(model)(image, [0, 10, 0, 10])
     wrong = CliRunner().invoke(app, ["infer", str(image), "--model", str(file), "--box", "1,2,x,4"])
     assert wrong.exit_code == 2

@@ -14,9 +14,9 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
+from pfedsam.data.pictures import load_picture
 from pfedsam.errors import PFedSAMError
-from pfedsam.inference.formats import read_input
-from pfedsam.inference.predict import predict
+from pfedsam.inference.predict import Predictor
 
 SHAPE = (37, 52, 9)
 
@@ -46,10 +46,7 @@ AFFINES = {
 
 
 def one(model: Path, path: Path, **more):
-    found = []
-    predict(model, [path], found.append, **more)
-    (prediction,) = found
-    return prediction
+    return Predictor(model, **more)(path)
 
 
 @pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES)
@@ -138,14 +135,14 @@ def test_probabilities_and_overlay(model: Path, tmp_path: Path) -> None:
 def test_a_colour_volume_is_refused(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 3), np.int16), np.eye(4)), tmp_path / "rgb.nii")
     with pytest.raises(PFedSAMError, match="one channel"):
-        read_input(tmp_path / "rgb.nii", tmp_path)
+        load_picture(tmp_path / "rgb.nii")
 
 
 @pytest.mark.parametrize("name", ["case.mha", "case.nii.gz", "case.png"])
 def test_what_is_no_image_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"no image")
     with pytest.raises(PFedSAMError, match=name):
-        read_input(tmp_path / name, tmp_path)
+        load_picture(tmp_path / name)
 
 
 # ---- DICOM --------------------------------------------------------------------------------------------------------
@@ -223,7 +220,7 @@ BROKEN = {
 def test_a_broken_series_is_refused(tmp_path: Path, how: dict, words: str) -> None:
     series(tmp_path / "series", volume(), **how)
     with pytest.raises(PFedSAMError, match=words) as caught:
-        read_input(tmp_path / "series", tmp_path)
+        load_picture(tmp_path / "series")
     assert caught.value.code == "E05"
 
 
@@ -231,7 +228,7 @@ def test_a_double_slice_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
     files = series(tmp_path / "series", volume())
     (tmp_path / "series" / "copy").write_bytes(files[0].read_bytes())
     with pytest.raises(PFedSAMError, match="missing or double"):
-        read_input(tmp_path / "series", tmp_path)
+        load_picture(tmp_path / "series")
     (tmp_path / "series" / "copy").write_bytes(b"no DICOM")
     with pytest.raises(PFedSAMError, match="no DICOM file"):
-        read_input(tmp_path / "series", tmp_path)
+        load_picture(tmp_path / "series")

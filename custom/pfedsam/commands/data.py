@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pfedsam.commands.console import DATA, Bundle, bar, console
+from pfedsam.commands.console import DATA, Bundle, Overrides, bar, console, literals, quiet_libraries
 
 app = typer.Typer()
 
@@ -38,15 +39,45 @@ def validate(
     minimum_cases: Annotated[int, typer.Option(min=1, help="Fewer cases are an error.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the split, if there is no datalist.json.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Files only: do not load a case through the bundle's own transforms.")
+    ] = False,
+    set_: Overrides = None,
 ) -> None:
-    """Check a site folder before it joins: pairs, shapes, labels, geometry, duplicates, splits. Changes nothing."""
-    from pfedsam.bundles import class_names, find_bundle
+    """Check a site folder before it joins: pairs, values, labels, geometry, duplicates, splits. Changes nothing.
+
+    At the end the first training batch and the first validation case are loaded as training would load them. An image
+    of a strongly compressed file that claims to unpack to more than 0.5 GB is refused; the environment variable
+    PFEDSAM_IMAGE_LIMIT_GB sets another limit.
+    """
+    from pfedsam.bundles import class_names, field_of_view, find_bundle, is_rgb
     from pfedsam.data.check_report import print_report
     from pfedsam.data.checks import check_site
 
-    values = labels.split(",") if labels else range(len(class_names(find_bundle(bundle))) + 1)
-    with console.status("reading all cases"):
-        report = check_site(site, [int(v) for v in values], minimum_cases=minimum_cases, seed=seed)
+    root, settings = find_bundle(bundle), literals(set_ or [])
+    known = list(range(len(class_names(root)) + 1))
+    values = [int(value) for value in labels.split(",")] if labels else known
+    # JSON alone is to be on standard output
+    with nullcontext(None) if as_json else bar("reading all cases", 1) as advance:
+        report = check_site(
+            site,
+            values,
+            minimum_cases=minimum_cases,
+            seed=seed,
+            colour=is_rgb(root),
+            field_of_view=field_of_view(bundle, settings),
+            progress=advance.total if advance else None,
+        )
+    if report.ok and not quick:
+        if values != known:
+            text = f"no case was loaded through the bundle: --labels gives {values}, the bundle's are {known}."
+            report.add("E07", "note", "", text, "A site maps its own values with 'labels' in local/pfedsam.json.")
+        else:
+            with console.status("loading the first batch through the bundle's transforms"):
+                quiet_libraries()
+                from pfedsam.training.rehearsal import rehearse
+
+                rehearse(report, bundle, site, {"seed": seed, **settings})
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
@@ -62,7 +93,8 @@ def prepare(
 ) -> None:
     """Lay out downloaded data as site folders. The source is not changed.
 
-    images: <site>/images/<case>.png|jpg|tif|nii.gz and <site>/masks or labels/<case>[_mask].png|tif|nii.gz
+    images: <site>/images/<case> and <site>/masks or labels/<case>[_mask], each NIfTI, PNG, JPG, TIFF, BMP, DICOM or a
+    folder of DICOM slices. Values of masks are kept, 0/255 becomes 0/1.
 
     fundus: <domain>/<train or test>/ROIs/image/*.png and .../ROIs/mask/*.png (DoFE); or Training400/<group>/*.jpg and
     Annotation-Training400/Disc_Cup_Masks/<group>/*.bmp (REFUGE). Never tried on the original downloads.

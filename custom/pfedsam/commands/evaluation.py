@@ -77,7 +77,7 @@ def show_evaluation(
             found = evaluate_site(bundle, data, model, progress=advance.total, **how)
         evaluations.append(found)
         for name, example in found.examples.items():
-            image = load_picture(example.image).values
+            image = load_picture(example.image)
             case_picture(found, name, image, out / "pictures" / f"{site}-{name}.png")
     about = {"bundle": bundle, "overrides": dict(overrides), "section": section}
     table = {"about": about, **results(evaluations, sent)}

@@ -22,7 +22,10 @@ Checkpoint = Annotated[
 
 @app.command(rich_help_panel=LOOK)
 def infer(
-    images: Annotated[list[Path], typer.Argument(help="NIfTI, PNG or JPG files, or folders of one DICOM series each.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(help="NIfTI, PNG, JPG, TIFF or DICOM files, or folders of one DICOM series each."),
+    ],
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/infer"),
     bundle: ModelBundle = None,
@@ -40,40 +43,78 @@ def infer(
 ) -> None:
     """Segment images with a site's model. The label lies exactly on its image: same shape, affine, orientation.
 
-    Value 0 is background, 1 the bundle's first class and so on. Research only, not for diagnostic use.
+    Value 0 is background, 1 the bundle's first class and so on. Results are named after the image,
+    <out>/<name>_<classes>; two images that would have one result are refused. What cannot be read is named at the end,
+    the other images are done, and the exit code is 1. Research only, not for diagnostic use.
     """
     quiet_libraries()
+    corners = _box(box)
+    if corners is not None and len(images) != 1:
+        raise PFedSAMError("E16", "a box is for one image.", "Give one image, or leave the box out.")
     with console.status("loading the model"):
         from pfedsam.bundles import class_names, find_bundle
-        from pfedsam.inference.formats import write_label, write_probabilities, write_segmentation
-        from pfedsam.inference.predict import predict
-        from pfedsam.site_model import model_settings
+        from pfedsam.inference.predict import Predictor
+        from pfedsam.inference.writers import check_results
 
-        overrides = literals(set_ or [])
-        name, _ = model_settings(model, bundle, overrides)
-    labels = class_names(find_bundle(name))
-    written: list[tuple[Path, int]] = []
+        predictor = Predictor(
+            model, bundle=bundle, overrides=literals(set_ or []), checkpoint=checkpoint, experts=not global_
+        )
+        predictor.open()
+    labels = class_names(find_bundle(predictor.bundle))
+    check_results(images, out, labels)
+    if dicom_seg:
+        from pfedsam.inference.segmentation import check_series, is_series
+
+        check_series([image for image in images if image.exists() and is_series(image)])
+    lines: list[str] = []
+    failed: list[tuple[Path, PFedSAMError]] = []
     with bar("segmenting", len(images)) as advance:
+        for number, image in enumerate(images, 1):
+            try:
+                found = predictor(image, corners)
+                lines += _write(found, out, labels, predictor.bundle, probabilities, overlay, dicom_seg)
+            except PFedSAMError as error:
+                failed.append((image, error))
+            # a library that writes one format must not cost the other images
+            except Exception as error:
+                text = f"{image}: its results could not be written ({type(error).__name__}: {error})."
+                failed.append((image, PFedSAMError("E05", text, "Try it without its optional results.")))
+            advance(number, image.name)
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    if len(images) == 1 and failed:
+        raise failed[0][1]
+    if failed:
+        console.print(f"{len(failed)} of {len(images)} images failed:", highlight=False)
+        for image, fault in failed:
+            console.print(f"{image}: {fault}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
 
-        def keep(found: Any) -> None:
-            label = found.label()
-            stem = out / f"{found.image.name}_{'_'.join(labels)}"
-            written.append((write_label(label, found.image, stem), int((label > 0).sum())))
-            if probabilities:
-                probability_file = stem.with_name(stem.name + "_probability")
-                write_probabilities(found.probabilities, found.image, probability_file)
-            if dicom_seg and found.image.slices:
-                write_segmentation(label, found.image, stem, labels, f"pFedSAM {name}")
-            if overlay:
-                from pfedsam.inference.overlay import write_overlay
 
-                write_overlay(found, stem.with_name(stem.name + "_overlay.png"))
-            advance(len(written), found.image.name)
+def _write(
+    found: Any, out: Path, labels: list[str], bundle: str, probabilities: bool, overlay: bool, dicom_seg: bool
+) -> list[str]:
+    """Write the results of one image; returns what to say of them."""
+    from pfedsam.data.field_of_view import told
+    from pfedsam.inference.segmentation import is_series, write_segmentation
+    from pfedsam.inference.writers import OVERLAY, stem_of, write_label, write_probabilities
 
-        how: dict[str, Any] = {"bundle": bundle, "overrides": overrides, "checkpoint": checkpoint}
-        predict(model, images, keep, experts=not global_, box=_box(box), **how)
-    for path, voxels in written:
-        console.print(f"{path}: {voxels:,} voxels" if voxels else f"{path}: nothing found", highlight=False)
+    label, source = found.label(), found.image.source
+    stem = stem_of(source, out, labels)
+    path, voxels = write_label(label, found.image, stem), int((label > 0).sum())
+    if probabilities:
+        write_probabilities(found.probabilities, found.image, stem)
+    if dicom_seg and is_series(source):
+        write_segmentation(label, source, stem, labels, f"pFedSAM {bundle}")
+    if overlay:
+        from pfedsam.inference.overlay import write_overlay
+
+        write_overlay(found, stem.with_name(stem.name + OVERLAY))
+    lines = [f"{path}: {voxels:,} voxels" if voxels else f"{path}: nothing found"]
+    lines += [f"  {source.name}: {remark}" for remark in found.remarks]
+    if found.share_unseen >= 0.005:
+        lines.append(f"  {source.name}: {told(found.share_unseen, found.field_of_view)}")
+    return lines
 
 
 def _box(text: str | None) -> list[int] | None:

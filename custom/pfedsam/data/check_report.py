@@ -38,5 +38,11 @@ def print_report(report: SiteReport, console: Console) -> None:
         )
     counts = Counter(finding.severity for finding in report.findings)
     summary = ", ".join(f"{counts[severity]} {severity}(s)" for severity in colours)
-    verdict = "[green]OK[/]: the site can train" if report.ok else "[bold red]NOT OK[/]: correct the errors first"
+    for line in report.loaded:
+        console.print(f"loaded through the bundle: {line}", soft_wrap=True, highlight=False)
+    verdict = "[bold red]NOT OK[/]: correct the errors first"
+    if report.ok:
+        # only what was loaded is known to train
+        what = "the site can train" if report.loaded else "the files are in order; no case was loaded as in training"
+        verdict = f"[green]OK[/]: {what}"
     console.print(f"{verdict} ({len(report.cases)} case(s), {summary}).", markup=True)

@@ -7,28 +7,27 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pfedsam.data.pictures import NIFTI, Picture, load_picture, visible
-from pfedsam.data.sites import (
-    IMAGE_SUFFIXES,
-    LABEL_SUFFIXES,
-    LAYOUT,
-    Case,
-    Split,
-    case_name,
-    listed_split,
-    read_site,
-    split_site,
-)
+from pfedsam.data.field_of_view import labelled_outside, share_outside, told
+from pfedsam.data.intensity import NO_WINDOW, window_is_empty
+from pfedsam.data.labels import black_and_white, few, found_values
+from pfedsam.data.pictures import Picture, load_picture
+from pfedsam.data.sites import LAYOUT, Case, Split, listed_split, no_label, read_site, split_site
+from pfedsam.data.suffixes import SUFFIXES, case_name, visible
 from pfedsam.errors import PFedSAMError
 
 Severity = Literal["error", "warning", "note"]
+
+#: An image and its label lie at the same place if no corner is farther apart than this share of a voxel.
+SAME_PLACE = 0.1
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class CaseRow:
         dtype: data type of the image file.
         label_values: values of the label, after 0/255 is mapped.
         foreground: label voxels above 0.
+        unseen: how many of them lie outside the bundle's field of view.
         empty_slices: share of the slices (last axis) without foreground, or None for a 2-D image.
         intensity: least and greatest finite value of the image, or None.
     """
@@ -75,6 +75,7 @@ class CaseRow:
     dtype: str = ""
     label_values: tuple[float, ...] = ()
     foreground: int = 0
+    unseen: int = 0
     empty_slices: float | None = None
     intensity: tuple[float, float] | None = None
 
@@ -86,6 +87,13 @@ class SiteReport:
     folder: str
     findings: list[Finding] = field(default_factory=list)
     cases: list[CaseRow] = field(default_factory=list)
+    colour: bool = False
+    field_of_view: float | None = None
+    #: Names of cases by what is to be said of them, and the share of an image outside the field of view.
+    remarks: dict[str, list[str]] = field(default_factory=dict)
+    outside: dict[str, float] = field(default_factory=dict)
+    #: What was loaded through the bundle's own transforms, in words.
+    loaded: list[str] = field(default_factory=list)
 
     @property
     def errors(self) -> list[Finding]:
@@ -99,11 +107,16 @@ class SiteReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dictionaries and lists, for JSON."""
-        return {"folder": self.folder, "ok": self.ok} | {key: asdict(self)[key] for key in ("findings", "cases")}
+        content = asdict(self)
+        return {"folder": self.folder, "ok": self.ok} | {key: content[key] for key in ("findings", "cases", "loaded")}
 
     def add(self, code: str, severity: Severity, case: str, message: str, remedy: str = "") -> None:
         """Add a finding."""
         self.findings.append(Finding(code, severity, case, message, remedy))
+
+    def remark(self, text: str, case: str) -> None:
+        """Keep a remark, which is added as one note for all its cases."""
+        self.remarks.setdefault(text, []).append(case)
 
     def add_error(self, error: PFedSAMError, case: str = "") -> None:
         """Add an error that was raised, once."""
@@ -118,6 +131,9 @@ def check_site(
     minimum_cases: int = 3,
     seed: int = 0,
     folds: int = 3,
+    colour: bool = False,
+    field_of_view: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> SiteReport:
     """Check a site folder and collect every finding; nothing is raised for bad data.
 
@@ -127,9 +143,12 @@ def check_site(
         minimum_cases: fewest cases with a label.
         seed: fold and draw of the split, where there is no datalist.
         folds: number of folds.
+        colour: whether the bundle takes colour pictures; else it takes volumes, and pictures as volumes of one slice.
+        field_of_view: side in millimetres of the square that the bundle sees, None if it sees all of an image.
+        progress: called with (done, total) after each case.
     """
     folder = Path(folder)
-    report = SiteReport(str(folder))
+    report = SiteReport(str(folder), colour=colour, field_of_view=field_of_view)
     _check_files(report, folder)
     try:
         cases = read_site(folder, require_labels=False)
@@ -138,10 +157,13 @@ def check_site(
         return report
     cases, section_of = _check_split(report, folder, cases, seed, folds)
     hashes: dict[str, list[str]] = defaultdict(list)
-    for case in cases:
+    for number, case in enumerate(cases, 1):
         row = CaseRow(case.name, section_of.get(case.name, ""))
         report.cases.append(row)
         _check_case(report, row, case, labels, hashes)
+        if progress:
+            progress(number, len(cases))
+    _add_remarks(report)
     complete = sum(case.label is not None for case in cases)
     if complete < minimum_cases and not any(finding.code == "E06" for finding in report.findings):
         report.add(
@@ -175,12 +197,12 @@ def _check_files(report: SiteReport, folder: Path) -> None:
     names = {case_name(path) for path in (folder / "images").iterdir()}
     for path in visible(folder / "images"):
         if case_name(path) is None:
-            expected = "Convert it to one of " + ", ".join(IMAGE_SUFFIXES) + "."
+            expected = "Convert it to one of " + ", ".join(SUFFIXES) + "."
             report.add("E09", "warning", "", f"'{path}' is no image of a known format and is ignored.", expected)
     if not (folder / "labels").is_dir():
         report.add("E03", "error", "", f"site folder '{folder}': there is no folder '{folder / 'labels'}'.", LAYOUT)
     for path in visible(folder / "labels"):
-        name = case_name(path, LABEL_SUFFIXES)
+        name = case_name(path)
         if name not in names or name is None:
             text = f"label '{path}' belongs to no image and is ignored."
             report.add("E09", "warning", name or "", text, "Name it as its image, or take it away.")
@@ -209,7 +231,7 @@ def _check_split(
             by_name[case.name] = case
     unused = [case.name for case in cases if case.name not in section_of] if section_of else []
     if unused:
-        text = f"'{folder / 'datalist.json'}' leaves out {len(unused)} case(s): {_few(unused)}."
+        text = f"'{folder / 'datalist.json'}' leaves out {len(unused)} case(s): {few(unused)}."
         report.add("E08", "warning", "", text, "Add them to a section if they shall be used.")
     return sorted(by_name.values(), key=lambda case: case.name), section_of
 
@@ -222,95 +244,144 @@ def _check_case(
         row.shape, row.spacing, row.orientation = image.shape, image.spacing, image.orientation
         row.dtype = str(image.values.dtype)
         _check_intensity(report, row, case, image)
+        _check_fit(report, case, image)
         content = hashlib.sha256(f"{image.values.dtype}{image.values.shape}".encode())
-        content.update(np.ascontiguousarray(image.values).tobytes())
+        content.update(np.ascontiguousarray(image.values.T).data.cast("B"))
         hashes[content.hexdigest()].append(case.name)
     if case.label is None:
-        looked = ", ".join(f"{case.name}{end}" for end in LABEL_SUFFIXES)
-        folder = Path(report.folder) / "labels"
-        text = f"case '{case.name}' has no label: looked for {looked} in '{folder}'."
-        report.add("E03", "error", case.name, text, "Add the label or take the image away.")
+        report.add_error(no_label(Path(report.folder), case), case.name)
         return
-    label = _load(report, case, case.label)
+    label = _load(report, case, case.label, label=True)
     if label is None:
         return
-    _check_label(report, row, case, label, labels)
+    positive = _check_label(report, row, case, label, labels)
     if image is not None:
-        _check_pair(report, case, image, label)
+        _check_pair(report, row, case, image, label, positive)
 
 
-def _load(report: SiteReport, case: Case, path: Path) -> Picture | None:
+def _load(report: SiteReport, case: Case, path: Path, label: bool = False) -> Picture | None:
     try:
-        picture = load_picture(path)
-        if picture.values.size == 0 or picture.values.dtype.kind not in "buif":
-            raise ValueError(f"it holds {picture.values.dtype}{list(picture.values.shape)}")
-        return picture
-    # a reader may raise anything for a corrupt file, and the check must go on
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        text = f"'{path}' cannot be read: {reason}."
-        report.add("E05", "error", case.name, text, "Export the file again, or take the case away.")
+        picture = load_picture(path, label)
+    except PFedSAMError as error:
+        report.add_error(error, case.name)
         return None
+    for note in picture.notes:
+        report.remark(note, case.name)
+    return picture
 
 
 def _check_intensity(report: SiteReport, row: CaseRow, case: Case, image: Picture) -> None:
-    finite = image.values[np.isfinite(image.values)]
-    if finite.size < image.values.size:
-        text = f"image '{case.image}' holds {image.values.size - finite.size} value(s) that are not finite."
-        report.add("E09", "error", case.name, text, "Export the image again, or replace these values.")
-    if finite.size:
-        row.intensity = (float(finite.min()), float(finite.max()))
-        if row.intensity[0] == row.intensity[1]:
-            text = f"image '{case.image}' is constant, every value is {row.intensity[0]:g}."
-            report.add("E09", "error", case.name, text, "Export the image again, or take the case away.")
+    row.intensity = (float(image.values.min()), float(image.values.max()))
+    if row.intensity[0] == row.intensity[1]:
+        text = f"image '{case.image}' is constant, every value is {row.intensity[0]:g}."
+        report.add("E09", "error", case.name, text, "Export the image again, or take the case away.")
+    elif not report.colour and window_is_empty(image.values):
+        text = f"image '{case.image}': {NO_WINDOW}."
+        report.add("E09", "warning", case.name, text, "Make sure that it is an image of the kind that is meant.")
 
 
-def _check_label(report: SiteReport, row: CaseRow, case: Case, label: Picture, labels: Sequence[int]) -> None:
-    values = label.values
-    if values.ndim > len(label.shape):
-        if (values != values[..., :1]).any():
-            text = f"label '{case.label}' has {values.shape[-1]} different channels, expected one."
-            report.add("E07", "error", case.name, text, "Store the label as one channel of integers.")
-            return
-        values = values[..., 0]
-    found = np.unique(values)
-    flat = case.label is not None and not case.label.name.lower().endswith(NIFTI)
-    if flat and 255 in found and 255 not in labels and set(found.tolist()) <= {0, 255}:
-        values, found = values // 255, found // 255
-        report.add("E07", "note", case.name, f"label '{case.label}' holds 0 and 255: 255 is read as 1.")
+def _check_fit(report: SiteReport, case: Case, image: Picture) -> None:
+    """Whether the bundle can take an image of this kind, and how much of it."""
+    if report.colour and (image.kind != "picture" or image.white is None):
+        what = "is a volume" if image.kind != "picture" else f"holds {image.values.dtype} numbers without a white"
+        text = f"image '{case.image}' {what}, and the bundle takes colour pictures."
+        report.add("E05", "error", case.name, text, "Choose a bundle for volumes (--bundle brain_lesion_mri).")
+        return
+    if not report.colour and image.is_colour:
+        report.remark("a colour picture, which the bundle for volumes reads as one grey slice", case.name)
+    if report.field_of_view is not None:
+        share = share_outside(image, report.field_of_view)
+        if share >= 0.005:
+            report.outside[case.name] = share
+
+
+def _add_remarks(report: SiteReport) -> None:
+    """What was remarked of several cases, each once."""
+    for text, names in report.remarks.items():
+        report.add("E09", "note", "", f"{len(names)} case(s) ({few(names)}): {text}.")
+    if report.outside and report.field_of_view is not None:
+        most = max(report.outside.values())
+        report.add(
+            "E09",
+            "warning" if most >= 0.25 else "note",
+            "",
+            f"{len(report.outside)} case(s) ({few(report.outside)}): up to {told(most, report.field_of_view)}.",
+        )
+
+
+def _check_label(
+    report: SiteReport, row: CaseRow, case: Case, label: Picture, labels: Sequence[int]
+) -> NDArray[np.bool_]:
+    """Returns where the label is not background."""
+    values, found = label.values, found_values(label.values)
+    white = black_and_white(found, labels)
+    if white is not None:
+        found = [value // white for value in found]
+        report.add("E07", "note", case.name, f"label '{case.label}' holds 0 and {white}: {white} is read as 1.")
     row.label_values = tuple(float(value) for value in found[:256])
-    wrong = [float(value) for value in found if value not in labels]
+    wrong = [value for value in found if value not in labels]
     if wrong:
-        text = f"label '{case.label}' holds {_few(f'{value:g}' for value in wrong)}, expected only {list(labels)}."
+        text = f"label '{case.label}' holds {few(map(str, wrong))}, expected only {list(labels)}."
         report.add("E07", "error", case.name, text, "Correct the label, or map its values to the bundle's.")
     positive = values > 0
-    row.foreground = int(positive.sum())
+    row.foreground = int(np.count_nonzero(positive))
     if positive.ndim == 3:
         row.empty_slices = float(1 - positive.any(axis=(0, 1)).mean())
     if not row.foreground:
         text = f"label '{case.label}' is empty, it holds no foreground."
         report.add("E09", "warning", case.name, text, "Make sure that there is nothing to outline.")
+    return positive
 
 
-def _check_pair(report: SiteReport, case: Case, image: Picture, label: Picture) -> None:
+def _check_pair(
+    report: SiteReport, row: CaseRow, case: Case, image: Picture, label: Picture, positive: NDArray[np.bool_]
+) -> None:
     """Compare where the image and its label lie."""
-    if _squeezed(image.shape) != _squeezed(label.shape):
-        text = f"case '{case.name}': image '{case.image}' has shape {list(image.shape)}, label {list(label.shape)}."
+    if image.volume_shape != label.volume_shape:
+        upright = " (upright, as its EXIF orientation says)" if any("EXIF" in note for note in image.notes) else ""
+        text = (
+            f"case '{case.name}': image '{case.image}' has shape {list(image.shape)}{upright}, label "
+            f"{list(label.shape)}."
+        )
         report.add("E04", "error", case.name, text, "Resample the label to the image.")
         return
+    _check_seen(report, row, case, image, positive)
     if image.affine is None or label.affine is None:
         return
     remedy = "Resample the label to the image, or copy the image's header."
     assert image.spacing is not None and label.spacing is not None
+    if _apart(image, label) <= SAME_PLACE * min(image.spacing):
+        return
     where = f"label '{case.label}' and its image differ in"
     if image.orientation != label.orientation:
         text = f"{where} orientation, {label.orientation} and {image.orientation}."
         report.add("E09", "error", case.name, text, remedy)
-    elif len(image.spacing) == len(label.spacing) and not np.allclose(image.spacing, label.spacing, rtol=1e-2):
+    elif not np.allclose(image.spacing, label.spacing, rtol=1e-2):
         text = f"{where} spacing, {_steps(label.spacing)} and {_steps(image.spacing)} mm."
         report.add("E09", "error", case.name, text, remedy)
-    elif not np.allclose(image.affine, label.affine, atol=0.1 * min(image.spacing)):
+    else:
         report.add("E09", "warning", case.name, f"{where} the affine (position or rotation).", remedy)
+
+
+def _check_seen(report: SiteReport, row: CaseRow, case: Case, image: Picture, positive: NDArray[np.bool_]) -> None:
+    """Whether the bundle sees what is labelled."""
+    if report.field_of_view is None or report.colour:
+        return
+    row.unseen = labelled_outside(positive, image, report.field_of_view)
+    if row.unseen:
+        text = (
+            f"case '{case.name}': {row.unseen} labelled voxel(s), {row.unseen / row.foreground:.0%}, lie outside the "
+            f"bundle's field of view of {report.field_of_view:g} mm: they are neither trained nor found."
+        )
+        remedy = "Restore the spacing if it was lost, or set a larger one with --set field_of_view_mm=..."
+        report.add("E09", "warning", case.name, text, remedy)
+
+
+def _apart(image: Picture, label: Picture) -> float:
+    """Millimetres between the places of the corner of an image that is farthest from the label's."""
+    assert image.affine is not None and label.affine is not None
+    corners = np.array([[*corner, 1] for corner in product(*[(0, size - 1) for size in image.shape])], dtype=float)
+    return float(np.linalg.norm((corners @ (image.affine - label.affine).T)[:, :3], axis=1).max())
 
 
 def _check_duplicates(report: SiteReport, hashes: dict[str, list[str]], section_of: dict[str, str]) -> None:
@@ -319,10 +390,10 @@ def _check_duplicates(report: SiteReport, hashes: dict[str, list[str]], section_
             continue
         sections = sorted({section_of[name] for name in names if name in section_of})
         if len(sections) > 1:
-            text = f"leakage: the cases {_few(names)} hold the same image and are in the sections {sections}."
+            text = f"leakage: the cases {few(names)} hold the same image and are in the sections {sections}."
             report.add("E08", "error", names[0], text, "Keep one of them, or give them one patient in datalist.json.")
         else:
-            text = f"the cases {_few(names)} hold the same image."
+            text = f"the cases {few(names)} hold the same image."
             report.add("E09", "warning", names[0], text, "Keep one of them.")
 
 
@@ -341,14 +412,5 @@ def _check_geometry(report: SiteReport) -> None:
         report.add("E09", "note", "", text, "Restore the spacing if it is known.")
 
 
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[:2] if shape[2:] == (1,) else shape
-
-
 def _steps(spacing: Iterable[float]) -> str:
     return " x ".join(f"{step:.3g}" for step in spacing)
-
-
-def _few(names: Iterable[str], limit: int = 5) -> str:
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

@@ -1,13 +1,17 @@
 """Data as they are downloaded, laid out as site folders. Only these layouts are recognised, the rest is refused.
 
 `images`
-    `<site>/images/<case>.png|jpg|tif|nii|nii.gz` with `<site>/masks/<case>[_mask].*` or `<site>/labels/<case>[_mask].*`
+    `<site>/images/<case>` with `<site>/masks/<case>[_mask]` or `<site>/labels/<case>[_mask]`, each in a format of
+    `pfedsam.data.suffixes` or a folder of DICOM slices
 `fundus`, DoFE: one site a domain
     `<domain>/<train or test>/ROIs/image/<case>.png` with `<domain>/<train or test>/ROIs/mask/<case>.png`
 `fundus`, REFUGE: the site `refuge`
     `Training400/<group>/<case>.jpg` with `Annotation-Training400/Disc_Cup_Masks/<group>/<case>.bmp`
 `prostate`
     `<site>/<case>.nii.gz` with `<site>/<case>_segmentation.nii.gz` (capitals do not matter)
+
+Masks are read by the one reader, so their values are whole numbers, and a palette's are its indices. They are written
+in the smallest type that holds them; what a format cannot hold is refused.
 
 Fundus masks hold 0 in the cup, about 128 in the disc and 255 outside, and become 2, 1 and 0. Prostate masks become 0
 and 1 (some sites number the zones). None of the fundus and prostate layouts has been tried on the original download.
@@ -27,8 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pfedsam.data.pictures import NIFTI
-from pfedsam.data.sites import IMAGE_SUFFIXES, LABEL_SUFFIXES, case_name
+from pfedsam.data.labels import black_and_white, few, found_values, whole_numbers
+from pfedsam.data.pictures import load_picture
+from pfedsam.data.sites import files_by_name
+from pfedsam.data.suffixes import case_name, suffix_of, visible
 from pfedsam.errors import PFedSAMError
 
 _MASK_FOLDERS = ("labels", "masks")
@@ -62,7 +68,8 @@ def prepare(kind: str, source: Path, out: Path, progress: Callable[[int, int], N
 
     Raises:
         PFedSAMError: E02 if nothing of a documented layout is found, E03 for an image without a mask, E04 if a mask has
-            another size, E09 for two images of one name, E16 for an unknown kind or a site that exists.
+            another size, E05, E07 or E09 for a file that cannot be read or a mask that holds no labels, E09 for two
+            images of one name, E16 for an unknown kind or a site that exists.
     """
     if kind not in KINDS:
         raise PFedSAMError("E16", f"there is no kind '{kind}'.", f"Kinds: {sorted(KINDS)}.")
@@ -103,43 +110,40 @@ def _write(pair: Pair, out: Path, convert: Callable[[NDArray], NDArray]) -> None
     images, labels = out / pair.site / "images", out / pair.site / "labels"
     for folder in (images, labels):
         folder.mkdir(parents=True, exist_ok=True)
-    if pair.image.name.lower().endswith(NIFTI):
-        image, mask = nibabel.load(pair.image), nibabel.load(pair.mask)
-        assert isinstance(image, nibabel.Nifti1Image) and isinstance(mask, nibabel.Nifti1Image)
-        _same(pair, image.shape, mask.shape)
-        shutil.copy(pair.image, images / f"{pair.case}{_ending(pair.image)}")
-        label = convert(np.asarray(mask.dataobj)).astype(np.uint8)
-        nibabel.save(nibabel.Nifti1Image(label, mask.affine), labels / f"{pair.case}.nii.gz")
-        return
-    with Image.open(pair.image) as image_file, Image.open(pair.mask) as mask_file:
-        _same(pair, image_file.size, mask_file.size)
-        label = convert(np.asarray(mask_file.convert("L"))).astype(np.uint8)
-    shutil.copy(pair.image, images / f"{pair.case}{_ending(pair.image)}")
-    Image.fromarray(label).save(labels / f"{pair.case}.png")
+    image, mask = load_picture(pair.image), load_picture(pair.mask, label=True)
+    if image.volume_shape != mask.volume_shape:
+        raise PFedSAMError(
+            "E04", f"{pair.image} has size {image.shape}, its mask {pair.mask} {mask.shape}.", "Resample the mask."
+        )
+    values = whole_numbers(convert(mask.values), str(pair.mask))
+    if pair.image.is_dir():
+        shutil.copytree(pair.image, images / pair.case)
+    else:
+        shutil.copy(pair.image, images / f"{pair.case}{suffix_of(pair.image)}")
+    if image.kind == "picture":
+        _write_picture(values, labels / f"{pair.case}.png", pair.mask)
+    else:
+        place = next((one.affine for one in (mask, image) if one.affine is not None), np.eye(4))
+        nibabel.save(nibabel.Nifti1Image(values.reshape(mask.volume_shape), place), labels / f"{pair.case}.nii.gz")
 
 
-def _same(pair: Pair, image: tuple[int, ...], mask: tuple[int, ...]) -> None:
-    if image != mask:
-        raise PFedSAMError("E04", f"{pair.image} has size {image}, its mask {mask}.", "Resample the mask.")
-
-
-def _ending(path: Path) -> str:
-    return next(end for end in (".nii.gz", path.suffix.lower()) if path.name.lower().endswith(end))
+def _write_picture(values: NDArray, path: Path, source: Path) -> None:
+    kind = next((one for one in (np.uint8, np.uint16) if values.min() >= 0 and values.max() <= np.iinfo(one).max), None)
+    if kind is None:
+        wrong = few(str(value) for value in found_values(values) if not 0 <= value <= np.iinfo(np.uint16).max)
+        raise PFedSAMError("E07", f"mask {source} holds {wrong}, which no PNG holds.", "Correct the mask.")
+    Image.fromarray(np.ascontiguousarray(values.reshape(values.shape[:2]).T.astype(kind))).save(path)
 
 
 def _of_images(source: Path) -> Iterator[Pair]:
     for folder in sorted(source.glob("*/images")):
-        for image in sorted(folder.iterdir()):
-            name = case_name(image, IMAGE_SUFFIXES)
-            if name is None or image.is_dir():
+        masks = [files_by_name(folder.parent / name, "masks") for name in _MASK_FOLDERS]
+        for image in visible(folder):
+            name = case_name(image)
+            if name is None:
                 continue
-            tried = (
-                folder.parent / masks / f"{name}{ending}{suffix}"
-                for masks in _MASK_FOLDERS
-                for ending in _MASK_ENDINGS
-                for suffix in LABEL_SUFFIXES
-            )
-            yield Pair(folder.parent.name, name, image, next((path for path in tried if path.is_file()), None))
+            tried = (found.get(f"{name}{ending}") for found in masks for ending in _MASK_ENDINGS)
+            yield Pair(folder.parent.name, name, image, next((path for path in tried if path), None))
 
 
 def _of_dofe(source: Path) -> Iterator[Pair]:
@@ -168,7 +172,8 @@ def _of_prostate(source: Path) -> Iterator[Pair]:
 
 
 def _black_and_white(mask: NDArray) -> NDArray:
-    return mask // 255 if set(np.unique(mask).tolist()) == {0, 255} else mask
+    white = black_and_white(found_values(mask), ())
+    return mask if white is None else mask // white
 
 
 def _cup_in_disc(mask: NDArray) -> NDArray:

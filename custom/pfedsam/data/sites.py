@@ -1,8 +1,8 @@
 """A site folder, the one input format, and how its cases are split by patient.
 
-    <site>/images/<case>.nii.gz | .nii | .png | .jpg | .tif | .dcm   or a folder of DICOM slices
-    <site>/labels/<case>.nii.gz | .nii | .png | .tif                 the same case name, integer labels
-    <site>/datalist.json                                             optional
+    <site>/images/<case>.nii.gz | .nii | .png | .jpg | .jpeg | .tif | .tiff | .bmp | .dcm   or a folder of DICOM slices
+    <site>/labels/<case>                                               the same case name and formats, integer labels
+    <site>/datalist.json                                               optional
 
 `datalist.json` holds the sections `training`, `validation` and, optionally, `test`: lists of case names or of
 `{"image": ..., "label": ..., "patient": ...}` with paths relative to the site. Its optional key `patients` maps case
@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pfedsam.data.labels import few
+from pfedsam.data.suffixes import NIFTI, SUFFIXES, case_name, visible
 from pfedsam.errors import PFedSAMError
 from pfedsam.files import write_atomically
 
-IMAGE_SUFFIXES: tuple[str, ...] = (".nii.gz", ".nii", ".png", ".jpg", ".tif", ".dcm")
-LABEL_SUFFIXES: tuple[str, ...] = (".nii.gz", ".nii", ".png", ".tif")
 SECTIONS: tuple[str, ...] = ("training", "validation", "test")
-LAYOUT = "Expected <site>/images/<case>" + "|".join(IMAGE_SUFFIXES) + " and <site>/labels/<case>.nii.gz|.nii|.png|.tif."
+LAYOUT = f"Expected <site>/images/<case> and <site>/labels/<case>, each {'|'.join(SUFFIXES)} or a DICOM folder."
 
 Split = dict[str, list["Case"]]
 
@@ -46,16 +46,6 @@ class Case:
     patient: str
 
 
-def case_name(path: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> str | None:
-    """The case that a file (or DICOM folder) belongs to, or None if it is no image of a known format."""
-    if path.name.startswith("."):
-        return None
-    if path.is_dir():
-        slices = any(item.is_file() and not item.name.startswith(".") for item in path.iterdir())
-        return path.name if suffixes == IMAGE_SUFFIXES and slices else None
-    return next((path.name[: -len(end)] for end in suffixes if path.name.lower().endswith(end)), None)
-
-
 def site_names(data: Path) -> tuple[str, ...]:
     """Names of the site folders in a folder, sorted: those that hold a folder `images`."""
     return tuple(sorted(path.parent.name for path in data.glob("*/images") if path.is_dir()))
@@ -70,7 +60,7 @@ def read_site(folder: str | Path, require_labels: bool = True) -> list[Case]:
 
     Raises:
         PFedSAMError: E02 if the folder or its images are missing, E03 for a case without a label, E08 for a
-            `datalist.json` that is not readable, E09 if two images have one case name.
+            `datalist.json` that is not readable, E09 if two images or two labels have one case name.
     """
     folder = Path(folder)
     images = folder / "images"
@@ -78,24 +68,40 @@ def read_site(folder: str | Path, require_labels: bool = True) -> list[Case]:
         missing = images if folder.is_dir() else folder
         raise PFedSAMError("E02", f"site folder '{folder}': there is no folder '{missing}'.", LAYOUT)
     patients = _content(folder).get("patients", {})
-    cases: dict[str, Case] = {}
-    for path in sorted(images.iterdir()):
-        name = case_name(path)
-        if name is None:
-            continue
-        if name in cases:
-            raise PFedSAMError(
-                "E09",
-                f"case '{name}' has two images, '{cases[name].image}' and '{path.name}'.",
-                "Keep one of them or rename it.",
-            )
-        cases[name] = Case(name, path, _label_of(folder, name), str(patients.get(name, name)))
+    labels = files_by_name(folder / "labels", "labels")
+    cases = {
+        name: Case(name, path, labels.get(name), str(patients.get(name, name)))
+        for name, path in files_by_name(images, "images").items()
+    }
     if not cases:
         raise PFedSAMError("E02", f"site folder '{folder}': there is no image in '{images}'.", LAYOUT)
     if require_labels:
         for case in cases.values():
             _require_label(folder, case)
     return sorted(cases.values(), key=lambda case: case.name)
+
+
+def site_images(folder: str | Path) -> list[dict[str, str]]:
+    """All images of a site as MONAI data dictionaries with the key `image`, sorted by case; labels are not needed.
+
+    Raises:
+        PFedSAMError: E02 if there is none; E09 for a file that is none of the known formats, or two of one name.
+    """
+    cases = read_site(folder, require_labels=False)
+    left_out = sorted(set(visible(Path(folder) / "images")) - {case.image for case in cases})
+    if left_out:
+        raise PFedSAMError(
+            "E09",
+            f"{few(str(path) for path in left_out)}: no image of a known format.",
+            f"Take it out of the folder, or convert it to one of {', '.join(SUFFIXES)}.",
+        )
+    return [{"image": str(case.image)} for case in cases]
+
+
+def result_name(metadata: Mapping[str, Any], saver: Any) -> dict[str, Any]:
+    """How MONAI's `SaveImage` names a result: by the case, whatever capitals or dots the name of its image has."""
+    path = Path(str(metadata["filename_or_obj"]))
+    return {"subject": f"{case_name(path) or path.name}{NIFTI[0]}", "idx": metadata.get("patch_index")}
 
 
 def split_site(cases: Sequence[Case], seed: int, folds: int = 3, validation_fraction: float = 0.2) -> Split:
@@ -172,6 +178,7 @@ def listed_split(folder: str | Path) -> tuple[Split, list[PFedSAMError]] | None:
     if not any(section in content for section in SECTIONS):
         return None
     known = {case.name: case for case in read_site(folder, require_labels=False)} if _has_names(content) else {}
+    patients, labels = content.get("patients", {}), files_by_name(folder / "labels", "labels")
     sections: Split = {section: [] for section in SECTIONS}
     problems: list[PFedSAMError] = []
     for section in SECTIONS:
@@ -181,7 +188,7 @@ def listed_split(folder: str | Path) -> tuple[Split, list[PFedSAMError]] | None:
             continue
         for entry in entries:
             try:
-                sections[section].append(_listed_case(folder, section, entry, known, content.get("patients", {})))
+                sections[section].append(_listed_case(folder, section, entry, known, labels, patients))
             except PFedSAMError as error:
                 problems.append(error)
     return sections, [*problems, *_overlaps(folder, sections)]
@@ -255,7 +262,9 @@ def _has_names(content: dict[str, Any]) -> bool:
     return any(isinstance(entry, str) for items in entries if isinstance(items, list) for entry in items)
 
 
-def _listed_case(folder: Path, section: str, entry: Any, known: dict[str, Case], patients: dict[str, Any]) -> Case:
+def _listed_case(
+    folder: Path, section: str, entry: Any, known: dict[str, Case], labels: dict[str, Path], patients: dict[str, Any]
+) -> Case:
     """The case of one entry of a section, a name or a dictionary."""
     if isinstance(entry, str):
         if entry not in known:
@@ -267,7 +276,8 @@ def _listed_case(folder: Path, section: str, entry: Any, known: dict[str, Case],
     name = case_name(image)
     if name is None:
         raise _wrong(folder, f"section '{section}' names '{entry['image']}', no image of a known format")
-    label = _inside(folder, section, entry["label"]) if isinstance(entry.get("label"), str) else _label_of(folder, name)
+    listed = entry.get("label")
+    label = _inside(folder, section, listed) if isinstance(listed, str) else labels.get(name)
     return replace(Case(name, image, label, name), patient=str(entry.get("patient", patients.get(name, name))))
 
 
@@ -299,18 +309,37 @@ def _overlaps(folder: Path, sections: Split) -> Iterator[PFedSAMError]:
             yield _wrong(folder, f"patient '{patient}' is in the sections {found}")
 
 
-def _label_of(folder: Path, name: str) -> Path | None:
-    return next((path for end in LABEL_SUFFIXES if (path := folder / "labels" / f"{name}{end}").is_file()), None)
+def files_by_name(folder: Path, kind: str) -> dict[str, Path]:
+    """Files and DICOM folders of a folder by case name.
+
+    Raises:
+        PFedSAMError: E09 if two have one name.
+    """
+    found: dict[str, Path] = {}
+    for path in visible(folder):
+        name = case_name(path)
+        if name is not None and found.setdefault(name, path) != path:
+            raise PFedSAMError(
+                "E09",
+                f"case '{name}' has two {kind}, '{found[name]}' and '{path.name}'.",
+                "Keep one of them or rename it.",
+            )
+    return found
 
 
 def _require_label(folder: Path, case: Case) -> None:
     if case.label is None:
-        looked = ", ".join(f"{case.name}{end}" for end in LABEL_SUFFIXES)
-        raise PFedSAMError(
-            "E03",
-            f"case '{case.name}' has no label: looked for {looked} in '{folder / 'labels'}'.",
-            "Add the label or take the image away.",
-        )
+        raise no_label(folder, case)
+
+
+def no_label(folder: Path, case: Case) -> PFedSAMError:
+    """The error of a case without a label."""
+    looked = ", ".join(f"{case.name}{end}" for end in SUFFIXES)
+    return PFedSAMError(
+        "E03",
+        f"case '{case.name}' has no label: looked for {looked} in '{folder / 'labels'}'.",
+        "Add the label or take the image away.",
+    )
 
 
 def _wrong(folder: Path, what: str) -> PFedSAMError:

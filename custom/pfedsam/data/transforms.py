@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, ScaleIntensityRange
+from monai.transforms.utils_pytorch_numpy_unification import percentile
+from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor
 
+from pfedsam.data.intensity import NO_WINDOW, WINDOW
+from pfedsam.data.labels import black_and_white, few
 from pfedsam.errors import PFedSAMError
 
-#: A picture's foreground, where a mask was stored as black and white.
-WHITE = 255
+logger = logging.getLogger(__name__)
 
 
 class ClassChannelsd(MapTransform):
@@ -46,19 +51,52 @@ class ClassChannelsd(MapTransform):
         return {**data, **{key: self._channels(data[key]) for key in self.key_iterator(dict(data))}}
 
     def _channels(self, label: Tensor) -> Tensor:
-        label = label[:1].round()
-        found = set(label.unique().tolist())
-        if WHITE not in self.numbers and found <= {0, WHITE}:
-            label, found = label / WHITE, {value / WHITE for value in found}
-        wrong = sorted(found - set(self.numbers))
+        label = label[:1]
+        found = label.unique().tolist()
+        white = black_and_white((int(value) for value in found), self.numbers)
+        if white is not None:
+            label, found = label / white, [value / white for value in found]
+        wrong = sorted(set(found) - set(self.numbers))
         if wrong:
             source = getattr(label, "meta", {}).get("filename_or_obj", "a label")
-            known = list(self.numbers)
-            raise PFedSAMError("E07", f"{source} holds {wrong[:5]}, expected only {known}.", "Correct or map it.")
+            shown, known = few(f"{value:g}" for value in wrong), list(self.numbers)
+            raise PFedSAMError("E07", f"{source} holds {shown}, expected only {known}.", "Correct or map it.")
         numbered = torch.zeros_like(label)
         for value, number in self.numbers.items():
             numbered[label == value] = number
         return torch.cat([torch.isin(numbered, torch.tensor(numbers)) for numbers in self.values]).to(label.dtype)
+
+
+class IntensityWindowd(MapTransform):
+    """Intensities between two percentiles of the volume to 0 to 1, what lies outside clipped.
+
+    Where the percentiles coincide (nearly all voxels have one value), the window is from the smallest to the largest
+    value, and a warning says so.
+
+    Args:
+        keys: of the images, any shape.
+        lower, upper: percentiles, 0 to 100.
+    """
+
+    def __init__(self, keys: Any, lower: float = WINDOW[0], upper: float = WINDOW[1]) -> None:
+        super().__init__(keys)
+        self.lower, self.upper = lower, upper
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Apply to every key."""
+        return {**data, **{key: self._scaled(data[key]) for key in self.key_iterator(dict(data))}}
+
+    def _scaled(self, image: Any) -> Any:
+        plain = convert_to_tensor(image, track_meta=False)
+        low, high = (cast(Any, percentile(plain, share)) for share in (self.lower, self.upper))
+        if low == high:
+            source = getattr(image, "meta", {}).get("filename_or_obj", "an image")
+            logger.warning("%s: %s.", source, NO_WINDOW)
+            low, high = plain.min(), plain.max()
+            # a constant image is all background
+            high = torch.maximum(high, low + 1) if low == high else high
+        scaled = convert_to_tensor(ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(plain), track_meta=False)
+        return convert_to_dst_type(scaled, dst=image, dtype=np.float32)[0]
 
 
 class ClassNumbersd(MapTransform):

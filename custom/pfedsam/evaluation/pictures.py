@@ -9,31 +9,31 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from pfedsam.data.pictures import plane
+from pfedsam.data.pictures import Picture
 from pfedsam.evaluation.site import CasePrediction, SiteEvaluation
 
 #: Colour-blind safe (Okabe and Ito): truth, prediction, missed, found too much.
 TRUTH, PREDICTED, MISSED, EXTRA = "#56B4E9", "#E69F00", "#56B4E9", "#D55E00"
 
 
-def case_picture(evaluation: SiteEvaluation, example: str, image: np.ndarray, path: Path) -> None:
+def case_picture(evaluation: SiteEvaluation, example: str, image: Picture, path: Path) -> None:
     """Draw an example case of a site on the slice with the largest label.
 
     Args:
         evaluation: of the site.
         example: key of its `examples`.
-        image: values as `pfedsam.data.pictures.load_picture` gives them, in the grid of the label.
+        image: of the case, in the grid of the label.
         path: PNG file to write. The picture names the site, not the case.
     """
     shown = evaluation.examples[example]
     z = int(shown.label.any(axis=0).sum(axis=(0, 1)).argmax())
-    low, high = np.percentile(image, (0.5, 99.5))
+    low, high = np.percentile(image.values, (0.5, 99.5))
     last = list(shown.predictions)[-1]
     panels = ["image", "truth", *shown.predictions, "difference"]
     figure = Figure(figsize=(3 * len(panels), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, title in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        axes.imshow(np.rot90(plane(image, z)), cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+        axes.imshow(np.rot90(image.plane(z)), cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
         axes.set_axis_off()
         if title in ("truth", *shown.predictions):
             _outline(axes, shown.label, z, TRUTH, "-")

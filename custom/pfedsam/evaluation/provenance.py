@@ -19,6 +19,9 @@ from pfedsam.networks.weights import CHECKPOINTS, file_digest
 
 #: Settings that change nothing but speed or memory.
 INDIFFERENT = ("cache_limit_gb", "val_batch_size", "checkpointing")
+#: A setting that could not be overridden when records were made: a bundle's own value is in none of their hashes. A run
+#: that overrides it has another key.
+LATER = ("field_of_view_mm",)
 #: Folders of the source tree on which the numbers depend.
 _CODE = ("custom", "jobs", "bundles")
 
@@ -75,7 +78,9 @@ def weights_checksum(bundle: str, overrides: Mapping[str, Any]) -> str:
 def defaults(bundle: str) -> str:
     """Hash of a bundle's own settings, which hold wherever a run overrides none; without what is this machine's."""
     settings = settings_of(bundle)
-    return hash_of({key: value for key, value in settings.items() if key not in (*INDIFFERENT, "checkpoint")})[:16]
+    return hash_of({key: value for key, value in settings.items() if key not in (*INDIFFERENT, *LATER, "checkpoint")})[
+        :16
+    ]
 
 
 def machine() -> str:

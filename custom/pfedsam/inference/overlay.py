@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pfedsam.data.pictures import load_picture, plane
 from pfedsam.inference.predict import Prediction
 
 #: One for each class, colour-blind safe (Okabe and Ito).
@@ -18,13 +17,12 @@ _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7")
 def write_overlay(found: Prediction, path: Path) -> None:
     """Outline every class on the slice with the largest prediction."""
     label = found.label()
-    values = np.asarray(load_picture(found.image.path).values)
     z = int((label > 0).sum(axis=(0, 1)).argmax()) if label.ndim > 2 else 0
     label = label[..., z] if label.ndim > 2 else label
     figure = Figure(figsize=(5, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.imshow(np.rot90(plane(values, z)), cmap="gray")
+    axes.imshow(np.rot90(found.image.plane(z)), cmap="gray")
     for number, colour in zip(range(1, len(found.probabilities) + 1), _COLOURS, strict=False):
         area = np.rot90(label >= number)
         if area.any():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pfedsam.bundles import class_names, find_bundle
+from pfedsam.bundles import class_names, field_of_view, find_bundle, is_rgb
 from pfedsam.data.checks import check_site, require_valid
 from pfedsam.data.transforms import class_numbers
 from pfedsam.global_model import read_global_model, round_of
@@ -47,7 +47,15 @@ def fit_personal(
     """
     settings = dict(overrides or {})
     labels = class_numbers(class_names(find_bundle(bundle)))
-    require_valid(check_site(site, list(labels), seed=int(settings.get("seed", 0))))
+    require_valid(
+        check_site(
+            site,
+            list(labels),
+            seed=int(settings.get("seed", 0)),
+            colour=is_rgb(find_bundle(bundle)),
+            field_of_view=field_of_view(bundle, settings),
+        )
+    )
     local = LocalTraining(
         bundle, site, find_strategy(strategy).checked(), settings, out, checkpoint=checkpoint, cases=cases
     )

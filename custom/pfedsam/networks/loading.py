@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ from pfedsam.networks.vit import resize_positions
 from pfedsam.networks.weights import check_file
 from pfedsam.parameters import ADDED, group_of
 
+#: Keys under which training scripts keep a state dict.
+WRAPPERS = ("model", "state_dict", "model_state_dict")
+#: What wrappers of a network put before all names of its tensors.
+PREFIXES = ("module.", "sam.", "model.")
 #: Mask tokens of every published SAM checkpoint: one for a single mask and three for ambiguous prompts.
 SAM_TOKENS = 4
 
@@ -21,11 +26,12 @@ def read_checkpoint(path: Path, checksum: str | None = None) -> dict[str, Tensor
     """Read a checkpoint without executing anything in it.
 
     Args:
-        path: a `.pth` file with a state dict, or with one under `model`.
+        path: a `.pth` file with a state dict, or with one under a key of `WRAPPERS`; a prefix of `PREFIXES` that all
+            names have is taken away.
         checksum: expected, as `sha256:<hex>`; None if the file is the user's own.
 
     Raises:
-        PFedSAMError: E10 if the file is missing, has another checksum, is no checkpoint or holds code.
+        PFedSAMError: E10 if the file is missing, has another checksum, is no checkpoint, holds code or several models.
     """
     if not path.is_file():
         raise PFedSAMError("E10", f"there is no checkpoint at {path}.", "Give the path of a SAM checkpoint.")
@@ -36,13 +42,41 @@ def read_checkpoint(path: Path, checksum: str | None = None) -> dict[str, Tensor
     except Exception as error:  # a broken file can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PFedSAMError("E10", f"{path} is not a safe checkpoint: {reason}", "Fetch the file again.") from None
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise PFedSAMError("E10", f"{path} holds no state dict of tensors.", "Give the path of a SAM checkpoint.")
+    state = _unwrapped(path, state)
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+        wrong = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+        raise PFedSAMError(
+            "E10",
+            f"{path} holds no state dict of tensors: {_few(wrong)} is none.",
+            f"Give a SAM checkpoint: tensors by name, or the same under one of {list(WRAPPERS)}.",
+        )
+    return _without_prefix(state)
+
+
+def _unwrapped(path: Path, state: Any) -> dict[str, Any]:
+    """The state dict that training scripts keep beside epoch and optimiser, however often it is wrapped."""
+    while isinstance(state, dict):
+        wrapped = [name for name in WRAPPERS if isinstance(state.get(name), dict)]
+        if len(wrapped) > 1:
+            raise PFedSAMError("E10", f"{path} holds several models: {wrapped}.", "Save the one that is meant.")
+        if not wrapped:
+            return state
+        state = state[wrapped[0]]
+    raise PFedSAMError("E10", f"{path} holds {type(state).__name__}, no state dict.", "Give a SAM checkpoint.")
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what wrappers of a network put before all of them (`module.` of several GPUs)."""
+    while state:
+        prefix = next((one for one in PREFIXES if all(name.startswith(one) for name in state)), None)
+        if prefix is None:
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_base(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -52,7 +86,7 @@ def load_base(network: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     interpolated to the network's image size (`resize_positions`).
 
     Raises:
-        PFedSAMError: E10 naming the first missing, unknown or misshapen tensor.
+        PFedSAMError: E10 naming the first missing, unknown or misshapen tensor, or one that is not finite.
     """
     target = {name: tensor for name, tensor in network.state_dict().items() if group_of(name) not in ADDED}
     state = _with_tokens(state, len(target["mask_decoder.mask_tokens.weight"]))
@@ -61,11 +95,19 @@ def load_base(network: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     shapes = [n for n in target if n in state and target[n].shape != state[n].shape]
     for names, what in ((missing, "is missing"), (unknown, "is unknown"), (shapes, "has another shape")):
         if names:
+            others = f"; the file has {_few(unknown)}" if what == "is missing" and unknown else ""
             raise PFedSAMError(
                 "E10",
-                f"{source}: tensor '{names[0]}' {what} ({len(names)} such tensors).",
+                f"{source}: tensor '{names[0]}' {what} ({len(names)} such tensors){others}.",
                 "The checkpoint must belong to the chosen backbone.",
             )
+    broken = [name for name in target if not bool(torch.isfinite(state[name]).all())]
+    if broken:
+        raise PFedSAMError(
+            "E10",
+            f"{source}: tensor {_few(broken)} holds values that are not finite (NaN or infinity).",
+            "The checkpoint is damaged, or its training diverged: take an earlier one.",
+        )
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(state[name])

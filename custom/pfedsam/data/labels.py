@@ -1,0 +1,90 @@
+"""What the values of a label mean: whole numbers, black and white. Check, prepare and training share it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pfedsam.errors import PFedSAMError
+
+if TYPE_CHECKING:
+    from pfedsam.data.pictures import Picture
+
+#: A value this near to a whole number is that number: a scale in a header makes 0.9999999 of 1.
+ROUNDING = 1e-2
+#: Foreground where a mask was stored as black and white, in 8 and in 16 bits.
+WHITES = (255, 65535)
+#: Values that a message lists.
+_SHOWN = 5
+
+
+def as_label(picture: Picture) -> Picture:
+    """A picture that was read, as a label: one channel of whole numbers.
+
+    Raises:
+        PFedSAMError: E07 for channels that differ, or a value that is no whole number.
+    """
+    values = picture.values
+    if picture.is_colour:
+        if (values != values[..., :1]).any():
+            raise PFedSAMError(
+                "E07",
+                f"label '{picture.source}' has {values.shape[-1]} different channels, expected one.",
+                "Store the label as one channel of integers; a palette keeps its numbers.",
+            )
+        values = values[..., 0]
+    return replace(picture, values=whole_numbers(values, str(picture.source)))
+
+
+def whole_numbers(values: NDArray[Any], source: str) -> NDArray[Any]:
+    """Label values as integers, in the smallest type that holds them.
+
+    Args:
+        values: of any real type, finite.
+        source: of the values, for the message.
+
+    Raises:
+        PFedSAMError: E07 for a value that is more than `ROUNDING` away from a whole number.
+    """
+    if values.dtype.kind == "b":
+        return values.astype(np.uint8)
+    if values.dtype.kind == "f":
+        rounded = np.rint(values)
+        off = np.abs(values - rounded) > ROUNDING
+        if off.any():
+            wrong = np.unique(values[off])
+            raise PFedSAMError(
+                "E07",
+                f"label '{source}' holds {few(f'{value:.6g}' for value in wrong)}, expected whole numbers.",
+                "Store class numbers; a label that was resampled needs nearest-neighbour interpolation.",
+            )
+        values = rounded
+    low, high = int(values.min()), int(values.max())
+    kinds = (np.uint8, np.int16, np.int32, np.int64)
+    kind = next((one for one in kinds if np.iinfo(one).min <= low and high <= np.iinfo(one).max), None)
+    if kind is None:
+        raise PFedSAMError("E07", f"label '{source}' holds {high:g}, which is no class number.", "Correct it.")
+    return values.astype(kind, copy=False)
+
+
+def found_values(values: NDArray[Any]) -> list[int]:
+    """The different values of a label of whole numbers, sorted."""
+    if values.dtype == np.uint8:
+        return np.flatnonzero(np.bincount(values.ravel(), minlength=256)).tolist()
+    return np.unique(values).tolist()
+
+
+def black_and_white(found: Iterable[int], known: Collection[int]) -> int | None:
+    """The value of white in a label that holds black and white only, where white is no known value; else None."""
+    others = set(found) - {0}
+    return next((white for white in WHITES if others == {white} and white not in known), None)
+
+
+def few(names: Iterable[str], limit: int = _SHOWN) -> str:
+    """The first of many names, and how many more there are."""
+    listed = list(names)
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

@@ -1,0 +1,132 @@
+"""The reader as a dictionary transform, for bundles: MONAI's loaders read a format by rules of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys, ensure_tuple
+from numpy.typing import NDArray
+from PIL import Image
+
+from pfedsam.data.pictures import Picture, load_picture
+from pfedsam.errors import PFedSAMError
+
+#: White of a colour picture that is given to a network.
+WHITE = 255.0
+
+
+class ReadImaged(MapTransform):
+    """Files, or pictures that were read already, as channel-first tensors with an affine.
+
+    Without `colour` all are volumes: `(1, x, y, z)`. A picture is a volume of one slice with pixels of 1 mm, a colour
+    picture is read as grey. With `colour` all are pictures: images `(3, x, y)` from 0 to 255, labels `(1, x, y)`.
+
+    An image and its label lie on each other, voxel by voxel: a file that says nothing of space lies where the other
+    does.
+
+    Args:
+        keys: of the items to read: paths, or `pfedsam.data.pictures.Picture`.
+        labels: those of them that are labels.
+        colour: whether the bundle takes colour pictures.
+    """
+
+    def __init__(self, keys: KeysCollection, labels: KeysCollection = (), colour: bool = False) -> None:
+        super().__init__(keys)
+        self.labels, self.colour = set(ensure_tuple(labels)), colour
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Read every key.
+
+        Raises:
+            PFedSAMError: as `load_picture`; E04 if an image and its label differ in shape; E05 for a volume where
+                pictures are expected, or numbers that single precision does not hold.
+        """
+        items = dict(data)
+        read = {key: self._picture(items[key], key in self.labels) for key in self.key_iterator(items)}
+        _check_shapes(list(read.values()))
+        affine = next((one.affine for one in read.values() if one.affine is not None), np.eye(4))
+        for key, picture in read.items():
+            values = self._channels(picture, key in self.labels)
+            items[key] = _tensor(values, picture, affine if picture.affine is None else picture.affine)
+        return items
+
+    def _picture(self, item: Any, label: bool) -> Picture:
+        picture = item if isinstance(item, Picture) else load_picture(Path(item), label)
+        if self.colour and picture.kind != "picture":
+            raise PFedSAMError(
+                "E05",
+                f"{picture.source} is a volume, and the bundle takes colour pictures.",
+                "Use a bundle for volumes, as brain_lesion_mri, or give PNG, JPG or TIFF pictures.",
+            )
+        return picture
+
+    def _channels(self, picture: Picture, label: bool) -> NDArray[np.float32]:
+        """Values with the channel first."""
+        if label:
+            values = picture.values[None]
+        elif self.colour:
+            values = _colours(picture)
+        else:
+            values = grey(picture)[None]
+        if picture.kind == "picture" and not self.colour:
+            values = values[..., None]
+        return _single(values, picture.source)
+
+
+def grey(picture: Picture) -> NDArray[Any]:
+    """Values of one channel; colours by their luma (ITU-R BT.601), as Pillow has it."""
+    if not picture.is_colour:
+        return picture.values
+    return np.asarray(Image.fromarray(np.ascontiguousarray(picture.values)).convert("L"))
+
+
+def _colours(picture: Picture) -> NDArray[Any]:
+    """Three channels from 0 to 255."""
+    if picture.is_colour:
+        return np.moveaxis(picture.values, -1, 0)
+    if picture.white is None:
+        raise PFedSAMError(
+            "E05",
+            f"{picture.source} holds {picture.values.dtype} numbers: nothing says which of them is white.",
+            "Save it as a picture of 8 or 16 bits.",
+        )
+    values = picture.values if picture.white == WHITE else picture.values.astype(np.float32) * (WHITE / picture.white)
+    return np.stack([values] * 3)
+
+
+def _single(values: NDArray[Any], source: Path) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        found = np.ascontiguousarray(values, dtype=np.float32)
+    if values.dtype.itemsize > 4 and values.dtype.kind == "f" and not np.isfinite(found).all():
+        raise PFedSAMError("E05", f"{source} holds {np.abs(values).max():g}, too large.", "Rescale the image.")
+    return found
+
+
+def _check_shapes(pictures: list[Picture]) -> None:
+    first = pictures[0]
+    for other in pictures[1:]:
+        if other.volume_shape != first.volume_shape:
+            raise PFedSAMError(
+                "E04",
+                f"{first.source} has shape {list(first.shape)}, {other.source} {list(other.shape)}.",
+                "Resample the label to the image.",
+            )
+
+
+def _tensor(values: NDArray[np.float32], picture: Picture, affine: NDArray[np.float64]) -> MetaTensor:
+    place = torch.as_tensor(affine, dtype=torch.float64)
+    meta = {
+        ImageMetaKey.FILENAME_OR_OBJ: str(picture.source),
+        MetaKeys.ORIGINAL_AFFINE: affine,
+        MetaKeys.SPATIAL_SHAPE: np.asarray(values.shape[1:]),
+        MetaKeys.SPACE: SpaceKeys.RAS,
+        MetaKeys.ORIGINAL_CHANNEL_DIM: 0,
+    }
+    return MetaTensor(torch.from_numpy(values), affine=place, meta=meta)
