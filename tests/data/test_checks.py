@@ -272,3 +272,82 @@ def test_the_printed_report_says_errors_in_words_and_shows_every_case(site):
     text = stream.getvalue()
     assert "ERROR E03" in text and "NOT OK" in text and "1 error(s)" in text
     assert all(f"case-{case}" in text for case in range(4))
+
+
+# ---- what a bundle can take, and what it sees ----------------------------------------------------------------------
+
+
+def test_volumes_do_not_fit_a_bundle_of_colour_pictures(site):
+    report = check_site(site, colour=True)
+    wrong = {finding.case for finding in report.errors}
+    assert wrong == {f"case-{case}" for case in range(4)}
+    expect(report, "E05", "error", "case-0", "volume", "--bundle")
+
+
+def test_colour_pictures_are_read_as_grey_by_a_bundle_of_volumes_and_that_is_said_once(photographs):
+    report = check_site(photographs)
+    assert report.ok
+    expect(report, "E09", "note", "3 case(s) (eye-0, eye-1, eye-2)", "one grey slice")
+    assert not check_site(photographs, colour=True).remarks
+
+
+def test_labelled_voxels_outside_the_field_of_view_are_counted(site):
+    """The volumes are 16 mm wide, voxels of 2 mm; a view of 8 mm has the indices 2 to 5."""
+    label = np.zeros((8, 8, 4), np.uint8)
+    label[0:3, 4, 1] = 1
+    save(site / "labels" / "case-1.nii.gz", label)
+    assert not any("outside" in finding.message for finding in check_site(site, field_of_view=16).findings)
+    report = check_site(site, field_of_view=8)
+    assert report.ok and report.cases[1].unseen == 2
+    expect(report, "E09", "warning", "'case-1': 2 labelled voxel(s), 67%", "field of view of 8 mm", "field_of_view_mm")
+    expect(report, "E09", "warning", "4 case(s)", "75% of the image")
+
+
+def test_the_field_of_view_is_of_the_plane_right_and_front_whatever_the_order_of_the_axes(site):
+    """Slices are the first axis here, and lie 20 mm apart: none is outside."""
+    values = np.random.default_rng(5).integers(0, 900, (8, 8, 8)).astype(np.int16)
+    affine = np.array([[0, 2.0, 0, 0], [0, 0, 2.0, 0], [20.0, 0, 0, 0], [0, 0, 0, 1]])
+    save(site / "images" / "case-1.nii.gz", values, affine)
+    save(site / "labels" / "case-1.nii.gz", (values > 800).astype(np.uint8), affine)
+    report = check_site(site, field_of_view=16)
+    assert report.cases[1].unseen == 0 and "case-1" not in report.outside
+
+
+def test_an_image_of_nearly_one_value_is_a_warning(site):
+    values = np.full((8, 8, 16), 7, np.int16)
+    values[0, 0, :2] = 900
+    save(site / "images" / "case-1.nii.gz", values)
+    save(site / "labels" / "case-1.nii.gz", (values > 8).astype(np.uint8))
+    report = check_site(site)
+    assert report.ok
+    expect(report, "E09", "warning", "case-1", "nearly all of its values are the same")
+
+
+def test_a_pair_with_noise_in_its_affine_is_a_pair(site):
+    """Turned by nearly 45 degrees, where rounding decides which way an axis points most."""
+    turn = np.eye(4)
+    turn[:2, :2] = np.array([[1, -1], [1, 1]]) * np.sqrt(2)
+    for kind, tiny in (("images", 1e-7), ("labels", -1e-7)):
+        noise = np.zeros((4, 4))
+        noise[0, 0], noise[0, 1] = tiny, tiny
+        values = np.random.default_rng(8).integers(0, 9, (8, 8, 4)) if kind == "images" else np.ones((8, 8, 4))
+        save(site / kind / "case-1.nii.gz", values.astype(np.int16), turn + noise)
+    assert not [finding for finding in check_site(site).findings if "differ in" in finding.message and finding.case]
+
+
+def test_a_label_of_a_picture_that_was_stored_on_its_side_is_explained(photographs):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.random.default_rng(3).integers(0, 255, (6, 8, 3), dtype=np.uint8)).save(
+        photographs / "images/eye-0.png", exif=exif
+    )
+    expect(check_site(photographs), "E04", "error", "eye-0", "[6, 8] (upright, as its EXIF orientation says)", "[8, 6]")
+
+
+def test_values_near_to_whole_ones_are_read_as_in_training(site):
+    save(site / "labels" / "case-1.nii.gz", np.full((8, 8, 4), 0.9999999, np.float32))
+    report = check_site(site)
+    assert report.ok and report.cases[1].label_values == (1,)
+    save(site / "labels" / "case-1.nii.gz", np.full((8, 8, 4), 255, np.int16))
+    report = check_site(site)
+    expect(report, "E07", "note", "case-1", "255 is read as 1")

@@ -7,11 +7,13 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from image_files import SERIES_AFFINE, head, series
 from PIL import Image
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
 from pfedsam.data.checks import check_site
+from pfedsam.data.pictures import load_picture
 from pfedsam.data.prepare import prepare
 from pfedsam.errors import PFedSAMError
 
@@ -73,6 +75,56 @@ def test_plain_images_with_masks(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, told)
     assert done.exit_code == 0 and "3 cases" in done.output
     assert set(np.unique(np.asarray(Image.open(tmp_path / "out" / "clinic" / "labels" / "a0.png"))).tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("stored", "kept"), [([0, 300], [0, 300]), ([0, -1], [-1, 0]), ([0, 0.99999], [0, 1]), ([0, 255], [0, 1])]
+)
+def test_values_of_masks_are_kept(tmp_path: Path, stored: list[float], kept: list[int]) -> None:
+    mask = np.resize(np.array(stored), (4, 5, 3))
+    volume(tmp_path / "in" / "clinic" / "images" / "a.NII.GZ", noise((4, 5, 3), 1))
+    volume(tmp_path / "in" / "clinic" / "masks" / "a_mask.nii.gz", mask)
+    prepare("images", tmp_path / "in", tmp_path / "out")
+    label = nibabel.load(tmp_path / "out" / "clinic" / "labels" / "a.nii.gz")
+    assert np.unique(np.asarray(label.dataobj)).tolist() == kept
+    assert label.header.get_slope_inter() == (None, None)
+
+
+@pytest.mark.parametrize(("value", "word"), [(0.5, "0.5"), (-1, "-1")])
+def test_a_mask_that_cannot_be_kept_is_refused_by_name(tmp_path: Path, value: float, word: str) -> None:
+    picture(tmp_path / "in" / "clinic" / "images" / "a.png", noise((8, 6), 0))
+    (tmp_path / "in" / "clinic" / "masks").mkdir()
+    Image.fromarray(np.full((8, 6), value, np.float32)).save(tmp_path / "in" / "clinic" / "masks" / "a.tif")
+    with pytest.raises(PFedSAMError, match=rf"E07.*a\.tif.*{word}"):
+        prepare("images", tmp_path / "in", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_indices_of_a_palette_are_the_classes(tmp_path: Path) -> None:
+    mask = np.resize(np.array([0, 1, 2], np.uint8), (8, 6))
+    picture(tmp_path / "in" / "clinic" / "images" / "a.png", noise((8, 6, 3), 0))
+    coloured = Image.fromarray(mask).convert("P")
+    coloured.putdata(mask.ravel().tolist())
+    coloured.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0] + [0] * 759)
+    (tmp_path / "in" / "clinic" / "masks").mkdir()
+    coloured.save(tmp_path / "in" / "clinic" / "masks" / "a.png")
+    prepare("images", tmp_path / "in", tmp_path / "out")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "clinic" / "labels" / "a.png")), mask)
+
+
+def test_series_are_copied_with_a_mask_in_their_place(tmp_path: Path) -> None:
+    values = head()
+    series(tmp_path / "in" / "clinic" / "images" / "1.2.3", values)
+    mask = (values > 99).astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(mask, SERIES_AFFINE), tmp_path / "in" / "clinic" / "1.2.3.nii.gz")
+    (tmp_path / "in" / "clinic" / "masks").mkdir()
+    (tmp_path / "in" / "clinic" / "1.2.3.nii.gz").rename(tmp_path / "in" / "clinic" / "masks" / "1.2.3.nii.gz")
+    assert prepare("images", tmp_path / "in", tmp_path / "out") == {"clinic": 1}
+    found = load_picture(tmp_path / "out" / "clinic" / "images" / "1.2.3")
+    np.testing.assert_array_equal(found.values, values)
+    label = load_picture(tmp_path / "out" / "clinic" / "labels" / "1.2.3.nii.gz", label=True)
+    np.testing.assert_array_equal(label.values, mask)
+    np.testing.assert_allclose(label.affine, found.affine)
 
 
 def test_what_is_not_documented_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

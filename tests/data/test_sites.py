@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from pfedsam.data.sites import SECTIONS, Case, datalist, listed_split, read_site, read_split, split_site, write_split
+from pfedsam.data.sites import (
+    SECTIONS,
+    Case,
+    datalist,
+    listed_split,
+    read_site,
+    read_split,
+    result_name,
+    site_images,
+    split_site,
+    write_split,
+)
 from pfedsam.errors import PFedSAMError
 
 
@@ -217,3 +228,52 @@ def test_the_written_split_is_the_split_used_and_can_serve_as_datalist(tmp_path)
     (site / "datalist.json").write_text(path.read_text())
     assert {section: datalist(site, section, 0) for section in SECTIONS} == expected
     assert write_split(site, path)["source"] == "datalist.json"
+
+
+@pytest.mark.parametrize("suffix", [".NII.GZ", ".Nii", ".PNG", ".jpeg", ".TIF", ".tiff", ".bmp", ".DCM"])
+def test_one_list_of_suffixes_for_images_and_labels_whatever_their_capitals(tmp_path, suffix):
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / f"a.b{suffix}").touch()
+    (case,) = read_site(tmp_path)
+    assert case.name == "a.b" and case.label == tmp_path / "labels" / f"a.b{suffix}"
+    assert site_images(tmp_path) == [{"image": str(case.image)}]
+
+
+def test_a_label_may_be_a_folder_of_slices(tmp_path):
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "a").mkdir(parents=True)
+        (tmp_path / kind / "a" / "1").touch()
+    assert read_site(tmp_path)[0].label == tmp_path / "labels" / "a"
+
+
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_two_files_of_one_case_are_refused(tmp_path, kind):
+    make_site(tmp_path)
+    (tmp_path / kind / "case-1.PNG").touch()
+    with pytest.raises(PFedSAMError, match=rf"E09.*'case-1' has two {kind}.*case-1\.PNG"):
+        read_site(tmp_path)
+
+
+def test_images_of_a_site_in_a_folder_with_brackets_none_left_out_unsaid(tmp_path):
+    site = make_site(tmp_path / "site [1] *")
+    (site / "images" / "case-1.nii.gz").rename(site / "images" / "case-1.JPG")
+    assert [Path(item["image"]).name for item in site_images(site)][:2] == ["case-0.nii.gz", "case-1.JPG"]
+    (site / "images" / "scan.mha").touch()
+    (site / "images" / "empty").mkdir()
+    with pytest.raises(PFedSAMError, match=r"E09.*empty.*scan\.mha.*no image of a known format"):
+        site_images(site)
+
+
+@pytest.mark.parametrize(
+    ("image", "name"), [("A.NII.GZ", "A"), ("x.1.png", "x.1"), ("1.2.840.113", "1.2.840.113"), ("a.tiff", "a")]
+)
+def test_a_result_is_named_by_its_case_also_where_a_folder_has_dots(tmp_path, image, name):
+    from monai.data.utils import create_file_basename
+
+    if image == "1.2.840.113":
+        (tmp_path / image).mkdir()
+        (tmp_path / image / "1").touch()
+    told = result_name({"filename_or_obj": str(tmp_path / image)}, None)
+    path = create_file_basename("lesion", told["subject"], tmp_path, separate_folder=False, patch_index=told["idx"])
+    assert Path(path).name == f"{name}_lesion"

@@ -8,14 +8,11 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from image_files import SERIES_AFFINE, series
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
-from pfedsam.data.pictures import load_picture
-from pfedsam.errors import PFedSAMError
 from pfedsam.inference.predict import Predictor
 
 SHAPE = (37, 52, 9)
@@ -132,57 +129,16 @@ def test_probabilities_and_overlay(model: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "case_lesion_overlay.png").size[0] > 100
 
 
-def test_a_colour_volume_is_refused(tmp_path: Path) -> None:
-    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 3), np.int16), np.eye(4)), tmp_path / "rgb.nii")
-    with pytest.raises(PFedSAMError, match="one channel"):
-        load_picture(tmp_path / "rgb.nii")
-
-
-@pytest.mark.parametrize("name", ["case.mha", "case.nii.gz", "case.png"])
-def test_what_is_no_image_is_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"no image")
-    with pytest.raises(PFedSAMError, match=name):
-        load_picture(tmp_path / name)
-
-
 # ---- DICOM --------------------------------------------------------------------------------------------------------
 
 
-def series(folder: Path, values: np.ndarray, *, drop: int | None = None, other: int | None = None) -> list[Path]:
-    """A CT-like series, files in random order; one slice left out, or of another series."""
-    folder.mkdir(parents=True)
-    uid, study, frame = generate_uid(), generate_uid(), generate_uid()
-    names = np.random.default_rng(0).permutation(values.shape[2])
-    for z in range(values.shape[2]):
-        if z == drop:
-            continue
-        meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = CTImageStorage, ExplicitVRLittleEndian
-        meta.MediaStorageSOPInstanceUID = generate_uid()
-        one_slice = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
-        one_slice.SOPClassUID, one_slice.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-        one_slice.SeriesInstanceUID = generate_uid() if z == other else uid
-        one_slice.StudyInstanceUID, one_slice.FrameOfReferenceUID = study, frame
-        one_slice.PatientID, one_slice.PatientName, one_slice.PatientBirthDate = "p", "P", ""
-        one_slice.PatientSex, one_slice.StudyDate, one_slice.StudyTime, one_slice.StudyID = "", "", "", ""
-        one_slice.AccessionNumber = one_slice.ReferringPhysicianName = ""
-        one_slice.Modality, one_slice.SeriesNumber, one_slice.InstanceNumber = "CT", 1, z + 1
-        one_slice.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-        one_slice.ImagePositionPatient = [-50.0, -60.0, 4.0 * z - 30]
-        one_slice.PixelSpacing, one_slice.SliceThickness = [2.5, 3.0], 4.0
-        one_slice.Rows, one_slice.Columns = values.shape[1], values.shape[0]
-        one_slice.SamplesPerPixel, one_slice.PhotometricInterpretation = 1, "MONOCHROME2"
-        one_slice.BitsAllocated, one_slice.BitsStored, one_slice.HighBit, one_slice.PixelRepresentation = 16, 16, 15, 1
-        one_slice.RescaleSlope, one_slice.RescaleIntercept = 2, -10
-        one_slice.PixelData = np.ascontiguousarray(values[..., z].T).astype("<i2").tobytes()
-        one_slice.save_as(folder / f"{names[z]:03d}", enforce_file_format=True)
-    return sorted(folder.iterdir())
-
-
 def test_dicom_series_and_its_nifti_give_the_same_label(model: Path, tmp_path: Path) -> None:
-    values = volume()
-    series(tmp_path / "series", values)
-    affine = np.array([[-3.0, 0, 0, 50], [0, -2.5, 0, 60], [0, 0, 4, -30], [0, 0, 0, 1]])
+    values, affine = volume(), SERIES_AFFINE
+
+    def scale(data: pydicom.Dataset, z: int) -> None:
+        data.RescaleSlope, data.RescaleIntercept = 2, -10
+
+    series(tmp_path / "series", values, edit=scale)
     nib.save(nib.Nifti1Image(values * 2.0 - 10, affine), tmp_path / "same.nii.gz")
     line = [
         str(tmp_path / "series"),
@@ -208,27 +164,3 @@ def test_dicom_series_and_its_nifti_give_the_same_label(model: Path, tmp_path: P
     ]
     order = np.argsort(positions)
     np.testing.assert_array_equal(seg.pixel_array[order], np.transpose(label, (2, 1, 0)))
-
-
-BROKEN = {
-    "a missing slice": ({"drop": 4}, "missing or double between slices 4 and 5"),
-    "a mixed series": ({"other": 2}, "SeriesInstanceUID"),
-}
-
-
-@pytest.mark.parametrize(("how", "words"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_series_is_refused(tmp_path: Path, how: dict, words: str) -> None:
-    series(tmp_path / "series", volume(), **how)
-    with pytest.raises(PFedSAMError, match=words) as caught:
-        load_picture(tmp_path / "series")
-    assert caught.value.code == "E05"
-
-
-def test_a_double_slice_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
-    files = series(tmp_path / "series", volume())
-    (tmp_path / "series" / "copy").write_bytes(files[0].read_bytes())
-    with pytest.raises(PFedSAMError, match="missing or double"):
-        load_picture(tmp_path / "series")
-    (tmp_path / "series" / "copy").write_bytes(b"no DICOM")
-    with pytest.raises(PFedSAMError, match="no DICOM file"):
-        load_picture(tmp_path / "series")

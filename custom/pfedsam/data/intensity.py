@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 WINDOW = (0.5, 99.5)
 #: What is said of an image whose percentiles coincide.
 NO_WINDOW = "nearly all of its values are the same, so its intensity window goes from the smallest to the largest value"
-#: Every so many values are looked at first.
-_STRIDE = 101
+#: About so many values are looked at first.
+_SAMPLE = 100_000
 
 
 def window_is_empty(values: NDArray[Any]) -> bool:
@@ -20,8 +20,8 @@ def window_is_empty(values: NDArray[Any]) -> bool:
 
     Most images are seen not to be so from a sample.
     """
-    flat = values.reshape(-1)
-    sample = flat[::_STRIDE]
+    flat = values.ravel(order="K")
+    sample = flat[:: max(1, len(flat) // _SAMPLE)]
     middle = np.partition(sample, len(sample) // 2)[len(sample) // 2]
     if np.count_nonzero(sample == middle) < 0.9 * len(sample):
         return False

@@ -74,7 +74,7 @@ def whole_numbers(values: NDArray[Any], source: str) -> NDArray[Any]:
 def found_values(values: NDArray[Any]) -> list[int]:
     """The different values of a label of whole numbers, sorted."""
     if values.dtype == np.uint8:
-        return np.flatnonzero(np.bincount(values.ravel(), minlength=256)).tolist()
+        return np.flatnonzero(np.bincount(values.ravel(order="K"), minlength=256)).tolist()
     return np.unique(values).tolist()
 
 

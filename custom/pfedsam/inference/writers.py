@@ -34,13 +34,13 @@ def check_results(sources: Sequence[Path], out: Path, labels: Sequence[str]) -> 
     seen: dict[Path, Path] = {}
     for source in sources:
         stem = stem_of(source, out, labels)
-        other = seen.setdefault(stem, source)
-        if other is not source:
+        if stem in seen:
             raise PFedSAMError(
                 "E09",
-                f"'{other}' and '{source}' would both be written to '{stem}...'.",
+                f"'{seen[stem]}' and '{source}' would both be written to '{stem}...'.",
                 "Segment them in two calls with two --out folders, or rename one.",
             )
+        seen[stem] = source
         for result in _all_results(stem):
             if result.resolve() in inputs:
                 raise PFedSAMError(

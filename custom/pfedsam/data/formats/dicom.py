@@ -161,6 +161,8 @@ def _check_kind(file: Path, data: pydicom.Dataset, pixels: bool) -> None:
     if "LOCALIZER" in kinds:
         raise _wrong(f"{file} is a localiser (ImageType LOCALIZER), no slice of a volume", "Leave it out.")
     photometric = str(data.get("PhotometricInterpretation", ""))
+    if not photometric:
+        raise _missing(file, "PhotometricInterpretation")
     samples = int(data.get("SamplesPerPixel") or 1)
     if samples != 1 or not photometric.startswith("MONOCHROME"):
         raise _wrong(
@@ -276,8 +278,9 @@ def _check_place(
     """Whether the corners of a frame lie where the affine says."""
     turned = frame.corners - first.corners
     shifted = frame.position - (first.position + offset)
+    inside = "ImageOrientationPatient" if np.allclose(frame.spacing, first.spacing, rtol=1e-3) else "PixelSpacing"
     for what, distance in (
-        ("ImageOrientationPatient or PixelSpacing", turned),
+        (inside, turned),
         ("ImagePositionPatient", shifted[None]),
     ):
         voxels = np.abs(np.linalg.solve(directions, distance.T)).T
@@ -341,7 +344,8 @@ def _what(data: pydicom.Dataset) -> str:
 
 def _missing(what: Path | str, keyword: str) -> PFedSAMError:
     tag = tag_for_keyword(keyword) or 0
-    return _wrong(f"{what} lacks {keyword} ({tag >> 16:04X},{tag & 0xFFFF:04X})")
+    remedy = "Export the series again with all its attributes (some anonymisers take geometry away), or convert it."
+    return _wrong(f"{what} lacks {keyword} ({tag >> 16:04X},{tag & 0xFFFF:04X})", remedy)
 
 
 def _wrong(sentence: str, remedy: str = _WHOLE) -> PFedSAMError:

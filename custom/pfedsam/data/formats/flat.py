@@ -22,6 +22,8 @@ _SIXTEEN = ("I;16", "I;16B", "I;16L", "I;16N")
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 #: White in 16 bits.
 WHITE_16 = 65535
+#: EXIF orientations that exchange rows and columns.
+_SIDEWAYS = (5, 6, 7, 8)
 #: Tags of TIFF, and the value of the first that says that 0 is white: Pillow turns 8 bits of it, not 16.
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339
 _WHITE_IS_ZERO = 0
@@ -92,6 +94,7 @@ def _stack(path: Path, image: Image.Image, pages: int, label: bool) -> Picture:
 def _values(path: Path, image: Image.Image, label: bool) -> tuple[NDArray[Any], float | None, tuple[str, ...]]:
     """Values `(x, y)` or `(x, y, 3)` of an image or page, upright; the value of white; what to know of it."""
     tags = getattr(image, "tag_v2", {})
+    _check_sideways(path, image)
     sixteen = image.mode in _SIXTEEN or (image.format == "PNG" and image.mode == "I")
     # loaded first: the tags are needed as they are in the file, and turning a TIFF takes one of them away
     unsigned = image.mode == "I" and tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (1,)) == (1,)
@@ -104,6 +107,18 @@ def _values(path: Path, image: Image.Image, label: bool) -> tuple[NDArray[Any], 
     if unsigned:
         values = values.view(np.uint32)
     return values, None if image.mode in ("I", "F") else 255.0, notes
+
+
+def _check_sideways(path: Path, image: Image.Image) -> None:
+    """Refuse what Pillow scrambles (11.0 to 13.0 at least): TIFF without compression that is to be turned sideways."""
+    orientation = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation)
+    tiles = getattr(image, "tile", None)
+    if orientation in _SIDEWAYS and tiles and tiles[0][0] == "raw":
+        raise PFedSAMError(
+            "E05",
+            f"{path} has the EXIF orientation {orientation} and no compression, which cannot be read reliably.",
+            "Save it upright.",
+        )
 
 
 def _plain(path: Path, image: Image.Image, label: bool) -> tuple[Image.Image, tuple[str, ...]]:

@@ -1,0 +1,1 @@
+"""Makes `tests/image_files.py` importable from every folder of tests."""

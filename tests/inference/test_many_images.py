@@ -1,0 +1,166 @@
+"""Several images in one call: each has its own result or its own reason, and nothing is overwritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from image_files import SERIES_AFFINE, dicom_slice, enhanced, head, nifti, save_dicom, series
+from PIL import Image
+from pydicom.uid import generate_uid
+from typer.testing import CliRunner, Result
+
+from pfedsam.cli import app
+from pfedsam.errors import PFedSAMError
+from pfedsam.inference.segmentation import TYPE_1, TYPE_2, write_segmentation
+from pfedsam.inference.writers import check_results
+
+VALUES = head((32, 28, 5))
+GREY = np.ascontiguousarray(head((32, 28, 1))[..., 0].T.astype(np.uint8))
+
+
+def infer(model: Path, out: Path, *images: Path, extra: tuple[str, ...] = ()) -> Result:
+    return CliRunner().invoke(app, ["infer", *map(str, images), "--model", str(model), "--out", str(out), *extra])
+
+
+def test_images_of_one_name_are_refused_before_anything_is_computed(model: Path, tmp_path: Path) -> None:
+    for folder, name in (("a", "scan.png"), ("b", "scan.tif")):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(GREY).save(tmp_path / folder / name)
+    done = infer(model, tmp_path / "out", tmp_path / "a" / "scan.png", tmp_path / "b" / "scan.tif")
+    assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E09"
+    for word in ("a/scan.png", "b/scan.tif", "--out"):
+        assert word in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_never_overwrites_an_image_that_was_given(tmp_path: Path) -> None:
+    first, second = tmp_path / "x.nii.gz", tmp_path / "x_lesion.nii.gz"
+    check_results([first, second], tmp_path / "out", ["lesion"])
+    with pytest.raises(PFedSAMError, match=r"E09.*x\.nii\.gz' would overwrite the image '.*x_lesion\.nii\.gz'"):
+        check_results([first, second], tmp_path, ["lesion"])
+    with pytest.raises(PFedSAMError, match="E09"):
+        check_results([first, first], tmp_path / "out", ["lesion"])
+
+
+def test_a_folder_is_named_by_its_last_part_also_where_it_is_given_as_a_dot(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(series(tmp_path / "1.2.840.7", VALUES))
+    done = infer(model, tmp_path / "out", Path("."))
+    assert done.exit_code == 0, done.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["1.2.840.7_lesion.nii.gz"]
+
+
+def test_what_cannot_be_read_is_named_and_the_others_are_done(model: Path, tmp_path: Path) -> None:
+    good = [nifti(tmp_path / f"good{n}.nii.gz", VALUES + n) for n in range(2)]
+    holed = VALUES.astype(np.float32)
+    holed[0, 0, 0] = np.nan
+    bad = nifti(tmp_path / "bad.nii.gz", holed)
+    missing = tmp_path / "missing.png"
+    done = infer(model, tmp_path / "out", good[0], bad, missing, good[1])
+    assert done.exit_code == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "good0_lesion.nii.gz",
+        "good1_lesion.nii.gz",
+    ]
+    told = done.output.split("2 of 4 images failed:")[1]
+    assert f"{bad}: E09" in told and "not finite" in told and f"{missing}: E02" in told and "good" not in told
+
+
+def test_an_error_while_a_result_is_written_belongs_to_its_image(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        series(tmp_path / name, VALUES)
+
+    def fail_once(label: np.ndarray, source: Path, *more: object) -> Path:
+        if source.name == "a":
+            raise OSError("no space left on device")
+        return write_segmentation(label, source, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pfedsam.inference.segmentation.write_segmentation", fail_once)
+    done = infer(model, tmp_path / "out", tmp_path / "a", tmp_path / "b", extra=("--dicom-seg",))
+    assert done.exit_code == 1 and (tmp_path / "out" / "b_lesion.dcm").exists()
+    told = done.output.split("1 of 2 images failed:")[1]
+    assert "no space left" in told and str(tmp_path / "a") in told and str(tmp_path / "b") not in told
+
+
+def test_what_was_done_to_an_image_and_what_is_not_seen_is_said(model: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 3
+    Image.fromarray(GREY).save(tmp_path / "turned.png", exif=exif)
+    large = nifti(tmp_path / "large.nii.gz", head((128, 128, 2)), np.diag([4.0, 4.0, 5.0, 1.0]))
+    one = np.full((32, 28, 5), 7, np.int16)
+    one[3, 3, 3] = 900
+    flat = nifti(tmp_path / "flat.nii.gz", one)
+    done = infer(model, tmp_path / "out", tmp_path / "turned.png", large, flat)
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert any("turned.png" in line and "EXIF" in line for line in lines)
+    assert any("large.nii.gz: 75% of the image lies outside" in line and "256 mm" in line for line in lines)
+    assert any("flat.nii.gz: nearly all of its values" in line for line in lines)
+
+
+# ---- DICOM segmentation objects -----------------------------------------------------------------------------------
+
+LABEL = (VALUES > 120).astype(np.uint8)
+
+
+@pytest.mark.parametrize("keyword", TYPE_2)
+def test_what_an_anonymiser_took_away_is_empty_in_the_object(tmp_path: Path, keyword: str) -> None:
+    folder = series(tmp_path / "s", VALUES, drop=[keyword])
+    data = pydicom.dcmread(write_segmentation(LABEL, folder, tmp_path / "out", ["lesion"], "test"))
+    assert keyword in data and not data[keyword].value
+    np.testing.assert_array_equal(_planes(data), LABEL)
+
+
+def _planes(data: pydicom.Dataset) -> np.ndarray:
+    """The object's frames `(x, y, z)` in the order of their position along z."""
+    groups = data.PerFrameFunctionalGroupsSequence
+    order = np.argsort([float(one.PlanePositionSequence[0].ImagePositionPatient[2]) for one in groups])
+    return np.transpose(data.pixel_array[order], (2, 1, 0))
+
+
+@pytest.mark.parametrize("keyword", [word for word in TYPE_1 if not word.startswith("SOP")])
+def test_what_must_be_there_is_named_for_every_series_before_anything_is_segmented(
+    model: Path, tmp_path: Path, keyword: str
+) -> None:
+    bad = [series(tmp_path / name, VALUES, drop=[keyword]) for name in ("bad1", "bad2")]
+    good = series(tmp_path / "good", VALUES)
+    done = infer(model, tmp_path / "out", *bad, good, extra=("--dicom-seg",))
+    assert isinstance(done.exception, PFedSAMError)
+    text = str(done.exception)
+    assert all(f"{folder} lacks {keyword} (" in text for folder in bad) and "good" not in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*DS.*")
+def test_an_object_of_a_tilted_series_lies_on_its_slices(tmp_path: Path) -> None:
+    angle = np.deg2rad(12)
+    orientation = (1, 0, 0, 0, round(float(np.cos(angle)), 12), round(float(-np.sin(angle)), 12))
+    folder = series(tmp_path / "s", VALUES, orientation=orientation, step=(0, 0, 4.0))
+    data = pydicom.dcmread(write_segmentation(LABEL, folder, tmp_path / "out", ["lesion"], "test"))
+    np.testing.assert_array_equal(_planes(data), LABEL)
+
+
+def test_an_object_of_frames_has_their_order(tmp_path: Path) -> None:
+    path = enhanced(series(tmp_path / "s", VALUES), tmp_path / "a.dcm", shuffle=True)
+    data = pydicom.dcmread(write_segmentation(LABEL, path, tmp_path / "out", ["lesion"], "test"))
+    np.testing.assert_array_equal(_planes(data), LABEL)
+
+
+def test_a_single_slice_is_segmented_with_its_geometry(model: Path, tmp_path: Path) -> None:
+    data = dicom_slice(VALUES[..., 2], (-50, -60, -30))
+    data.SeriesInstanceUID, data.StudyInstanceUID, data.FrameOfReferenceUID = (generate_uid() for _ in range(3))
+    path = save_dicom(tmp_path / "a.dcm", data)
+    done = infer(model, tmp_path / "out", path, extra=("--dicom-seg", "--overlay"))
+    assert done.exit_code == 0, done.output
+    label = nibabel.load(tmp_path / "out" / "a_lesion.nii.gz")
+    assert label.shape == (32, 28, 1)
+    np.testing.assert_allclose(label.affine, SERIES_AFFINE)
+    seg = pydicom.dcmread(tmp_path / "out" / "a_lesion.dcm")
+    np.testing.assert_array_equal(seg.pixel_array.reshape(28, 32).T, np.asarray(label.dataobj)[..., 0])
