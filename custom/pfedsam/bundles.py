@@ -194,4 +194,8 @@ def field_of_view(bundle: str, overrides: Mapping[str, Any] | None = None) -> fl
     """
     key = "field_of_view_mm"
     settings = json.loads((find_bundle(bundle) / "configs" / "train.json").read_text()) | checked_overrides(overrides)
-    return float(settings[key]) if settings.get(key) else None
+    if settings.get(key) is None:
+        return None
+    if not 0 < float(settings[key]) < float("inf"):
+        raise PFedSAMError("E16", f"{key} is {settings[key]}.", "Give the side of the field in millimetres, above 0.")
+    return float(settings[key])

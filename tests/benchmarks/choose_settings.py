@@ -25,6 +25,7 @@ import torch
 
 from pfedsam.bundles import settings_of
 from pfedsam.data.sites import site_names
+from pfedsam.evaluation.provenance import LATER
 from pfedsam.evaluation.runs import Run
 from pfedsam.strategies import StrategyFile, find_strategy, patched
 from pfedsam.training.federation import run_federation
@@ -152,7 +153,8 @@ class Choice(Run):
     def row_key(self) -> str:
         """Hash of the strategy and of all the bundle's settings, the defaults too."""
         told = [self.bundle, self.rounds, self.file.checked().model_dump(mode="json")]
-        settings = {key: value for key, value in settings_of(self.bundle, self.settings).items() if key != "checkpoint"}
+        left_out = ("checkpoint", *LATER)
+        settings = {key: value for key, value in settings_of(self.bundle, self.settings).items() if key not in left_out}
         return hashlib.sha256(json.dumps([*told, settings], sort_keys=True).encode()).hexdigest()[:16]
 
 

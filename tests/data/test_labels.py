@@ -29,11 +29,17 @@ def test_what_is_between_is_refused_with_its_value(given: float) -> None:
         whole_numbers(np.array([0, 1, given]), "a")
 
 
-@pytest.mark.parametrize("values", [[-1, 300], [0, 255], [0, 40_000], [-(2**40), 2**40]])
+@pytest.mark.parametrize("values", [[-1, 300], [0, 255], [0, 40_000], [-(2**31), 2**31 - 1]])
 @pytest.mark.parametrize("kind", [np.int64, np.float64])
 def test_no_value_is_wrapped(values: list[int], kind: type) -> None:
     found = whole_numbers(np.array(values, kind), "a")
     assert found.tolist() == values and found_values(found) == values
+
+
+@pytest.mark.parametrize("far", [2**31, -(2**40)])
+def test_what_is_no_class_number_is_refused(far: int) -> None:
+    with pytest.raises(PFedSAMError, match=f"E07.*'a' holds {far:g}, which is no class number".replace("+", r"\+")):
+        whole_numbers(np.array([0, far]), "a")
 
 
 def test_white_is_foreground_where_there_is_nothing_else() -> None:

@@ -72,6 +72,16 @@ def test_white_is_255_for_a_bundle_of_colour_pictures(tmp_path: Path) -> None:
     np.testing.assert_array_equal(colour, np.moveaxis(COLOUR, (0, 1, 2), (2, 1, 0)))
 
 
+def test_the_mask_of_a_photograph_may_be_a_volume_of_one_slice(tmp_path: Path) -> None:
+    mask = (GREY.T > 10).astype(np.uint8)[..., None]
+    label = nifti(tmp_path / "l.nii.gz", mask, np.diag([-1.0, -1, 1, 1]))
+    found = ReadImaged(["image", "label"], labels="label", colour=True)(
+        {"image": save(tmp_path / "c.png", COLOUR), "label": str(label)}
+    )
+    np.testing.assert_array_equal(found["label"][0], mask[..., 0])
+    np.testing.assert_array_equal(found["label"].affine, found["image"].affine)
+
+
 def test_what_a_bundle_cannot_take_is_refused(tmp_path: Path) -> None:
     volume = str(nifti(tmp_path / "a.nii", VALUES))
     with pytest.raises(PFedSAMError, match=r"E05.*a\.nii is a volume.*Use a bundle for volumes"):

@@ -67,6 +67,59 @@ def test_fundus_layouts(tmp_path: Path, layout: str) -> None:
     assert check_site(tmp_path / "out" / site, [0, 1, 2]).ok
 
 
+SEEN = {"palette.png": "P", "palette.bmp": "P", "wide.png": "I;16"}
+
+
+@pytest.mark.parametrize(("name", "mode"), SEEN.items())
+def test_fundus_masks_are_what_is_seen_of_them(tmp_path: Path, name: str, mode: str) -> None:
+    indices = np.searchsorted([0, 128, 255], fundus_mask()).astype(np.uint8)
+    image = Image.fromarray(fundus_mask().astype(np.uint16) * 257)
+    if mode == "P":
+        image = Image.fromarray(indices).convert("P")
+        image.putdata(indices.ravel().tolist())
+        image.putpalette([0, 0, 0, 128, 128, 128, 255, 255, 255] + [0] * 759)
+    if name.endswith(".bmp"):
+        picture(tmp_path / "in" / "Training400" / "Glaucoma" / "G.JPG", noise((8, 6, 3), 0))
+        masks = tmp_path / "in" / "Annotation-Training400" / "Disc_Cup_Masks" / "Glaucoma"
+        masks.mkdir(parents=True)
+        image.save(masks / "g.BMP")
+    else:
+        picture(tmp_path / "in" / "Domain1" / "train" / "ROIs" / "image" / "g.PNG", noise((8, 6, 3), 0))
+        (tmp_path / "in" / "Domain1" / "train" / "ROIs" / "mask").mkdir()
+        image.save(tmp_path / "in" / "Domain1" / "train" / "ROIs" / "mask" / "G.png")
+    (site,) = prepare("fundus", tmp_path / "in", tmp_path / "out")
+    label = np.asarray(Image.open(next((tmp_path / "out" / site / "labels").iterdir())))
+    assert [(label == value).sum() for value in (0, 1, 2)] == [32, 12, 4]
+
+
+def test_masks_of_class_numbers_are_no_fundus_masks(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "Domain1" / "train" / "ROIs" / "image" / "g.png", noise((8, 6, 3), 0))
+    picture(tmp_path / "in" / "Domain1" / "train" / "ROIs" / "mask" / "g.png", noise((8, 6), 0) % 3)
+    with pytest.raises(PFedSAMError, match=r"E07.*g\.png shows nothing white"):
+        prepare("fundus", tmp_path / "in", tmp_path / "out")
+
+
+def test_prostate_masks_below_0_and_names_that_differ_in_capitals_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "in" / "RUNMC"
+    volume(folder / "Case00.NII.GZ", noise((4, 5, 3), 0))
+    volume(folder / "case00_SEGMENTATION.nii.gz", -(noise((4, 5, 3), 0) % 2))
+    with pytest.raises(PFedSAMError, match=r"E07.*holds -1, which is no zone"):
+        prepare("prostate", tmp_path / "in", tmp_path / "out")
+    volume(folder / "case00_SEGMENTATION.nii.gz", noise((4, 5, 3), 0) % 2)
+    assert prepare("prostate", tmp_path / "in", tmp_path / "out") == {"RUNMC": 1}
+    volume(folder / "CASE00.nii.gz", noise((4, 5, 3), 0))
+    with pytest.raises(PFedSAMError, match=r"E09.*capitals"):
+        prepare("prostate", tmp_path / "in", tmp_path / "other")
+
+
+def test_files_that_would_be_left_out_are_named(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "clinic" / "images" / "a.png", noise((8, 6), 0))
+    picture(tmp_path / "in" / "clinic" / "masks" / "a.png", np.eye(8, 6))
+    (tmp_path / "in" / "clinic" / "images" / "b.webp").touch()
+    with pytest.raises(PFedSAMError, match=r"E09.*b\.webp"):
+        prepare("images", tmp_path / "in", tmp_path / "out")
+
+
 def test_plain_images_with_masks(tmp_path: Path) -> None:
     for n in range(3):
         picture(tmp_path / "in" / "clinic" / "images" / f"a{n}.png", noise((8, 6), n))

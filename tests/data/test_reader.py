@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
+import tifffile
 from image_files import AXIAL, SERIES_AFFINE, dicom_slice, enhanced, head, nifti, save_dicom, scaled_nifti, series
 from PIL import Image
 from pydicom.dataset import Dataset
@@ -265,6 +268,62 @@ def test_pages_of_a_tiff_are_slices_or_refused(tmp_path: Path) -> None:
     refused(picture(tmp_path / "e.png", one, save_all=True, append_images=[Image.fromarray(255 - GREY)]), "2 frames")
 
 
+LABEL = np.resize(np.array([0, 1, 2, 0, 0], np.uint8), (14, 20))
+
+
+def test_samples_that_pillow_does_not_keep_are_refused_or_restored(tmp_path: Path) -> None:
+    wide = np.stack([LABEL.astype(np.uint16)] * 3, -1)
+    tifffile.imwrite(tmp_path / "wide.tif", wide, photometric="rgb")
+    refused(tmp_path / "wide.tif", "16 bits", code="E07", label=True)
+    tifffile.imwrite(tmp_path / "planes.tif", np.moveaxis(wide, -1, 0), photometric="rgb", planarconfig="separate")
+    refused(tmp_path / "planes.tif", "planes of 16 bits")
+    two = np.stack([GREY, GREY], -1)
+    tifffile.imwrite(tmp_path / "two.tif", two, photometric="minisblack", planarconfig="contig")
+    refused(tmp_path / "two.tif", "2 samples")
+    signed = (GREY.astype(int) - 100).astype(np.int8)
+    tifffile.imwrite(tmp_path / "signed.tif", signed)
+    np.testing.assert_array_equal(load_picture(tmp_path / "signed.tif").values, signed.T)
+    tifffile.imwrite(tmp_path / "bool.tif", LABEL > 0)
+    refused(tmp_path / "bool.tif", "0 is white", code="E07", label=True)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_few_bits_of_a_label_are_not_stretched(tmp_path: Path, bits: int) -> None:
+    """A PNG of 2 or 4 bits, written by hand: Pillow writes 8."""
+    packed = np.packbits(np.unpackbits(LABEL[..., None], axis=-1)[..., 8 - bits :].reshape(14, -1), axis=-1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", 20, 14, bits, 0, 0, 0, 0)
+    for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    (tmp_path / "a.png").write_bytes(content)
+    np.testing.assert_array_equal(load_picture(tmp_path / "a.png", label=True).values, LABEL.T)
+    # what is seen has all greys from black to white
+    assert load_picture(tmp_path / "a.png").values.max() == 2 * 255 // (2**bits - 1)
+
+
+STACK = np.ascontiguousarray(VALUES.T.astype(np.uint16))
+MANY: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "ImageJ channels": (np.stack([STACK, STACK], 1), {"imagej": True, "metadata": {"axes": "ZCYX"}}, "2 channels"),
+    "ImageJ time": (STACK, {"imagej": True, "metadata": {"axes": "TYX"}}, "6 time points"),
+    "OME channels": (np.stack([STACK, STACK], 1), {"ome": True, "metadata": {"axes": "ZCYX"}}, "2 channels"),
+    "one page for all": (STACK, {"truncate": True}, "6 slices, of which 1"),
+    "slices that are no pages": (STACK.repeat(4, 0), {"volumetric": True, "tile": (16, 16, 16)}, "slices, of which 1"),
+}
+
+
+@pytest.mark.parametrize(("values", "how", "words"), MANY.values(), ids=MANY)
+def test_a_tiff_of_more_than_one_stack_is_refused(tmp_path: Path, values: Any, how: Any, words: str) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", values, **how)
+    refused(tmp_path / "a.tif", words)
+
+
+@pytest.mark.parametrize("how", [{}, {"imagej": True}, {"ome": True}], ids=str)
+def test_one_stack_is_a_volume_whoever_wrote_it(tmp_path: Path, how: Any) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", STACK, photometric="minisblack", metadata={"axes": "ZYX"}, **how)
+    np.testing.assert_array_equal(load_picture(tmp_path / "a.tif").values, VALUES)
+
+
 def test_a_camera_preview_behind_a_jpeg_is_left_out(tmp_path: Path) -> None:
     first, preview = Image.fromarray(COLOUR), Image.fromarray(COLOUR[::2, ::2])
     first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[preview])
@@ -373,6 +432,17 @@ def test_noise_in_the_geometry_is_no_difference(tmp_path: Path, edit: Any) -> No
     np.testing.assert_allclose(found.affine, SERIES_AFFINE, atol=0.05)
 
 
+@pytest.mark.parametrize("step", np.random.default_rng(1).uniform(0.5, 1.3, 12).round(4).tolist())
+def test_positions_that_are_rounded_to_a_tenth_are_a_volume(tmp_path: Path, step: float) -> None:
+    def rounded(data: Dataset, z: int) -> None:
+        data.ImagePositionPatient = [-50, -60, round(-30.03 + step * z, 1)]
+
+    values = head((24, 20, 30))
+    found = load_picture(series(tmp_path / "s", values, edit=rounded))
+    np.testing.assert_array_equal(found.values, values)
+    assert abs(found.affine[2, 2] - step) < 0.005 and abs(found.affine[2, 3] + 30.03) < 0.06
+
+
 @pytest.mark.filterwarnings("ignore:.*DS.*")
 def test_long_direction_cosines_are_numbers(tmp_path: Path) -> None:
     folder = series(tmp_path / "s", VALUES)
@@ -453,6 +523,15 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "frames that lie nowhere": ({"edit": _frames}, ("2 frames", "functional groups")),
     "zero cosines": ({"edit": _set("ImageOrientationPatient", [0] * 6)}, ("right angle",)),
     "skewed cosines": ({"edit": _set("ImageOrientationPatient", [1, 0, 0, 0.6, 0.8, 0])}, ("right angle",)),
+    "no slope": ({"edit": lambda data, z: z == 2 and data.__delattr__("RescaleSlope")}, ("no RescaleSlope",)),
+    "an empty intercept": ({"edit": _set("RescaleIntercept", None, 2)}, ("no RescaleIntercept",)),
+    "twice the pixels": ({"edit": lambda data, z: z == 2 and _double(data)}, ("pixels of shape", "expected 1 frame")),
+    "slices that walk aside": ({"step": (0, 30.0, 4.0)}, ("sideways",)),
+    "fine slices, one missing": (
+        {"edit": lambda data, z: _fine(data, z + (z > 3))},
+        ("missing or double between slices 4 and 5",),
+    ),
+    "a segmentation object": ({"edit": _set("Modality", "SEG")}, ("segmentation object",)),
     "spacing of 0": ({"edit": _set("PixelSpacing", [0, 0])}, ("PixelSpacing",)),
     "two sizes": ({"edit": _set("PixelSpacing", [2.5, 3.2], 2)}, ("PixelSpacing of",)),
     "two directions": ({"edit": _set("ImageOrientationPatient", [0.8, 0.6, 0, -0.6, 0.8, 0], 2)}, ("Orientation",)),
@@ -463,6 +542,18 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "two series": ({"edit": _set("SeriesInstanceUID", "1.2.3", 2)}, ("SeriesInstanceUID",)),
     "two frames of reference": ({"edit": _set("FrameOfReferenceUID", "1.2.3", 2)}, ("FrameOfReferenceUID",)),
 }
+
+
+def _double(data: Dataset) -> None:
+    data.NumberOfFrames = 1
+    data.Rows = data.Rows * 2
+    data.PixelData = data.PixelData * 2
+    data.Rows = data.Rows // 2
+
+
+def _fine(data: Dataset, place: int) -> None:
+    """Slices of micro CT, 0.05 mm apart."""
+    data.PixelSpacing, data.ImagePositionPatient = [0.02, 0.02], [-50, -60, round(-30 + 0.05 * place, 4)]
 
 
 def _at(data: Dataset, place: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from pfedsam.bundle_tools.verify import tiny_site
@@ -73,6 +74,12 @@ def test_the_box_of_the_network_is_the_box_of_the_image(
     assert slices[outside].max() < 1e-3
 
 
+def test_a_small_box_says_nothing_of_its_image(trained: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
+    site, file = trained
+    Predictor(file)(site / "images" / "tiny0.nii.gz", [10, 11, 10, 11, 2, 2])
+    assert "tiny0" not in caplog.text
+
+
 def test_a_box_is_refused_outside_the_image_and_for_a_model_without_boxes(
     trained: tuple[Path, Path], model: Path
 ) -> None:
@@ -80,6 +87,9 @@ def test_a_box_is_refused_outside_the_image_and_for_a_model_without_boxes(
     image = site / "images" / "tiny0.nii.gz"
     with pytest.raises(PFedSAMError, match=r"E16.*not inside"):
         Predictor(file)(image, [0, 48, 0, 10])
+    Image.fromarray(np.zeros((40, 30), np.uint8)).save(site / "p.png")
+    with pytest.raises(PFedSAMError, match=r"E16.*6 numbers.*p\.png has 2 axes"):
+        Predictor(file)(site / "p.png", [0, 9, 0, 10, 0, 0])
     with pytest.raises(PFedSAMError, match=r"E16.*trained with boxes"):
         Predictor(model)(image, [0, 10, 0, 10])
     wrong = CliRunner().invoke(app, ["infer", str(image), "--model", str(file), "--box", "1,2,x,4"])

@@ -14,9 +14,10 @@ from pydicom.uid import generate_uid
 from typer.testing import CliRunner, Result
 
 from pfedsam.cli import app
+from pfedsam.data.pictures import load_picture
 from pfedsam.errors import PFedSAMError
 from pfedsam.inference.segmentation import TYPE_1, TYPE_2, write_segmentation
-from pfedsam.inference.writers import check_results
+from pfedsam.inference.writers import check_results, stem_of
 
 VALUES = head((32, 28, 5))
 GREY = np.ascontiguousarray(head((32, 28, 1))[..., 0].T.astype(np.uint8))
@@ -42,8 +43,17 @@ def test_a_result_never_overwrites_an_image_that_was_given(tmp_path: Path) -> No
     check_results([first, second], tmp_path / "out", ["lesion"])
     with pytest.raises(PFedSAMError, match=r"E09.*x\.nii\.gz' would overwrite the image '.*x_lesion\.nii\.gz'"):
         check_results([first, second], tmp_path, ["lesion"])
-    with pytest.raises(PFedSAMError, match="E09"):
-        check_results([first, first], tmp_path / "out", ["lesion"])
+    with pytest.raises(PFedSAMError, match=r"E09.*given twice"):
+        check_results([first, Path(str(first))], tmp_path / "out", ["lesion"])
+
+
+@pytest.mark.parametrize("name", ["patient7.nii.gz", "1.2.840.7"])
+def test_a_result_has_the_name_that_was_given(tmp_path: Path, name: str) -> None:
+    """Not that of a link's target, and all of a file without suffix that is named by a UID."""
+    (tmp_path / "MD5-abc.nii.gz").touch()
+    (tmp_path / name).symlink_to(tmp_path / "MD5-abc.nii.gz")
+    expected = tmp_path / "out" / f"{name.removesuffix('.nii.gz')}_lesion"
+    assert stem_of(tmp_path / name, tmp_path / "out", ["lesion"]) == expected
 
 
 def test_a_folder_is_named_by_its_last_part_also_where_it_is_given_as_a_dot(
@@ -110,7 +120,13 @@ def test_what_was_done_to_an_image_and_what_is_not_seen_is_said(model: Path, tmp
 LABEL = (VALUES > 120).astype(np.uint8)
 
 
-@pytest.mark.parametrize("keyword", TYPE_2)
+def test_a_series_without_thickness_has_an_object(tmp_path: Path) -> None:
+    folder = series(tmp_path / "s", VALUES, drop=["SliceThickness"])
+    data = pydicom.dcmread(write_segmentation(LABEL, folder, tmp_path / "out", ["lesion"], "test"))
+    np.testing.assert_array_equal(_planes(data), LABEL)
+
+
+@pytest.mark.parametrize("keyword", [word for word in TYPE_2 if word != "SliceThickness"])
 def test_what_an_anonymiser_took_away_is_empty_in_the_object(tmp_path: Path, keyword: str) -> None:
     folder = series(tmp_path / "s", VALUES, drop=[keyword])
     data = pydicom.dcmread(write_segmentation(LABEL, folder, tmp_path / "out", ["lesion"], "test"))
@@ -136,6 +152,18 @@ def test_what_must_be_there_is_named_for_every_series_before_anything_is_segment
     text = str(done.exception)
     assert all(f"{folder} lacks {keyword} (" in text for folder in bad) and "good" not in text
     assert not (tmp_path / "out").exists()
+
+
+def test_one_series_that_cannot_be_read_does_not_cost_the_others_theirs(model: Path, tmp_path: Path) -> None:
+    bad = series(tmp_path / "bad", VALUES, drop=["ImagePositionPatient"])
+    done = infer(model, tmp_path / "out", bad, series(tmp_path / "good", VALUES), extra=("--dicom-seg",))
+    assert done.exit_code == 1 and (tmp_path / "out" / "good_lesion.dcm").exists()
+    assert "ImagePositionPatient" in done.output.split("1 of 2 images failed:")[1]
+
+
+def test_a_sex_that_is_none_of_dicoms_is_left_empty(tmp_path: Path) -> None:
+    folder = series(tmp_path / "s", VALUES, edit=lambda data, z: setattr(data, "PatientSex", "X"))
+    assert not pydicom.dcmread(write_segmentation(LABEL, folder, tmp_path / "out", ["lesion"], "test")).PatientSex
 
 
 @pytest.mark.filterwarnings("ignore:.*DS.*")
@@ -164,3 +192,5 @@ def test_a_single_slice_is_segmented_with_its_geometry(model: Path, tmp_path: Pa
     np.testing.assert_allclose(label.affine, SERIES_AFFINE)
     seg = pydicom.dcmread(tmp_path / "out" / "a_lesion.dcm")
     np.testing.assert_array_equal(seg.pixel_array.reshape(28, 32).T, np.asarray(label.dataobj)[..., 0])
+    # and lies where the slice lies
+    np.testing.assert_allclose(load_picture(tmp_path / "out" / "a_lesion.dcm", label=True).affine, SERIES_AFFINE)

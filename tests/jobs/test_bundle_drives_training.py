@@ -37,7 +37,7 @@ def change_transform(root: Path) -> None:
     path = root / BUNDLE / "configs" / "train.json"
     config = json.loads(path.read_text())
     transforms = config["train"]["deterministic_transforms"]
-    (scale,) = (one for one in transforms if one["_target_"] == "ScaleIntensityRangePercentilesd")
+    (scale,) = (one for one in transforms if one["_target_"] == "pfedsam.data.transforms.IntensityWindowd")
     scale["upper"] = 90.0
     path.write_text(json.dumps(config))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import nibabel
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from pfedsam.bundle_tools.verify import tiny_site
 from pfedsam.bundles import BUNDLES_VARIABLE, find_bundle
 from pfedsam.cli import app
+from pfedsam.training import rehearsal
 
 
 def validate(*words: object) -> tuple[int, str]:
@@ -77,8 +79,30 @@ def test_a_case_whose_label_is_not_seen_is_not_the_one_that_is_tried(tmp_path: P
     assert names[0] == "a_far" and code == 0 and "'a_far': 48 labelled voxel(s), 100%" in text, text
 
 
+def test_names_and_settings_that_a_configuration_might_misread(tmp_path: Path) -> None:
+    site = tiny_site(tmp_path / "s $1 @2", 1, rgb=False)
+    for kind in ("images", "labels"):
+        for path in sorted((site / kind).iterdir()):
+            path.rename(path.with_name(path.name.replace("tiny", "sub@1%'")))
+    code, text = validate(site)
+    assert code == 0 and "the site can train" in text, text
+    done = CliRunner().invoke(app, ["validate", str(site), "--set", "field_of_view_mm=-5"])
+    assert "E16" in str(done.exception) and "field_of_view_mm is -5" in str(done.exception)
+    assert validate(site, "--labels", "0,abc")[0] == 2
+
+
 def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:
     code, text = validate(tiny_site(tmp_path / "s", 1, rgb=False), "--json")
     report = json.loads(text)
     assert code == 0 and report["ok"] and len(report["loaded"]) == 2
     assert nibabel.load(tmp_path / "s" / "images" / "tiny0.nii.gz").shape == tuple(report["cases"][0]["shape"])
+
+
+def test_a_loading_that_hangs_or_is_killed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "LIMIT_SECONDS", 0.01)
+    code, text = validate(tiny_site(tmp_path / "s", 1, rgb=False))
+    assert code == 1 and "took longer than 0.01 s" in text and "--quick" in text
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "executable", "false")
+    code, text = validate(tmp_path / "s")
+    assert code == 1 and "ended with code 1" in text

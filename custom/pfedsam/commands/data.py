@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pfedsam.commands.console import DATA, Bundle, Overrides, bar, console, literals, quiet_libraries
+from pfedsam.commands.console import DATA, Bundle, Overrides, bar, console, literals
 
 app = typer.Typer()
 
@@ -56,7 +56,7 @@ def validate(
 
     root, settings = find_bundle(bundle), literals(set_ or [])
     known = list(range(len(class_names(root)) + 1))
-    values = [int(value) for value in labels.split(",")] if labels else known
+    values = _numbers(labels) if labels else known
     # JSON alone is to be on standard output
     with nullcontext(None) if as_json else bar("reading all cases", 1) as advance:
         report = check_site(
@@ -74,7 +74,6 @@ def validate(
             report.add("E07", "note", "", text, "A site maps its own values with 'labels' in local/pfedsam.json.")
         else:
             with console.status("loading the first batch through the bundle's transforms"):
-                quiet_libraries()
                 from pfedsam.training.rehearsal import rehearse
 
                 rehearse(report, bundle, site, {"seed": seed, **settings})
@@ -83,6 +82,13 @@ def validate(
     else:
         print_report(report, console)
     raise typer.Exit(0 if report.ok else 1)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(value) for value in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is no list of numbers, as 0,1,2", param_hint="--labels") from None
 
 
 @app.command(rich_help_panel=DATA)

@@ -116,7 +116,9 @@ class SiteReport:
 
     def remark(self, text: str, case: str) -> None:
         """Keep a remark, which is added as one note for all its cases."""
-        self.remarks.setdefault(text, []).append(case)
+        names = self.remarks.setdefault(text, [])
+        if case not in names:
+            names.append(case)
 
     def add_error(self, error: PFedSAMError, case: str = "") -> None:
         """Add an error that was raised, once."""

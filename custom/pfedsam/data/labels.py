@@ -64,16 +64,18 @@ def whole_numbers(values: NDArray[Any], source: str) -> NDArray[Any]:
             )
         values = rounded
     low, high = int(values.min()), int(values.max())
-    kinds = (np.uint8, np.int16, np.int32, np.int64)
+    kinds = (np.uint8, np.int16, np.int32)
     kind = next((one for one in kinds if np.iinfo(one).min <= low and high <= np.iinfo(one).max), None)
     if kind is None:
-        raise PFedSAMError("E07", f"label '{source}' holds {high:g}, which is no class number.", "Correct it.")
+        far = high if high > np.iinfo(np.int32).max else low
+        raise PFedSAMError("E07", f"label '{source}' holds {far:g}, which is no class number.", "Correct it.")
     return values.astype(kind, copy=False)
 
 
 def found_values(values: NDArray[Any]) -> list[int]:
     """The different values of a label of whole numbers, sorted."""
     if values.dtype == np.uint8:
+        # no sorting: a volume has millions of values
         return np.flatnonzero(np.bincount(values.ravel(order="K"), minlength=256)).tolist()
     return np.unique(values).tolist()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys, ensure_tuple
 from numpy.typing import NDArray
-from PIL import Image
 
 from pfedsam.data.pictures import Picture, load_picture
 from pfedsam.errors import PFedSAMError
@@ -23,7 +23,8 @@ WHITE = 255.0
 
 
 class ReadImaged(MapTransform):
-    """Files, or pictures that were read already, as channel-first tensors with an affine.
+    """Files, or pictures that were read already, as channel-first tensors with an affine: images as single precision,
+    labels as integers in the smallest type that holds them.
 
     Without `colour` all are volumes: `(1, x, y, z)`. A picture is a volume of one slice with pixels of 1 mm, a colour
     picture is read as grey. With `colour` all are pictures: images `(3, x, y)` from 0 to 255, labels `(1, x, y)`.
@@ -59,6 +60,9 @@ class ReadImaged(MapTransform):
 
     def _picture(self, item: Any, label: bool) -> Picture:
         picture = item if isinstance(item, Picture) else load_picture(Path(item), label)
+        if self.colour and label and picture.kind == "volume" and picture.shape[2] == 1:
+            # the mask of a photograph may be stored as a volume of one slice
+            picture = replace(picture, values=picture.values[..., 0], kind="picture", affine=None)
         if self.colour and picture.kind != "picture":
             raise PFedSAMError(
                 "E05",
@@ -67,24 +71,17 @@ class ReadImaged(MapTransform):
             )
         return picture
 
-    def _channels(self, picture: Picture, label: bool) -> NDArray[np.float32]:
+    def _channels(self, picture: Picture, label: bool) -> NDArray[Any]:
         """Values with the channel first."""
         if label:
             values = picture.values[None]
         elif self.colour:
             values = _colours(picture)
         else:
-            values = grey(picture)[None]
+            values = picture.grey()[None]
         if picture.kind == "picture" and not self.colour:
             values = values[..., None]
-        return _single(values, picture.source)
-
-
-def grey(picture: Picture) -> NDArray[Any]:
-    """Values of one channel; colours by their luma (ITU-R BT.601), as Pillow has it."""
-    if not picture.is_colour:
-        return picture.values
-    return np.asarray(Image.fromarray(np.ascontiguousarray(picture.values)).convert("L"))
+        return np.ascontiguousarray(values) if label else _single(values, picture.source)
 
 
 def _colours(picture: Picture) -> NDArray[Any]:
@@ -120,7 +117,7 @@ def _check_shapes(pictures: list[Picture]) -> None:
             )
 
 
-def _tensor(values: NDArray[np.float32], picture: Picture, affine: NDArray[np.float64]) -> MetaTensor:
+def _tensor(values: NDArray[Any], picture: Picture, affine: NDArray[np.float64]) -> MetaTensor:
     place = torch.as_tensor(affine, dtype=torch.float64)
     meta = {
         ImageMetaKey.FILENAME_OR_OBJ: str(picture.source),

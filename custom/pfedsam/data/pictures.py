@@ -72,6 +72,14 @@ class Picture:
         """Millimetres between neighbours along each axis."""
         return None if self.affine is None else tuple(float(n) for n in np.linalg.norm(self.affine[:3, :3], axis=0))
 
+    def grey(self) -> NDArray[Any]:
+        """Values of one channel; colours by their luma (ITU-R BT.601), as Pillow has it."""
+        if not self.is_colour:
+            return self.values
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(np.ascontiguousarray(self.values)).convert("L"))
+
     def plane(self, z: int) -> NDArray[Any]:
         """What to show: a slice `(x, y)` of a volume, or the picture `(x, y[, 3])` as it is."""
         return self.values if self.kind == "picture" else self.values[..., z]
@@ -107,7 +115,7 @@ def load_picture(path: Path, label: bool = False) -> Picture:
     # a library may raise anything for a corrupt file
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-        raise PFedSAMError("E05", f"{path} cannot be read: {reason.rstrip('.')}.", "Export it again.") from error
+        raise PFedSAMError("E05", f"'{path}' cannot be read: {reason.rstrip('.')}.", "Export it again.") from error
     _check_values(picture)
     if label:
         from pfedsam.data.labels import as_label
@@ -130,7 +138,7 @@ def _read(path: Path, label: bool) -> Picture:
     if path.is_dir() or is_dicom(path):
         from pfedsam.data.formats import dicom
 
-        return dicom.read(path)
+        return dicom.read(path, label)
     raise PFedSAMError("E05", f"{path} has an unknown format.", f"Known: {', '.join(SUFFIXES)}, and DICOM folders.")
 
 

@@ -13,8 +13,9 @@
 Masks are read by the one reader, so their values are whole numbers, and a palette's are its indices. They are written
 in the smallest type that holds them; what a format cannot hold is refused.
 
-Fundus masks hold 0 in the cup, about 128 in the disc and 255 outside, and become 2, 1 and 0. Prostate masks become 0
-and 1 (some sites number the zones). None of the fundus and prostate layouts has been tried on the original download.
+Capitals in the names of files do not matter. Fundus masks show black in the cup, grey in the disc and white outside,
+and become 2, 1 and 0. Prostate masks become 0 and 1 (some sites number the zones). None of the fundus and prostate
+layouts has been tried on the original download.
 """
 
 from __future__ import annotations
@@ -32,16 +33,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pfedsam.data.labels import black_and_white, few, found_values, whole_numbers
-from pfedsam.data.pictures import load_picture
+from pfedsam.data.pictures import Picture, load_picture
 from pfedsam.data.sites import files_by_name
 from pfedsam.data.suffixes import case_name, suffix_of, visible
 from pfedsam.errors import PFedSAMError
 
 _MASK_FOLDERS = ("labels", "masks")
 _MASK_ENDINGS = ("", "_mask")
-_BITMAP = ".bmp"
 #: Grey values of fundus masks: below the first the cup, below the second the disc.
-_CUP, _DISC = 64, 192
+_CUP, _DISC, WHITE = 64, 192, 255
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ def prepare(kind: str, source: Path, out: Path, progress: Callable[[int, int], N
     """
     if kind not in KINDS:
         raise PFedSAMError("E16", f"there is no kind '{kind}'.", f"Kinds: {sorted(KINDS)}.")
-    finders, convert = KINDS[kind]
-    pairs = [pair for find in finders for pair in find(source)]
+    pairs = [pair for find in KINDS[kind].finders for pair in find(source)]
     if not pairs:
         raise PFedSAMError("E02", f"{source} has none of the layouts of '{kind}'.", "See `pfedsam prepare --help`.")
     _check(pairs, out)
@@ -82,7 +81,7 @@ def prepare(kind: str, source: Path, out: Path, progress: Callable[[int, int], N
     # all or nothing: sites appear when all of them are complete
     with tempfile.TemporaryDirectory(prefix=".preparing-", dir=out) as unfinished:
         for number, pair in enumerate(pairs, 1):
-            _write(pair, Path(unfinished), convert)
+            _write(pair, Path(unfinished), KINDS[kind])
             if progress:
                 progress(number, len(pairs))
         counts = Counter(pair.site for pair in pairs)
@@ -105,17 +104,17 @@ def _check(pairs: list[Pair], out: Path) -> None:
             raise PFedSAMError("E16", f"{out / site} exists.", "Choose another --out, or remove it.")
 
 
-def _write(pair: Pair, out: Path, convert: Callable[[NDArray], NDArray]) -> None:
+def _write(pair: Pair, out: Path, kind: Kind) -> None:
     assert pair.mask is not None
     images, labels = out / pair.site / "images", out / pair.site / "labels"
     for folder in (images, labels):
         folder.mkdir(parents=True, exist_ok=True)
-    image, mask = load_picture(pair.image), load_picture(pair.mask, label=True)
+    image, mask = load_picture(pair.image), load_picture(pair.mask, label=kind.numbers)
     if image.volume_shape != mask.volume_shape:
         raise PFedSAMError(
             "E04", f"{pair.image} has size {image.shape}, its mask {pair.mask} {mask.shape}.", "Resample the mask."
         )
-    values = whole_numbers(convert(mask.values), str(pair.mask))
+    values = whole_numbers(kind.convert(mask), str(pair.mask))
     if pair.image.is_dir():
         shutil.copytree(pair.image, images / pair.case)
     else:
@@ -138,55 +137,100 @@ def _write_picture(values: NDArray, path: Path, source: Path) -> None:
 def _of_images(source: Path) -> Iterator[Pair]:
     for folder in sorted(source.glob("*/images")):
         masks = [files_by_name(folder.parent / name, "masks") for name in _MASK_FOLDERS]
+        unknown = [path.name for path in visible(folder) if case_name(path) is None]
+        if unknown:
+            raise PFedSAMError(
+                "E09", f"{folder} holds {few(unknown)}, no image of a known format.", "Convert it, or take it away."
+            )
         for image in visible(folder):
             name = case_name(image)
-            if name is None:
-                continue
             tried = (found.get(f"{name}{ending}") for found in masks for ending in _MASK_ENDINGS)
-            yield Pair(folder.parent.name, name, image, next((path for path in tried if path), None))
+            yield Pair(folder.parent.name, str(name), image, next((path for path in tried if path), None))
 
 
 def _of_dofe(source: Path) -> Iterator[Pair]:
-    for image in sorted(source.glob("*/*/ROIs/image/*.png")):
-        section = image.parents[2]
-        mask = section / "ROIs" / "mask" / image.name
-        yield Pair(section.parent.name, f"{section.name}_{image.stem}", image, mask if mask.is_file() else None)
+    for folder in sorted(source.glob("*/*/ROIs/image")):
+        section = folder.parents[1]
+        masks = _named(section / "ROIs" / "mask", ".png")
+        for name, image in _named(folder, ".png").items():
+            yield Pair(section.parent.name, f"{section.name}_{image.stem}", image, masks.get(name))
 
 
 def _of_refuge(source: Path) -> Iterator[Pair]:
     masks = source / "Annotation-Training400" / "Disc_Cup_Masks"
-    for image in sorted((source / "Training400").glob("*/*.jpg")):
-        mask = masks / image.parent.name / f"{image.stem}{_BITMAP}"
-        yield Pair("refuge", image.stem, image, mask if mask.is_file() else None)
+    for folder in sorted(path for path in (source / "Training400").glob("*") if path.is_dir()):
+        bitmaps = _named(masks / folder.name, ".bmp")
+        for name, image in _named(folder, ".jpg").items():
+            yield Pair("refuge", image.stem, image, bitmaps.get(name))
 
 
 def _of_prostate(source: Path) -> Iterator[Pair]:
     ending = "_segmentation"
-    for folder in sorted(path for path in source.iterdir() if path.is_dir()) if source.is_dir() else ():
-        files = {path.name[: -len(".nii.gz")].lower(): path for path in folder.glob("*.nii.gz")}
+    for folder in (path for path in visible(source) if path.is_dir()):
+        files = _named(folder, ".nii.gz")
         if not any(name.endswith(ending) for name in files):
             continue
-        for name, image in sorted(files.items()):
+        for name, image in files.items():
             if not name.endswith(ending):
                 yield Pair(folder.name, image.name[: -len(".nii.gz")], image, files.get(name + ending))
 
 
-def _black_and_white(mask: NDArray) -> NDArray:
-    white = black_and_white(found_values(mask), ())
-    return mask if white is None else mask // white
+def _named(folder: Path, suffix: str) -> dict[str, Path]:
+    """Files of one suffix by their name without it, both in lower case.
+
+    Raises:
+        PFedSAMError: E09 if two names differ in capitals alone.
+    """
+    found: dict[str, Path] = {}
+    for path in visible(folder):
+        if path.is_file() and path.name.lower().endswith(suffix):
+            other = found.setdefault(path.name[: -len(suffix)].lower(), path)
+            if other != path:
+                raise PFedSAMError("E09", f"{other} and {path.name} differ in capitals alone.", "Rename one.")
+    return found
 
 
-def _cup_in_disc(mask: NDArray) -> NDArray:
-    return np.where(mask < _CUP, 2, np.where(mask < _DISC, 1, 0))
+def _black_and_white(mask: Picture) -> NDArray:
+    white = black_and_white(found_values(mask.values), ())
+    return mask.values if white is None else mask.values // white
 
 
-def _any_zone(mask: NDArray) -> NDArray:
-    return mask > 0
+def _cup_in_disc(mask: Picture) -> NDArray:
+    """What is seen, not what is stored: a palette or 16 bits may stand behind black, grey and white."""
+    grey = mask.grey() * (WHITE / mask.white) if mask.white else mask.grey()
+    if mask.kind != "picture" or grey.max() < _DISC:
+        raise PFedSAMError(
+            "E07",
+            f"mask {mask.source} shows nothing white (values up to {grey.max():g}), expected black in the cup, grey in "
+            "the disc and white outside.",
+            "Take the mask of the original download.",
+        )
+    return np.where(grey < _CUP, 2, np.where(grey < _DISC, 1, 0))
 
 
-#: How pairs of a kind are found, and what its masks become.
-KINDS: dict[str, tuple[tuple[Callable[[Path], Iterator[Pair]], ...], Callable[[NDArray], NDArray]]] = {
-    "images": ((_of_images,), _black_and_white),
-    "fundus": ((_of_dofe, _of_refuge), _cup_in_disc),
-    "prostate": ((_of_prostate,), _any_zone),
+def _any_zone(mask: Picture) -> NDArray:
+    if mask.values.min() < 0:
+        raise PFedSAMError("E07", f"mask {mask.source} holds {mask.values.min()}, which is no zone.", "Correct it.")
+    return mask.values > 0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How pairs of a kind of download are found, and what its masks become.
+
+    Attributes:
+        finders: of the pairs, one for each layout.
+        convert: of a mask that was read.
+        numbers: whether a mask holds class numbers; else it is a picture.
+    """
+
+    finders: tuple[Callable[[Path], Iterator[Pair]], ...]
+    convert: Callable[[Picture], NDArray]
+    numbers: bool = True
+
+
+KINDS: dict[str, Kind] = {
+    "images": Kind((_of_images,), _black_and_white),
+    "fundus": Kind((_of_dofe, _of_refuge), _cup_in_disc, numbers=False),
+    "prostate": Kind((_of_prostate,), _any_zone),
 }

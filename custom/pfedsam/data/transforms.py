@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from monai.transforms import MapTransform, ScaleIntensityRange
+from monai.transforms import MapTransform
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor
 
 from pfedsam.data.intensity import NO_WINDOW, WINDOW
-from pfedsam.data.labels import black_and_white, few
+from pfedsam.data.labels import black_and_white, few, found_values
 from pfedsam.errors import PFedSAMError
 
 logger = logging.getLogger(__name__)
@@ -51,20 +51,36 @@ class ClassChannelsd(MapTransform):
         return {**data, **{key: self._channels(data[key]) for key in self.key_iterator(dict(data))}}
 
     def _channels(self, label: Tensor) -> Tensor:
-        label = label[:1]
-        found = label.unique().tolist()
-        white = black_and_white((int(value) for value in found), self.numbers)
+        numbers = _whole(label[:1])
+        white = black_and_white(_found(numbers), self.numbers)
         if white is not None:
-            label, found = label / white, [value / white for value in found]
-        wrong = sorted(set(found) - set(self.numbers))
+            numbers = numbers // white
+        wrong = [value for value in _found(numbers) if value not in self.numbers]
         if wrong:
             source = getattr(label, "meta", {}).get("filename_or_obj", "a label")
-            shown, known = few(f"{value:g}" for value in wrong), list(self.numbers)
+            shown, known = few(map(str, wrong)), list(self.numbers)
             raise PFedSAMError("E07", f"{source} holds {shown}, expected only {known}.", "Correct or map it.")
-        numbered = torch.zeros_like(label)
-        for value, number in self.numbers.items():
-            numbered[label == value] = number
-        return torch.cat([torch.isin(numbered, torch.tensor(numbers)) for numbers in self.values]).to(label.dtype)
+        channels = [self._one_of(numbers, classes) for classes in self.values]
+        return convert_to_dst_type(torch.cat(channels), dst=label, dtype=torch.float32)[0]
+
+    def _one_of(self, numbers: Tensor, classes: Sequence[int]) -> Tensor:
+        """Where a label holds a value that means one of some class numbers."""
+        meaning = [value for value, number in self.numbers.items() if number in classes]
+        return torch.isin(numbers, torch.tensor(meaning, dtype=numbers.dtype, device=numbers.device))
+
+
+def _whole(label: Tensor) -> Tensor:
+    """Label values as whole numbers: bytes where they fit, since a volume has millions."""
+    plain = convert_to_tensor(label, track_meta=False)
+    if plain.is_floating_point():
+        plain = plain.round()
+    low, high = int(plain.min()), int(plain.max())
+    return plain.to(torch.uint8 if low >= 0 and high <= np.iinfo(np.uint8).max else torch.int64)
+
+
+def _found(numbers: Tensor) -> list[int]:
+    """The different values of a tensor of whole numbers, sorted."""
+    return found_values(numbers.cpu().numpy())
 
 
 class IntensityWindowd(MapTransform):
@@ -87,16 +103,16 @@ class IntensityWindowd(MapTransform):
         return {**data, **{key: self._scaled(data[key]) for key in self.key_iterator(dict(data))}}
 
     def _scaled(self, image: Any) -> Any:
-        plain = convert_to_tensor(image, track_meta=False)
-        low, high = (cast(Any, percentile(plain, share)) for share in (self.lower, self.upper))
+        plain = convert_to_tensor(image, track_meta=False).float()
+        low, high = cast(Any, percentile(plain, [self.lower, self.upper]))
         if low == high:
             source = getattr(image, "meta", {}).get("filename_or_obj", "an image")
             logger.warning("%s: %s.", source, NO_WINDOW)
             low, high = plain.min(), plain.max()
             # a constant image is all background
             high = torch.maximum(high, low + 1) if low == high else high
-        scaled = convert_to_tensor(ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(plain), track_meta=False)
-        return convert_to_dst_type(scaled, dst=image, dtype=np.float32)[0]
+        scaled = (plain - low).div_(high - low).clamp_(0, 1)
+        return convert_to_dst_type(scaled, dst=image, dtype=torch.float32)[0]
 
 
 class ClassNumbersd(MapTransform):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,10 @@ from monai.data import DataLoader, Dataset
 from numpy.typing import NDArray
 
 from pfedsam.bundles import find_bundle, local_settings
+from pfedsam.data import transforms
 from pfedsam.data.field_of_view import share_outside
 from pfedsam.data.intensity import NO_WINDOW, window_is_empty
-from pfedsam.data.loading import grey
 from pfedsam.data.pictures import Picture, load_picture
-from pfedsam.data.transforms import class_map
 from pfedsam.errors import PFedSAMError, first_of_ours
 from pfedsam.inferers import PromptedSliceInferer
 from pfedsam.networks.prompts import boxes_of
@@ -28,6 +28,7 @@ from pfedsam.site_model import model_settings
 
 #: Foreground of the mask that a box becomes.
 _INSIDE = 255
+_BOX = "Give x0,x1,y0,y1, and z0,z1 for a volume."
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Prediction:
 
     def label(self, threshold: float = 0.5) -> NDArray[np.uint8]:
         """Values `(x, y[, z])`: 0, or the number of the last class above the threshold (nested classes: the inner)."""
-        return class_map(torch.from_numpy(self.probabilities), threshold).numpy()
+        return transforms.class_map(torch.from_numpy(self.probabilities), threshold).numpy()
 
     @property
     def share_unseen(self) -> float:
@@ -56,7 +57,7 @@ class Prediction:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a person should know of how the image was read, in sentences."""
-        empty = self.field_of_view is not None and window_is_empty(grey(self.image))
+        empty = self.field_of_view is not None and window_is_empty(self.image.grey())
         return (*self.image.notes, *((NO_WINDOW,) if empty else ()))
 
 
@@ -149,11 +150,14 @@ class Predictor:
         """The bundle's slice inferer with the box as a prompt: it goes the way of the image, as a mask of its own."""
         pairs = list(zip(box[::2], box[1::2], strict=True))
         sizes = image.shape[: len(pairs)]
+        if len(sizes) != len(pairs):
+            raise PFedSAMError("E16", f"the box has {len(box)} numbers, {image.source} has {len(sizes)} axes.", _BOX)
         if not all(0 <= first <= last < size for (first, last), size in zip(pairs, sizes, strict=True)):
-            raise PFedSAMError("E16", f"the box {list(box)} is not inside {list(sizes)}.", "Give x0,x1,y0,y1[,z0,z1].")
+            raise PFedSAMError("E16", f"the box {list(box)} is not inside {list(sizes)}.", _BOX)
         inside = np.zeros(image.shape, dtype=np.uint8)
         inside[tuple(slice(first, last + 1) for first, last in pairs)] = _INSIDE
-        volume = self._transform({"image": replace(image, values=inside, white=float(_INSIDE))})["image"]
+        with _without_warnings():
+            volume = self._transform({"image": replace(image, values=inside, white=float(_INSIDE))})["image"]
         # the middle channel is the slice itself
         masks = volume[1] > 0.5 * max(float(volume[1].max()), 1e-6)
         return PromptedSliceInferer(
@@ -162,6 +166,16 @@ class Predictor:
             sw_batch_size=self._inferer.sw_batch_size,
             spatial_dim=self._inferer.spatial_dim,
         )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """A mask has no intensity window, and nobody needs to know."""
+    transforms.logger.disabled = True
+    try:
+        yield
+    finally:
+        transforms.logger.disabled = False
 
 
 def _workflow(bundle: str, model_file: str | Path, settings: Mapping[str, Any], experts: bool) -> ConfigWorkflow:

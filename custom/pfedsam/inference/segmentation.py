@@ -29,7 +29,10 @@ TYPE_2 = (
     "StudyDate",
     "StudyTime",
     "ReferringPhysicianName",
+    "SliceThickness",
 )
+#: Values of PatientSex (PS3.3, C.7.1.1); another is left empty.
+_SEXES = ("M", "F", "O")
 #: Decimal strings that are copied: 16 characters at most may be written, whatever was read.
 _DECIMALS = (
     "ImageOrientationPatient",
@@ -53,16 +56,21 @@ def is_series(source: Path) -> bool:
 def check_series(sources: Sequence[Path]) -> None:
     """Refuse series that lack what a segmentation object must have, before anything is segmented.
 
+    A series that cannot be read is left to the one who reads it.
+
     Raises:
-        PFedSAMError: E05 naming each series and its missing attributes; what reading them raises.
+        PFedSAMError: E05 naming each series and its missing attributes.
     """
     problems = []
     for source in sources:
-        frames = slices_of(source)
+        try:
+            frames = slices_of(source)
+        except PFedSAMError:
+            continue
         absent = {word for frame in frames for word in TYPE_1 if frame.data.get(word) in (None, "")}
         if absent:
             problems.append(f"{source} lacks {', '.join(_named(word) for word in TYPE_1 if word in absent)}")
-        elif len({id(frame.data) for frame in frames}) not in (1, len(frames)):
+        elif len({frame.file for frame in frames}) > 1 and any("NumberOfFrames" in one.data for one in frames):
             problems.append(f"{source} holds several multi-frame objects")
     if problems:
         raise PFedSAMError(
@@ -136,10 +144,17 @@ def write_segmentation(label: NDArray[np.uint8], source: Path, path: Path, label
         series_description="Research only, not for diagnostic use",
         omit_empty_frames=False,
     )
+    if len(slices) == 1:
+        # highdicom takes 1 mm where there is no second slice
+        _measures(found).SpacingBetweenSlices = _measures(found).SliceThickness or slices[0].thickness
     path = path.with_name(path.name + SEGMENTATION)
     path.parent.mkdir(parents=True, exist_ok=True)
     found.save_as(path)
     return path
+
+
+def _measures(found: pydicom.Dataset) -> pydicom.Dataset:
+    return found.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
 
 
 def _sources(slices: Sequence[Frame]) -> list[pydicom.Dataset]:
@@ -149,6 +164,8 @@ def _sources(slices: Sequence[Frame]) -> list[pydicom.Dataset]:
         for keyword in TYPE_2:
             if keyword not in data:
                 setattr(data, keyword, None)
+        if data.PatientSex not in _SEXES:
+            data.PatientSex = ""
         for keyword in _DECIMALS:
             if data.get(keyword) not in (None, ""):
                 values = np.atleast_1d(np.asarray(data.get(keyword), dtype=float))

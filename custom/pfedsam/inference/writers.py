@@ -20,8 +20,9 @@ LABEL, PICTURE, PROBABILITY, OVERLAY, SEGMENTATION = ".nii.gz", ".png", "_probab
 
 def stem_of(source: Path, out: Path, labels: Sequence[str]) -> Path:
     """Path of the results of an image, to which each of them adds its ending: `<out>/<case>_<labels>`."""
-    whole = source.resolve()
-    return out / f"{case_name(whole) or whole.stem}_{'_'.join(labels)}"
+    # a link is named by its own name; a dot by that of its folder
+    whole = source if source.name not in ("", "..") else source.resolve()
+    return out / f"{case_name(whole) or whole.name}_{'_'.join(labels)}"
 
 
 def check_results(sources: Sequence[Path], out: Path, labels: Sequence[str]) -> None:
@@ -34,6 +35,8 @@ def check_results(sources: Sequence[Path], out: Path, labels: Sequence[str]) -> 
     seen: dict[Path, Path] = {}
     for source in sources:
         stem = stem_of(source, out, labels)
+        if seen.get(stem) == source:
+            raise PFedSAMError("E09", f"'{source}' is given twice.", "Give each image once.")
         if stem in seen:
             raise PFedSAMError(
                 "E09",

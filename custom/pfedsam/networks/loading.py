@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pfedsam.parameters import ADDED, group_of
 WRAPPERS = ("model", "state_dict", "model_state_dict")
 #: What wrappers of a network put before all names of its tensors.
 PREFIXES = ("module.", "sam.", "model.")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 #: Mask tokens of every published SAM checkpoint: one for a single mask and three for ambiguous prompts.
 SAM_TOKENS = 4
 
@@ -40,11 +42,12 @@ def read_checkpoint(path: Path, checksum: str | None = None) -> dict[str, Tensor
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's advice to load what is not safe, in colours, is left out
+        reason = _COLOUR.sub("", str(error).split(". ")[0].split("\n")[0]) or type(error).__name__
         raise PFedSAMError("E10", f"{path} is not a safe checkpoint: {reason}", "Fetch the file again.") from None
     state = _unwrapped(path, state)
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
-        wrong = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+        wrong = [str(n) for n, value in state.items() if not isinstance(n, str) or not isinstance(value, Tensor)]
         raise PFedSAMError(
             "E10",
             f"{path} holds no state dict of tensors: {_few(wrong)} is none.",

@@ -1,19 +1,30 @@
-"""Load a site's first training batch and first validation case as training does, without a network."""
+"""Load a site's first training batch and first validation case as training does, without a network.
+
+The loading runs in a process of its own: its time is bounded, a crash of a library ends nothing else, and the memory of
+the volumes goes back to the system when they are freed.
+"""
 
 from __future__ import annotations
 
+import gc
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from monai.bundle import ConfigParser
 
 from pfedsam.bundles import find_bundle, local_settings
 from pfedsam.data.checks import SiteReport
 from pfedsam.errors import PFedSAMError, first_of_ours
 
-#: What is loaded: the first item of a data loader of the bundle's training configuration.
-_LOADERS = {"training": "train", "validation": "validate"}
+#: Seconds that two cases may take; most of them are the start of the libraries.
+LIMIT_SECONDS = 600.0
+#: The part of the bundle's training configuration whose data loader gives a section.
+_PARTS = {"training": "train", "validation": "validate"}
+#: glibc keeps freed blocks of up to 32 MiB; from this size on they go back to the system.
+_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(4 << 20)}
 
 
 def rehearse(report: SiteReport, bundle: str, folder: str | Path, overrides: Mapping[str, Any] | None = None) -> None:
@@ -27,38 +38,77 @@ def rehearse(report: SiteReport, bundle: str, folder: str | Path, overrides: Map
         folder: the site folder.
         overrides: of the bundle, as in training.
     """
-    for section, part in _LOADERS.items():
+    cases: dict[str, str] = {}
+    for section in _PARTS:
         rows = [row for row in report.cases if row.section == section]
-        row = next((row for row in rows if row.foreground > row.unseen), rows[0] if rows else None)
-        if row is None:
-            continue
+        # the first whose foreground is seen, else the first
+        for row in sorted(rows, key=lambda row: row.foreground <= row.unseen)[:1]:
+            cases[section] = row.name
+    told = {"bundle": bundle, "folder": str(folder), "overrides": dict(overrides or {}), "cases": cases}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=json.dumps(told),
+            env={**os.environ, **_ENVIRONMENT},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+        )
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        found = {"errors": [_ended(cases, f"took longer than {LIMIT_SECONDS:g} s")]}
+    except (ValueError, IndexError):
+        reason = (done.stderr.strip().splitlines() or [""])[-1]
+        found = {"errors": [_ended(cases, f"ended with code {done.returncode} ({reason})")]}
+    report.loaded += found.get("loaded", [])
+    for error in found.get("errors", []):
+        report.add_error(PFedSAMError(error["code"], error["message"], error["remedy"]), error["case"])
+
+
+def _ended(cases: Mapping[str, str], how: str) -> dict[str, str]:
+    names = " and ".join(f"'{name}'" for name in cases.values())
+    remedy = "Look at these cases, and at the memory that is free; --quick leaves this step out."
+    return {"code": "E05", "message": f"loading the cases {names} {how}.", "remedy": remedy, "case": ""}
+
+
+def _load_all(told: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What was loaded, in words, and what went wrong."""
+    found: dict[str, list[Any]] = {"loaded": [], "errors": []}
+    for section, case in told["cases"].items():
         try:
-            parser = _parser(bundle, folder, part, row.name, overrides)
-            batch = next(iter(parser.get_parsed_content(f"{part}#dataloader")))
-            shapes = ", ".join(f"{key} {tuple(batch[key].shape)}" for key in ("image", "label"))
-            report.loaded.append(f"{section}: {shapes}")
+            batch = _first_batch(told["bundle"], told["folder"], _PARTS[section], case, told["overrides"])
+            found["loaded"].append(f"{section}: {batch}")
         # a bundle's own transform may raise anything
         except Exception as error:
-            found = first_of_ours(error) or PFedSAMError(
+            ours = first_of_ours(error) or PFedSAMError(
                 "E05",
-                f"case '{row.name}' passes the checks, but bundle '{bundle}' cannot load it for {section}: "
+                f"case '{case}' passes the checks, but bundle '{told['bundle']}' cannot load it for {section}: "
                 f"{type(error).__name__}: {_last_line(error)}.",
                 "Look at the case and at the bundle's transforms; another bundle may fit (--bundle).",
             )
-            report.add_error(found, row.name)
+            found["errors"].append({"code": ours.code, "message": ours.message, "remedy": ours.remedy, "case": case})
+        # a configuration refers to itself, and holds the volume
+        gc.collect()
+    return found
 
 
-def _parser(bundle: str, folder: str | Path, part: str, case: str, overrides: Mapping[str, Any] | None) -> Any:
-    """The bundle's training configuration with one case in the data list of one part."""
+def _first_batch(bundle: str, folder: str, part: str, case: str, overrides: Mapping[str, Any]) -> str:
+    """What comes first out of the data loader of one part of the training configuration, given one case, in words."""
+    from monai.bundle import ConfigParser
+
     root = find_bundle(bundle)
     parser = ConfigParser()
     parser.read_config(str(root / "configs" / "train.json"))
-    listed = parser.get(f"{part}#data_list")
-    parser["bundle_root"], parser["dataset_dir"] = str(root), str(folder)
-    parser[f"{part}#data_list"] = f"$[item for item in {listed.removeprefix('$')} if item['case'] == {case!r}]"
+    parser["bundle_root"], parser["dataset_dir"] = str(root), folder
     for key, value in local_settings(overrides).items():
         parser[key] = value
-    return parser
+    key = f"{part}#data_list"
+    # by its number: a name may hold what a configuration takes for a reference
+    number = [item["case"] for item in parser.get_parsed_content(key)].index(case)
+    parser[key] = f"$({parser.get(key).removeprefix('$')})[{number}:{number + 1}]"
+    parser.parse(reset=True)
+    batch = next(iter(parser.get_parsed_content(f"{part}#dataloader")))
+    return ", ".join(f"{key} {tuple(batch[key].shape)}" for key in ("image", "label"))
 
 
 def _last_line(error: BaseException) -> str:
@@ -66,3 +116,7 @@ def _last_line(error: BaseException) -> str:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
+
+
+if __name__ == "__main__":
+    print(json.dumps(_load_all(json.load(sys.stdin))))

@@ -28,13 +28,19 @@ from pfedsam.data.suffixes import visible
 from pfedsam.errors import PFedSAMError
 
 #: How far a voxel may lie from where the volume's affine says: so many voxels, or so many millimetres if that is more
-#: (positions are often rounded to a tenth).
-TOLERANCE, TOLERANCE_MM = 0.05, 0.05
+#: (positions are often rounded to a tenth), but never more than a share of a voxel.
+TOLERANCE, TOLERANCE_MM, LARGEST_TOLERANCE = 0.05, 0.1, 0.25
+#: No gantry tilts so far, in degrees.
+LARGEST_TILT = 45.0
+#: Positions that are no farther from a line, in millimetres, are not rounded.
+_EXACT = 1e-4
 #: Row and column directions may be so far from unit length and a right angle.
 _UNIT_TOLERANCE = 1e-2
 #: A tilt is told from this angle on, in degrees.
 _TOLD_TILT = 0.1
+_RESCALE = ("RescaleSlope", "RescaleIntercept")
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_ONE = "Give each slice once: one time point, echo or segment."
 _WHOLE = "Give a folder that holds one whole series and nothing else."
 
 
@@ -73,9 +79,24 @@ class Frame:
         size = (int(self.data.Columns) - 1) * across, (int(self.data.Rows) - 1) * down
         return np.stack([self.row * size[0], self.column * size[1]])
 
+    @property
+    def thickness(self) -> float:
+        """Millimetres from one slice to the next where there is one only."""
+        measures = [self.data]
+        for sequence in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
+            group = _first(self.data, sequence)
+            item = _first(group, "PixelMeasuresSequence") if group is not None else None
+            measures += [item] if item is not None else []
+        found = (float(one.get(key) or 0) for one in measures for key in ("SpacingBetweenSlices", "SliceThickness"))
+        return next((abs(length) for length in found if length), 1.0)
 
-def read(path: Path) -> Picture:
+
+def read(path: Path, label: bool = False) -> Picture:
     """Read a folder of one series, or one file of one or many frames.
+
+    Args:
+        path: folder or file.
+        label: whether it is a label: then it may be a segmentation object.
 
     Returns:
         Values `(x, y, z)` in the unit of the modality (rescaled, or through its look-up table), slices by position.
@@ -85,6 +106,8 @@ def read(path: Path) -> Picture:
             other objects, colour, mosaics, localisers, a missing tag, slices that are missing, double or lie elsewhere.
     """
     frames = _in_order(path, pixels=True)
+    if not label and any(frame.data.get("Modality") == "SEG" for frame in frames):
+        raise _wrong(f"{path} is a segmentation object, no image", "Give the series that it belongs to.")
     affine, notes = _affine(path, frames)
     arrays: dict[int, NDArray[Any]] = {}
     planes = []
@@ -93,7 +116,7 @@ def read(path: Path) -> Picture:
         if key not in arrays:
             arrays[key] = _pixels(frame)
         pixels = arrays[key][frame.number] if _count(frame.data) > 1 else arrays[key]
-        planes.append(_in_unit(pixels, frame.values).T)
+        planes.append(_in_unit(frame, pixels).T)
         if _count(frame.data) == 1:
             del arrays[key]
     return Picture(np.stack(planes, axis=-1), "volume", path, affine, notes=notes)
@@ -237,32 +260,41 @@ def _affine(path: Path, frames: Sequence[Frame]) -> tuple[NDArray[np.float64], t
     first = frames[0]
     down, across = first.spacing
     normal = np.cross(first.row, first.column)
-    step = normal * _thickness(first)
+    step, origin = normal * first.thickness, first.position
     notes: tuple[str, ...] = ()
     if len(frames) > 1:
         positions = np.stack([frame.position for frame in frames])
         _check_steps(path, frames, positions @ normal)
-        step = (positions[-1] - positions[0]) / (len(frames) - 1)
-        notes = _tilt(step, normal)
+        step, origin = _line(positions)
+        notes = _tilt(path, step, normal)
     directions = np.stack([first.row * across, first.column * down, step], axis=1)
     for number, frame in enumerate(frames):
-        _check_place(path, frame, first, number * step, directions)
+        _check_place(path, frame, first, origin + number * step, directions)
     affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = directions, first.position
+    affine[:3, :3], affine[:3, 3] = directions, origin
     # DICOM's axes point left and posterior, NIfTI's right and anterior
     affine[:2] *= -1
     return affine, notes
+
+
+def _line(positions: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The step and the origin of evenly spaced positions: of the first and the last, unless all are rounded."""
+    numbers = np.arange(len(positions))
+    step, origin = (positions[-1] - positions[0]) / (len(positions) - 1), positions[0]
+    if _EXACT < np.abs(positions - origin - numbers[:, None] * step).max() < 2 * TOLERANCE_MM:
+        step, origin = np.polyfit(numbers, positions, 1)
+    return step, origin
 
 
 def _check_steps(path: Path, frames: Sequence[Frame], along: NDArray[np.float64]) -> None:
     """Whether slices follow each other evenly along the normal."""
     steps = np.diff(along)
     step = float(np.median(steps))
-    allowed = max(TOLERANCE * step, 2 * TOLERANCE_MM)
+    allowed = max(TOLERANCE * step, min(2 * TOLERANCE_MM, LARGEST_TOLERANCE * step))
     double = np.flatnonzero(steps <= min(allowed, step / 2))
     if step <= 0 or len(double):
         a, b = (frames[(double[0] if len(double) else 0) + n].name for n in (0, 1))
-        raise _wrong(f"{path}: slices are missing or double: {a} and {b} lie at the same position")
+        raise _wrong(f"{path}: slices are missing or double: {a} and {b} lie at the same position", _ONE)
     uneven = np.flatnonzero(np.abs(steps - step) > allowed)
     if len(uneven):
         at = int(uneven[0])
@@ -273,11 +305,11 @@ def _check_steps(path: Path, frames: Sequence[Frame], along: NDArray[np.float64]
 
 
 def _check_place(
-    path: Path, frame: Frame, first: Frame, offset: NDArray[np.float64], directions: NDArray[np.float64]
+    path: Path, frame: Frame, first: Frame, expected: NDArray[np.float64], directions: NDArray[np.float64]
 ) -> None:
     """Whether the corners of a frame lie where the affine says."""
     turned = frame.corners - first.corners
-    shifted = frame.position - (first.position + offset)
+    shifted = frame.position - expected
     inside = "ImageOrientationPatient" if np.allclose(frame.spacing, first.spacing, rtol=1e-3) else "PixelSpacing"
     for what, distance in (
         (inside, turned),
@@ -285,38 +317,43 @@ def _check_place(
     ):
         voxels = np.abs(np.linalg.solve(directions, distance.T)).T
         sizes = np.linalg.norm(directions, axis=0)
-        if ((voxels > TOLERANCE) & (voxels * sizes > TOLERANCE_MM)).any():
+        if (voxels > np.clip(TOLERANCE_MM / sizes, TOLERANCE, LARGEST_TOLERANCE)).any():
             far = float(np.linalg.norm(distance, axis=1).max())
             raise _wrong(f"{path}: {what} of {frame.name} is {far:.2f} mm off what the other slices say")
 
 
-def _tilt(step: NDArray[np.float64], normal: NDArray[np.float64]) -> tuple[str, ...]:
+def _tilt(path: Path, step: NDArray[np.float64], normal: NDArray[np.float64]) -> tuple[str, ...]:
     cosine = float(step @ normal / (np.linalg.norm(step) * np.linalg.norm(normal)))
     angle = float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
+    if angle > LARGEST_TILT:
+        raise _wrong(f"{path}: slices walk sideways, {angle:.0f} degrees off their normal, which is no tilted gantry")
     return (f"the gantry is tilted by {angle:.1f} degrees: its affine is sheared",) if angle > _TOLD_TILT else ()
-
-
-def _thickness(frame: Frame) -> float:
-    """Millimetres from one slice to the next where there is one only."""
-    measures = [frame.data]
-    for sequence in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
-        group = _first(frame.data, sequence)
-        item = _first(group, "PixelMeasuresSequence") if group is not None else None
-        measures += [item] if item is not None else []
-    found = (float(one.get(key) or 0) for one in measures for key in ("SpacingBetweenSlices", "SliceThickness"))
-    return next((abs(length) for length in found if length), 1.0)
 
 
 def _pixels(frame: Frame) -> NDArray[Any]:
     try:
-        return np.asarray(frame.data.pixel_array)
+        pixels = np.asarray(frame.data.pixel_array)
     except Exception as error:
         syntax = getattr(frame.data.file_meta.get("TransferSyntaxUID"), "name", "no transfer syntax")
         raise _wrong(f"{frame.file} has pixels that cannot be read ({syntax}): {_first_line(error)}") from error
+    count, size = _count(frame.data), (int(frame.data.Rows), int(frame.data.Columns))
+    if pixels.shape != ((count, *size) if count > 1 else size):
+        raise _wrong(
+            f"{frame.file} holds pixels of shape {list(pixels.shape)}, expected {count} frame(s) of {list(size)}"
+        )
+    return pixels
 
 
-def _in_unit(pixels: NDArray[Any], scale: pydicom.Dataset) -> NDArray[Any]:
+def _in_unit(frame: Frame, pixels: NDArray[Any]) -> NDArray[Any]:
     """Pixels in the unit of the modality (PS3.3, C.11.1), in single precision where there is a scale."""
+    scale = frame.values
+    given = [keyword for keyword in _RESCALE if scale.get(keyword) not in (None, "")]
+    if not scale.get("ModalityLUTSequence") and len(given) == 1:
+        # one says nothing without the other, and pydicom then leaves the pixels as they are
+        missing = next(keyword for keyword in _RESCALE if keyword not in given)
+        raise _wrong(f"{frame.file} has {given[0]} and no {missing}", "Export the series again with both.")
+    if not scale.get("ModalityLUTSequence") and not given:
+        return pixels
     scaled = apply_modality_lut(pixels, scale)
     return scaled.astype(np.float32) if scaled.dtype == np.float64 and pixels.dtype != np.float64 else scaled
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,14 @@ WHITE_16 = 65535
 #: EXIF orientations that exchange rows and columns.
 _SIDEWAYS = (5, 6, 7, 8)
 #: Tags of TIFF, and the value of the first that says that 0 is white: Pillow turns 8 bits of it, not 16.
-_PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339
-_WHITE_IS_ZERO = 0
+_PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _SAMPLES, _PLANES, _DEPTH = 262, 258, 339, 277, 284, 32997
+_WHITE_IS_ZERO, _SIGNED, _SEPARATE = 0, 2, 2
+#: Where PNG keeps the bits of a sample.
+_PNG_BITS = 24
+#: What ImageJ, OME and tifffile say in TIFF's description of more than one grey stack.
+_MANY = re.compile(r"^(channels|frames)=(\d+)|\bSize([CT])=\"(\d+)\"", re.MULTILINE)
+_PLANES_SAID = re.compile(r"^ImageJ=.*?^images=(\d+)", re.MULTILINE | re.DOTALL)
+_SHAPE_SAID = re.compile(r'^\{"shape": \[([\d, ]+)\]')
 _OPENING = threading.Lock()
 
 
@@ -45,6 +52,7 @@ def read(path: Path, label: bool) -> Picture:
     with _opened(path) as image:
         pages = getattr(image, "n_frames", 1)
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
+        _check_pages(path, image, pages)
         # a camera's JPEG may hold previews behind the picture
         if pages == 1 or image.format in ("JPEG", "MPO"):
             values, white, notes = _values(path, image, label)
@@ -94,13 +102,22 @@ def _stack(path: Path, image: Image.Image, pages: int, label: bool) -> Picture:
 def _values(path: Path, image: Image.Image, label: bool) -> tuple[NDArray[Any], float | None, tuple[str, ...]]:
     """Values `(x, y)` or `(x, y, 3)` of an image or page, upright; the value of white; what to know of it."""
     tags = getattr(image, "tag_v2", {})
+    bits = _bits(path, image)
     _check_sideways(path, image)
+    _check_samples(path, image, bits, label)
     sixteen = image.mode in _SIXTEEN or (image.format == "PNG" and image.mode == "I")
     # loaded first: the tags are needed as they are in the file, and turning a TIFF takes one of them away
-    unsigned = image.mode == "I" and tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (1,)) == (1,)
+    signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED
+    unsigned = image.mode == "I" and image.format == "TIFF" and bits == 32 and not signed
+    small = image.mode == "L" and bits == 8 and signed
     inverted = image.mode in _SIXTEEN and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    # Pillow stretches fewer bits to 8: right for what is seen, not for the numbers of a label
+    stretched = 255 // (2**bits - 1) if label and image.mode == "L" and bits in (2, 4) else 1
     image, notes = _plain(path, ImageOps.exif_transpose(image), label)
     values = np.swapaxes(np.asarray(image), 0, 1)
+    if small:
+        return values.view(np.int8), None, notes
+    values = values // stretched if stretched > 1 else values
     if sixteen:
         values = values.astype(np.uint16)
         return (WHITE_16 - values if inverted else values), float(WHITE_16), notes
@@ -118,6 +135,66 @@ def _check_sideways(path: Path, image: Image.Image) -> None:
             "E05",
             f"{path} has the EXIF orientation {orientation} and no compression, which cannot be read reliably.",
             "Save it upright.",
+        )
+
+
+def _bits(path: Path, image: Image.Image) -> int:
+    """Bits of a sample as they are stored."""
+    if image.format == "PNG":
+        with path.open("rb") as file:
+            return file.read(_PNG_BITS + 1)[_PNG_BITS]
+    stored = getattr(image, "tag_v2", {}).get(_BITS)
+    return int(stored[0]) if stored else 8 * _BYTES.get(image.mode, 1)
+
+
+def _check_samples(path: Path, image: Image.Image, bits: int, label: bool) -> None:
+    """Refuse samples that Pillow does not give as they are stored."""
+    tags, samples = getattr(image, "tag_v2", {}), len(image.getbands())
+    if tags.get(_SAMPLES, samples) != samples:
+        raise PFedSAMError(
+            "E05", f"{path} has {tags[_SAMPLES]} samples a pixel, of which {samples} can be read.", "Save one channel."
+        )
+    if bits > 8 and samples > 1 and tags.get(_PLANES) == _SEPARATE:
+        raise PFedSAMError(
+            "E05",
+            f"{path} has colour planes of {bits} bits one after the other, which cannot be read reliably.",
+            "Save it with 8 bits, or with the colours of a pixel together.",
+        )
+    if label and bits > 8 and samples > 1:
+        raise PFedSAMError(
+            "E07",
+            f"label '{path}' has {samples} channels of {bits} bits, of which 8 bits would be read.",
+            "Store the label as one channel of integers.",
+        )
+    if label and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        raise PFedSAMError(
+            "E07",
+            f"label '{path}' says that 0 is white: whether white or black is the foreground is not known.",
+            "Store the label as plain numbers (black is zero).",
+        )
+
+
+def _check_pages(path: Path, image: Image.Image, pages: int) -> None:
+    """Refuse a TIFF that holds more than the one grey stack that its pages are, by what its writer said of it."""
+    tags = getattr(image, "tag_v2", {})
+    said = str(tags.get(ExifTags.Base.ImageDescription, ""))
+    if not said.startswith("ImageJ=") and "Size" not in said and "shape" not in said and not tags.get(_DEPTH):
+        return
+    for word, many, axis, size in _MANY.findall(said):
+        if int(many or size) > 1:
+            what = {"channels": "channels", "C": "channels"}.get(word or axis, "time points")
+            raise PFedSAMError(
+                "E05", f"{path} holds {many or size} {what}, expected one grey stack.", "Save one of them alone."
+            )
+    planes = _PLANES_SAID.search(said)
+    shape = _SHAPE_SAID.search(said)
+    told = int(planes.group(1)) if planes else int(tags.get(_DEPTH, 1))
+    if shape:
+        sizes = [int(size) for size in shape.group(1).split(",")]
+        told = int(np.prod(sizes)) // (image.width * image.height * int(tags.get(_SAMPLES, 1)))
+    if told > pages:
+        raise PFedSAMError(
+            "E05", f"{path} holds {told} slices, of which {pages} can be read.", "Save each slice as a page of its own."
         )
 
 

@@ -36,14 +36,22 @@ def read(path: Path) -> Picture:
     dtype = header.get_data_dtype()
     _check_form(path, shape, dtype)
     check_claim(path, int(np.prod(shape, dtype=object)) * dtype.itemsize)
-    factor = _UNITS.get(header.header.get_xyzt_units()[0], 1.0)
+    unit = _unit(path, header)
+    factor = _UNITS.get(unit, 1.0)
     affine = np.diag([factor, factor, factor, 1.0]) @ np.asarray(header.affine, dtype=float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
         raise PFedSAMError("E05", f"{path} has an affine that maps no volume: {affine.tolist()}.", _REMEDY)
     size = shape[:3] + (1,) * (3 - len(shape[:3]))
-    notes = (f"its unit is {header.header.get_xyzt_units()[0]}: read as millimetres",) if factor != 1 else ()
+    notes = (f"its unit is {unit}: read as millimetres",) if factor != 1 else ()
     values = _values(path, header).reshape(size)
     return Picture(values, "volume", path, affine, shape if shape != size else (), notes=notes)
+
+
+def _unit(path: Path, header: Any) -> str:
+    try:
+        return str(header.header.get_xyzt_units()[0])
+    except KeyError as error:
+        raise PFedSAMError("E05", f"{path} states a unit of length that does not exist ({error}).", _REMEDY) from None
 
 
 def _values(path: Path, header: Any) -> Any:
