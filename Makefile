@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo poc test test-slow lint lgg bench bench-lgg bench-phantom wheel clean
+.PHONY: demo poc test test-slow lint cases lgg bench bench-lgg bench-phantom wheel clean
 
 demo: $(STAMP)
 	$(BIN)/pfedsam demo
@@ -26,6 +26,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/mypy
+
+# Scripts that each make an input, run the installed command and judge the result: make cases CASES=<folder>
+cases: $(STAMP)
+	@test -n "$(CASES)" || { echo "say where the scripts are: make cases CASES=<folder>"; exit 2; }
+	@failed=0; for case in "$(CASES)"/[0-9]*.py; do \
+		PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -B "$$case" >.case.log 2>&1; code=$$?; \
+		test $$code -eq 0 || failed=1; printf '%-32s %s %s\n' "$$(basename "$$case")" $$code "$$(grep -aE 'RIGHT|WRONG|Error' .case.log | tail -n 1 | cut -c 1-160)"; \
+	done; rm -f .case.log; exit $$failed
 
 # Real data: make lgg LGG=<folder with the four site folders>
 lgg: $(STAMP)
@@ -57,6 +65,7 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_payload.py
 	$(BIN)/python tests/benchmarks/bench_memory.py
 	$(BIN)/python tests/benchmarks/bench_infer.py
+	$(BIN)/python tests/benchmarks/bench_validate.py --cases 300
 	$(BIN)/python tests/benchmarks/bench_sites.py
 	$(BIN)/python tests/benchmarks/bench_privacy.py
 	$(BIN)/python tests/benchmarks/bench_encryption.py
