@@ -303,6 +303,18 @@ def test_labelled_voxels_outside_the_field_of_view_are_counted(site):
     expect(report, "E09", "warning", "4 case(s)", "75% of the image")
 
 
+def test_many_cases_with_labels_that_are_not_seen_are_one_warning(site):
+    for case in range(4, 10):
+        save(site / "images" / f"case-{case}.nii.gz", np.random.default_rng(case).random((8, 8, 4)))
+        label = np.zeros((8, 8, 4), np.uint8)
+        label[0 : case - 2, 4, 1] = 1
+        save(site / "labels" / f"case-{case}.nii.gz", label)
+    report = check_site(site, field_of_view=8)
+    unseen = [finding for finding in report.findings if "labelled voxels lie" in finding.message]
+    assert len(unseen) == 1 and unseen[0].message.startswith("6 case(s) (case-4, ")
+    assert "up to 100%" in unseen[0].message
+
+
 def test_the_field_of_view_is_of_the_plane_right_and_front_whatever_the_order_of_the_axes(site):
     """Slices are the first axis here, and lie 20 mm apart: none is outside."""
     values = np.random.default_rng(5).integers(0, 900, (8, 8, 8)).astype(np.int16)

@@ -24,8 +24,7 @@ def validate(*words: object) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-@pytest.mark.parametrize("bundle", ["brain_lesion_mri", "fundus_disc_cup"])
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize(("bundle", "suffix"), [("brain_lesion_mri", ".tif"), ("fundus_disc_cup", ".png")])
 def test_pictures_train_in_both_kinds_of_bundle(tmp_path: Path, bundle: str, suffix: str) -> None:
     classes, colour = (2, True) if bundle == "fundus_disc_cup" else (1, False)
     for kind in ("images", "labels"):

@@ -26,6 +26,8 @@ from pfedsam.errors import PFedSAMError
 
 Severity = Literal["error", "warning", "note"]
 
+#: So many cases with the same warning have a line each.
+FEW = 5
 #: An image and its label lie at the same place if no corner is farther apart than this share of a voxel.
 SAME_PLACE = 0.1
 
@@ -290,7 +292,11 @@ def _check_fit(report: SiteReport, case: Case, image: Picture) -> None:
         report.add("E05", "error", case.name, text, "Choose a bundle for volumes (--bundle brain_lesion_mri).")
         return
     if not report.colour and image.is_colour:
-        report.remark("a colour picture, which the bundle for volumes reads as one grey slice", case.name)
+        report.remark(
+            "a colour picture, which this bundle for volumes reads as one grey slice of 1 mm pixels; one that sees "
+            "colours: pfedsam new-bundle <name> --classes <names> --modality rgb",
+            case.name,
+        )
     if report.field_of_view is not None:
         share = share_outside(image, report.field_of_view)
         if share >= 0.005:
@@ -301,7 +307,10 @@ def _add_remarks(report: SiteReport) -> None:
     """What was remarked of several cases, each once."""
     for text, names in report.remarks.items():
         report.add("E09", "note", "", f"{len(names)} case(s) ({few(names)}): {text}.")
-    if report.outside and report.field_of_view is not None:
+    if report.field_of_view is None:
+        return
+    _add_unseen(report)
+    if report.outside:
         most = max(report.outside.values())
         report.add(
             "E09",
@@ -347,7 +356,7 @@ def _check_pair(
         )
         report.add("E04", "error", case.name, text, "Resample the label to the image.")
         return
-    _check_seen(report, row, case, image, positive)
+    _count_unseen(report, row, image, positive)
     if image.affine is None or label.affine is None:
         return
     remedy = "Resample the label to the image, or copy the image's header."
@@ -365,18 +374,29 @@ def _check_pair(
         report.add("E09", "warning", case.name, f"{where} the affine (position or rotation).", remedy)
 
 
-def _check_seen(report: SiteReport, row: CaseRow, case: Case, image: Picture, positive: NDArray[np.bool_]) -> None:
-    """Whether the bundle sees what is labelled."""
-    if report.field_of_view is None or report.colour:
-        return
-    row.unseen = labelled_outside(positive, image, report.field_of_view)
-    if row.unseen:
+def _count_unseen(report: SiteReport, row: CaseRow, image: Picture, positive: NDArray[np.bool_]) -> None:
+    if report.field_of_view is not None and not report.colour:
+        row.unseen = labelled_outside(positive, image, report.field_of_view)
+
+
+def _add_unseen(report: SiteReport) -> None:
+    """Cases with labelled voxels that the bundle does not see: each, or all in one where there are many."""
+    rows = [row for row in report.cases if row.unseen]
+    where = (
+        f"lie outside the bundle's field of view of {report.field_of_view:g} mm: they are neither trained nor found."
+    )
+    remedy = "Restore the spacing if it was lost, or set a larger one with --set field_of_view_mm=..."
+    if len(rows) > FEW:
+        worst = max(rows, key=lambda row: row.unseen / row.foreground)
+        names = few(row.name for row in sorted(rows, key=lambda row: -row.unseen / row.foreground))
         text = (
-            f"case '{case.name}': {row.unseen} labelled voxel(s), {row.unseen / row.foreground:.0%}, lie outside the "
-            f"bundle's field of view of {report.field_of_view:g} mm: they are neither trained nor found."
+            f"{len(rows)} case(s) ({names}): up to {worst.unseen / worst.foreground:.0%} of the labelled voxels {where}"
         )
-        remedy = "Restore the spacing if it was lost, or set a larger one with --set field_of_view_mm=..."
-        report.add("E09", "warning", case.name, text, remedy)
+        report.add("E09", "warning", "", text, remedy)
+        return
+    for row in rows:
+        text = f"case '{row.name}': {row.unseen} labelled voxel(s), {row.unseen / row.foreground:.0%}, {where}"
+        report.add("E09", "warning", row.name, text, remedy)
 
 
 def _apart(image: Picture, label: Picture) -> float:

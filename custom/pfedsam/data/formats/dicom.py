@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydicom.datadict import tag_for_keyword
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
-from pydicom.pixels import apply_modality_lut
+from pydicom.pixels import apply_modality_lut, pixel_array
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from pfedsam.data.limits import check_claim, limit_bytes
@@ -109,16 +109,11 @@ def read(path: Path, label: bool = False) -> Picture:
     if not label and any(frame.data.get("Modality") == "SEG" for frame in frames):
         raise _wrong(f"{path} is a segmentation object, no image", "Give the series that it belongs to.")
     affine, notes = _affine(path, frames)
-    arrays: dict[int, NDArray[Any]] = {}
+    many = {frame.file: _pixels(frame) for frame in frames if _count(frame.data) > 1 and frame.number == 0}
     planes = []
     for frame in frames:
-        key = id(frame.data)
-        if key not in arrays:
-            arrays[key] = _pixels(frame)
-        pixels = arrays[key][frame.number] if _count(frame.data) > 1 else arrays[key]
+        pixels = many[frame.file][frame.number] if frame.file in many else _pixels(frame)
         planes.append(_in_unit(frame, pixels).T)
-        if _count(frame.data) == 1:
-            del arrays[key]
     return Picture(np.stack(planes, axis=-1), "volume", path, affine, notes=notes)
 
 
@@ -331,8 +326,10 @@ def _tilt(path: Path, step: NDArray[np.float64], normal: NDArray[np.float64]) ->
 
 
 def _pixels(frame: Frame) -> NDArray[Any]:
+    """The pixels of a frame's file, `(rows, columns)` or `(frames, rows, columns)`; the file's data set loses them."""
     try:
-        pixels = np.asarray(frame.data.pixel_array)
+        # a data set's own `pixel_array` would keep a second copy
+        pixels = np.asarray(pixel_array(frame.data))
     except Exception as error:
         syntax = getattr(frame.data.file_meta.get("TransferSyntaxUID"), "name", "no transfer syntax")
         raise _wrong(f"{frame.file} has pixels that cannot be read ({syntax}): {_first_line(error)}") from error
@@ -341,6 +338,8 @@ def _pixels(frame: Frame) -> NDArray[Any]:
         raise _wrong(
             f"{frame.file} holds pixels of shape {list(pixels.shape)}, expected {count} frame(s) of {list(size)}"
         )
+    for keyword in _PIXELS:
+        frame.data.pop(keyword, None)
     return pixels
 
 

@@ -105,24 +105,23 @@ def _values(path: Path, image: Image.Image, label: bool) -> tuple[NDArray[Any], 
     bits = _bits(path, image)
     _check_sideways(path, image)
     _check_samples(path, image, bits, label)
-    sixteen = image.mode in _SIXTEEN or (image.format == "PNG" and image.mode == "I")
-    # loaded first: the tags are needed as they are in the file, and turning a TIFF takes one of them away
+    # asked before the image is turned, which gives another one without the file's tags
+    mode, of_tiff = image.mode, image.format == "TIFF"
+    sixteen = mode in _SIXTEEN or (mode == "I" and image.format == "PNG")
     signed = tags.get(_SAMPLE_FORMAT, (1,))[0] == _SIGNED
-    unsigned = image.mode == "I" and image.format == "TIFF" and bits == 32 and not signed
-    small = image.mode == "L" and bits == 8 and signed
-    inverted = image.mode in _SIXTEEN and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
-    # Pillow stretches fewer bits to 8: right for what is seen, not for the numbers of a label
-    stretched = 255 // (2**bits - 1) if label and image.mode == "L" and bits in (2, 4) else 1
+    inverted = sixteen and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     image, notes = _plain(path, ImageOps.exif_transpose(image), label)
     values = np.swapaxes(np.asarray(image), 0, 1)
-    if small:
-        return values.view(np.int8), None, notes
-    values = values // stretched if stretched > 1 else values
     if sixteen:
         values = values.astype(np.uint16)
         return (WHITE_16 - values if inverted else values), float(WHITE_16), notes
-    if unsigned:
+    if mode == "I" and of_tiff and bits == 32 and not signed:
         values = values.view(np.uint32)
+    if mode == "L" and bits == 8 and signed:
+        return values.view(np.int8), None, notes
+    if mode == "L" and bits in (2, 4) and label:
+        # Pillow stretches them to 8 bits: right for what is seen, not for the numbers of a label
+        values = values // (255 // (2**bits - 1))
     return values, None if image.mode in ("I", "F") else 255.0, notes
 
 
