@@ -303,6 +303,16 @@ def test_labelled_voxels_outside_the_field_of_view_are_counted(site):
     expect(report, "E09", "warning", "4 case(s)", "75% of the image")
 
 
+def test_a_label_in_another_order_of_the_axes_is_turned_if_it_lies_at_the_same_place(site):
+    image = nibabel.load(site / "images" / "case-1.nii.gz")
+    label = nibabel.load(site / "labels" / "case-1.nii.gz")
+    way = nibabel.orientations.axcodes2ornt(("L", "S", "P"))
+    nibabel.save(label.as_reoriented(way), site / "labels" / "case-1.nii.gz")
+    report = check_site(site)
+    assert report.ok and report.cases[1].foreground == 12 and image.shape == report.cases[1].shape
+    expect(report, "E09", "note", "1 case(s) (case-1)", "another order of the axes")
+
+
 def test_many_cases_with_labels_that_are_not_seen_are_one_warning(site):
     for case in range(4, 10):
         save(site / "images" / f"case-{case}.nii.gz", np.random.default_rng(case).random((8, 8, 4)))

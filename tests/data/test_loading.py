@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -51,6 +52,21 @@ def test_a_label_without_geometry_lies_where_its_image_does_and_the_other_way_ro
         found = ReadImaged(["image", "label"])({"image": image, "label": label})
         np.testing.assert_allclose(found["image"].affine, there)
         np.testing.assert_allclose(found["label"].affine, there)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LAS", "PSL", "AIR"])
+def test_a_label_that_was_drawn_on_a_copy_is_turned_as_its_image(tmp_path: Path, codes: str) -> None:
+    """As a tool saves a label of a DICOM series: at the same place, stored the other way round."""
+    mask = (VALUES > 99).astype(np.uint8)
+    label = nibabel.Nifti1Image(mask, SERIES_AFFINE).as_reoriented(
+        nibabel.orientations.ornt_transform(
+            nibabel.orientations.io_orientation(SERIES_AFFINE), nibabel.orientations.axcodes2ornt(tuple(codes))
+        )
+    )
+    nibabel.save(label, tmp_path / "l.nii.gz")
+    found = BOTH({"image": str(series(tmp_path / "s", VALUES)), "label": str(tmp_path / "l.nii.gz")})
+    np.testing.assert_array_equal(found["label"][0], mask)
+    np.testing.assert_allclose(found["label"].affine, SERIES_AFFINE, atol=1e-5)
 
 
 def test_pictures_are_volumes_of_one_slice_for_a_bundle_of_volumes(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pfedsam.data.field_of_view import labelled_outside, share_outside, told
+from pfedsam.data.geometry import same_place, turned_onto
 from pfedsam.data.intensity import NO_WINDOW, window_is_empty
 from pfedsam.data.labels import black_and_white, few, found_values
 from pfedsam.data.pictures import Picture, load_picture
@@ -28,8 +28,6 @@ Severity = Literal["error", "warning", "note"]
 
 #: So many cases with the same warning have a line each.
 FEW = 5
-#: An image and its label lie at the same place if no corner is farther apart than this share of a voxel.
-SAME_PLACE = 0.1
 
 
 @dataclass(frozen=True)
@@ -258,6 +256,11 @@ def _check_case(
     label = _load(report, case, case.label, label=True)
     if label is None:
         return
+    if image is not None:
+        turned = turned_onto(image, label)
+        if turned is not label:
+            report.remark("the label is stored in another order of the axes, and is turned as its image", case.name)
+        label = turned
     positive = _check_label(report, row, case, label, labels)
     if image is not None:
         _check_pair(report, row, case, image, label, positive)
@@ -361,7 +364,7 @@ def _check_pair(
         return
     remedy = "Resample the label to the image, or copy the image's header."
     assert image.spacing is not None and label.spacing is not None
-    if _apart(image, label) <= SAME_PLACE * min(image.spacing):
+    if same_place(image, label):
         return
     where = f"label '{case.label}' and its image differ in"
     if image.orientation != label.orientation:
@@ -397,13 +400,6 @@ def _add_unseen(report: SiteReport) -> None:
     for row in rows:
         text = f"case '{row.name}': {row.unseen} labelled voxel(s), {row.unseen / row.foreground:.0%}, {where}"
         report.add("E09", "warning", row.name, text, remedy)
-
-
-def _apart(image: Picture, label: Picture) -> float:
-    """Millimetres between the places of the corner of an image that is farthest from the label's."""
-    assert image.affine is not None and label.affine is not None
-    corners = np.array([[*corner, 1] for corner in product(*[(0, size - 1) for size in image.shape])], dtype=float)
-    return float(np.linalg.norm((corners @ (image.affine - label.affine).T)[:, :3], axis=1).max())
 
 
 def _check_duplicates(report: SiteReport, hashes: dict[str, list[str]], section_of: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ from monai.transforms import MapTransform
 from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys, ensure_tuple
 from numpy.typing import NDArray
 
+from pfedsam.data.geometry import turned_onto
 from pfedsam.data.pictures import Picture, load_picture
 from pfedsam.errors import PFedSAMError
 
@@ -30,7 +31,7 @@ class ReadImaged(MapTransform):
     picture is read as grey. With `colour` all are pictures: images `(3, x, y)` from 0 to 255, labels `(1, x, y)`.
 
     An image and its label lie on each other, voxel by voxel: a file that says nothing of space lies where the other
-    does.
+    does, and a label that is stored in another order of the axes is turned as its image.
 
     Args:
         keys: of the items to read: paths, or `pfedsam.data.pictures.Picture`.
@@ -51,6 +52,9 @@ class ReadImaged(MapTransform):
         """
         items = dict(data)
         read = {key: self._picture(items[key], key in self.labels) for key in self.key_iterator(items)}
+        image = next((one for key, one in read.items() if key not in self.labels), None)
+        if image is not None:
+            read |= {key: turned_onto(image, one) for key, one in read.items() if key in self.labels}
         _check_shapes(list(read.values()))
         affine = next((one.affine for one in read.values() if one.affine is not None), np.eye(4))
         for key, picture in read.items():
