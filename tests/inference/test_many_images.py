@@ -175,6 +175,22 @@ def test_an_object_of_a_tilted_series_lies_on_its_slices(tmp_path: Path) -> None
     np.testing.assert_array_equal(_planes(data), LABEL)
 
 
+@pytest.mark.filterwarnings("ignore:.*DS.*")
+def test_numbers_that_are_too_long_are_shortened_in_the_object(tmp_path: Path) -> None:
+    folder = series(tmp_path / "s", VALUES)
+    turn = np.cos(0.3), np.sin(0.3)
+    long = f"{turn[0]:.17f}\\{turn[1]:.17f}\\0\\{-turn[1]:.17f}\\{turn[0]:.17f}\\0"
+    for path in folder.iterdir():
+        data = pydicom.dcmread(path)
+        with pydicom.config.disable_value_validation():
+            data.ImageOrientationPatient = long.split("\\")
+            data.save_as(path)
+    data = pydicom.dcmread(write_segmentation(LABEL, folder, tmp_path / "out", ["lesion"], "test"))
+    plane = data.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient
+    np.testing.assert_allclose([float(one) for one in plane[:2]], turn, atol=1e-12)
+    assert all(len(str(one)) <= 16 for one in plane)
+
+
 def test_an_object_of_frames_has_their_order(tmp_path: Path) -> None:
     path = enhanced(series(tmp_path / "s", VALUES), tmp_path / "a.dcm", shuffle=True)
     data = pydicom.dcmread(write_segmentation(LABEL, path, tmp_path / "out", ["lesion"], "test"))

@@ -142,7 +142,11 @@ class Predictor:
         evaluator = self._evaluator
         evaluator.data_loader = DataLoader(Dataset([{"image": image}], self._transform), batch_size=1)
         evaluator.inferer = self._inferer if box is None else self._prompted(image, box)
-        with evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: found.extend(engine.state.output)):
+        # what the transforms would warn of is among the remarks
+        with (
+            _without_warnings(),
+            evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: found.extend(engine.state.output)),
+        ):
             evaluator.run()
         return np.asarray(found[0]["pred"].detach().cpu(), dtype=np.float32)
 
@@ -170,12 +174,12 @@ class Predictor:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """A mask has no intensity window, and nobody needs to know."""
-    transforms.logger.disabled = True
+    """Without what the bundle's transforms warn of: said otherwise, or of a mask that has no intensity window."""
+    before, transforms.logger.disabled = transforms.logger.disabled, True
     try:
         yield
     finally:
-        transforms.logger.disabled = False
+        transforms.logger.disabled = before
 
 
 def _workflow(bundle: str, model_file: str | Path, settings: Mapping[str, Any], experts: bool) -> ConfigWorkflow:

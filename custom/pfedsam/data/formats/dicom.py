@@ -374,7 +374,8 @@ def _several(value: Any) -> list[Any]:
 
 
 def _what(data: pydicom.Dataset) -> str:
-    name = getattr(data.get("SOPClassUID"), "name", "")
+    kind = data.get("SOPClassUID") or data.file_meta.get("MediaStorageSOPClassUID")
+    name = getattr(kind, "name", "")
     return f"{name or 'no SOPClassUID'}, Modality {data.get('Modality') or 'unknown'}"
 
 
