@@ -169,7 +169,10 @@ def test_series_are_copied_with_a_mask_in_their_place(tmp_path: Path) -> None:
     values = head()
     series(tmp_path / "in" / "clinic" / "images" / "1.2.3", values)
     mask = (values > 99).astype(np.uint8)
-    nibabel.save(nibabel.Nifti1Image(mask, SERIES_AFFINE), tmp_path / "in" / "clinic" / "1.2.3.nii.gz")
+    # stored in another order of the axes, at the same place
+    way = nibabel.orientations.axcodes2ornt(("P", "S", "R"))
+    turned = nibabel.Nifti1Image(mask, SERIES_AFFINE).as_reoriented(way)
+    nibabel.save(turned, tmp_path / "in" / "clinic" / "1.2.3.nii.gz")
     (tmp_path / "in" / "clinic" / "masks").mkdir()
     (tmp_path / "in" / "clinic" / "1.2.3.nii.gz").rename(tmp_path / "in" / "clinic" / "masks" / "1.2.3.nii.gz")
     assert prepare("images", tmp_path / "in", tmp_path / "out") == {"clinic": 1}

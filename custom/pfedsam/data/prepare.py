@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pfedsam.data.geometry import turned_onto
 from pfedsam.data.labels import black_and_white, few, found_values, whole_numbers
 from pfedsam.data.pictures import Picture, load_picture
 from pfedsam.data.sites import files_by_name
@@ -109,7 +110,8 @@ def _write(pair: Pair, out: Path, kind: Kind) -> None:
     images, labels = out / pair.site / "images", out / pair.site / "labels"
     for folder in (images, labels):
         folder.mkdir(parents=True, exist_ok=True)
-    image, mask = load_picture(pair.image), load_picture(pair.mask, label=kind.numbers)
+    image = load_picture(pair.image)
+    mask = turned_onto(image, load_picture(pair.mask, label=kind.numbers))
     if image.volume_shape != mask.volume_shape:
         raise PFedSAMError(
             "E04", f"{pair.image} has size {image.shape}, its mask {pair.mask} {mask.shape}.", "Resample the mask."
