@@ -11,7 +11,8 @@ from PIL import Image
 from rich.console import Console
 
 from pfedsam.data.check_report import print_report
-from pfedsam.data.checks import SiteReport, check_site, require_valid
+from pfedsam.data.checks import check_site
+from pfedsam.data.site_report import SiteReport, require_valid
 from pfedsam.errors import PFedSAMError
 
 AFFINE = np.diag([2.0, 2.0, 5.0, 1.0])

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pfedsam.data.checks import Severity, SiteReport
+from pfedsam.data.site_report import Severity, SiteReport
 
 
 def print_report(report: SiteReport, console: Console) -> None:

@@ -14,7 +14,8 @@ from nvflare.app_common.abstract.model_learner import ModelLearner
 from nvflare.app_common.app_constant import AppConstants
 
 from pfedsam.bundles import class_names, field_of_view, find_bundle, is_rgb
-from pfedsam.data.checks import check_site, require_valid
+from pfedsam.data.checks import check_site
+from pfedsam.data.site_report import require_valid
 from pfedsam.data.transforms import class_numbers
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pfedsam.bundles import class_names, field_of_view, find_bundle, is_rgb
-from pfedsam.data.checks import check_site, require_valid
+from pfedsam.data.checks import check_site
+from pfedsam.data.site_report import require_valid
 from pfedsam.data.transforms import class_numbers
 from pfedsam.global_model import read_global_model, round_of
 from pfedsam.parameters import manifest

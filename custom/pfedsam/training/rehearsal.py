@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedsam.bundles import find_bundle, local_settings
-from pfedsam.data.checks import SiteReport
+from pfedsam.data.site_report import SiteReport
 from pfedsam.errors import PFedSAMError, first_of_ours
 
 #: Seconds that two cases may take; most of them are the start of the libraries.
