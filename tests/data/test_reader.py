@@ -179,6 +179,11 @@ def test_pictures_have_the_numbers_that_are_stored(
     assert (found.kind, found.affine, found.white) == ("picture", None, white)
 
 
+def test_a_picture_is_shown_as_it_is_stored_top_row_first(tmp_path: Path) -> None:
+    found = load_picture(picture(tmp_path / "a.png", Image.fromarray(COLOUR)))
+    np.testing.assert_array_equal(found.rows(found.plane(0)), COLOUR)
+
+
 def test_unsigned_32_bits_stay_positive(tmp_path: Path) -> None:
     large = GREY.astype(np.uint32) + 3_000_000_000
     path = picture(tmp_path / "a.tif", Image.fromarray(large.view(np.int32)))

@@ -84,6 +84,10 @@ class Picture:
         """What to show: a slice `(x, y)` of a volume, or the picture `(x, y[, 3])` as it is."""
         return self.values if self.kind == "picture" else self.values[..., z]
 
+    def rows(self, plane: NDArray[Any]) -> NDArray[Any]:
+        """A plane `(x, y[, 3])` in its grid as rows from top to bottom: y of a picture points down, of a volume up."""
+        return np.swapaxes(plane, 0, 1) if self.kind == "picture" else np.rot90(plane)
+
     @property
     def orientation(self) -> str:
         """Where each axis points, as "RAS"; "" where the file says nothing of space."""

@@ -33,15 +33,15 @@ def case_picture(evaluation: SiteEvaluation, example: str, image: Picture, path:
     figure = Figure(figsize=(3 * len(panels), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, title in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        axes.imshow(np.rot90(image.plane(z)), cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+        axes.imshow(image.rows(image.plane(z)), cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
         axes.set_axis_off()
         if title in ("truth", *shown.predictions):
-            _outline(axes, shown.label, z, TRUTH, "-")
+            _outline(axes, image.rows(shown.label[..., z].max(axis=0)), TRUTH, "-")
         if title in shown.predictions:
-            _outline(axes, shown.predictions[title], z, PREDICTED, "--")
+            _outline(axes, image.rows(shown.predictions[title][..., z].max(axis=0)), PREDICTED, "--")
             title = f"{title} model: Dice {evaluation.dice_of(shown.case, title):.2f}"
         if title == "difference":
-            _difference(axes, shown, last, z)
+            _difference(axes, shown, last, z, image)
             title = f"{last}: // missed, dots: too much"
         axes.set_title(title, fontsize=10)
     heading = f"{evaluation.site}, {example} test case, slice {z + 1}: truth solid, prediction dashed"
@@ -50,15 +50,14 @@ def case_picture(evaluation: SiteEvaluation, example: str, image: Picture, path:
     figure.savefig(path, dpi=80)
 
 
-def _outline(axes: object, mask: np.ndarray, z: int, colour: str, style: str) -> None:
-    area = np.rot90(mask[..., z].max(axis=0))
+def _outline(axes: object, area: np.ndarray, colour: str, style: str) -> None:
     if area.any():
         axes.contour(area, levels=[0.5], colors=[colour], linewidths=1.6, linestyles=style)  # type: ignore[attr-defined]
 
 
-def _difference(axes: object, shown: CasePrediction, model: str, z: int) -> None:
+def _difference(axes: object, shown: CasePrediction, model: str, z: int, image: Picture) -> None:
     """What the model missed and what it found too much, in colour and in texture."""
-    label, prediction = (np.rot90(mask[..., z].max(axis=0)) for mask in (shown.label, shown.predictions[model]))
+    label, prediction = (image.rows(mask[..., z].max(axis=0)) for mask in (shown.label, shown.predictions[model]))
     for area, colour, hatch in ((label & ~prediction, MISSED, "////"), (prediction & ~label, EXTRA, "....")):
         if area.any():
             axes.contourf(  # type: ignore[attr-defined]

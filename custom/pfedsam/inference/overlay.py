@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -22,9 +21,9 @@ def write_overlay(found: Prediction, path: Path) -> None:
     figure = Figure(figsize=(5, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.imshow(np.rot90(found.image.plane(z)), cmap="gray")
+    axes.imshow(found.image.rows(found.image.plane(z)), cmap="gray")
     for number, colour in zip(range(1, len(found.probabilities) + 1), _COLOURS, strict=False):
-        area = np.rot90(label >= number)
+        area = found.image.rows(label >= number)
         if area.any():
             axes.contour(area, levels=[0.5], colors=[colour], linewidths=1.6)
     axes.set_axis_off()
