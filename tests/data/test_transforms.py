@@ -35,6 +35,13 @@ def test_a_sites_own_values_are_mapped_by_name() -> None:
     assert class_numbers(["disc", "cup"], told) == {0: 0, 7: 1, 9: 2, 5: 0}
 
 
+def test_a_map_may_name_values_that_a_label_does_not_hold() -> None:
+    told = {"1": "disc", "300": "cup"}
+    transform = ClassChannelsd("label", NESTED, ["disc", "cup"], told)
+    assert transform({"label": torch.tensor([[[0.0, 1.0]]])})["label"].tolist() == [[[0, 1]], [[0, 0]]]
+    assert transform({"label": torch.tensor([[[300.0, 1.0]]])})["label"].tolist() == [[[1, 1]], [[1, 0]]]
+
+
 @pytest.mark.parametrize("wrong", [{"7": "retina"}, {"seven": "disc"}])
 def test_a_wrong_map_is_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(PFedSAMError, match="E01"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +19,7 @@ def _within(picture: Picture, side: float) -> dict[int, tuple[int, int]]:
         axes, spacing = tuple(int(np.flatnonzero(world == n)[0]) for n in (0, 1)), picture.spacing
     inside = {}
     for axis in axes:
-        size = picture.shape[axis] if axis < len(picture.shape) else 1
+        size = picture.volume_shape[axis]
         cut = max(0, int(np.floor((size - side / spacing[axis]) / 2)))
         inside[axis] = (cut, size - cut)
     return inside
@@ -30,17 +28,16 @@ def _within(picture: Picture, side: float) -> dict[int, tuple[int, int]]:
 def share_outside(picture: Picture, side: float) -> float:
     """The share of an image, 0 to 1, that lies outside a field of view of `side` millimetres."""
     inside = _within(picture, side)
-    sizes = {axis: picture.shape[axis] if axis < len(picture.shape) else 1 for axis in inside}
-    return 1 - float(np.prod([(last - first) / sizes[axis] for axis, (first, last) in inside.items()]))
+    return 1 - float(np.prod([(last - first) / picture.volume_shape[axis] for axis, (first, last) in inside.items()]))
 
 
 def labelled_outside(positive: NDArray[np.bool_], image: Picture, side: float) -> int:
     """Voxels of a label, `(x, y, z)`, or pixels `(x, y)`, outside the field of view of its image."""
-    window: list[Any] = [slice(None)] * positive.ndim
+    volume = positive.reshape(image.volume_shape)
+    window = [slice(None)] * volume.ndim
     for axis, (first, last) in _within(image, side).items():
-        if axis < positive.ndim:
-            window[axis] = slice(first, last)
-    return int(np.count_nonzero(positive)) - int(np.count_nonzero(positive[tuple(window)]))
+        window[axis] = slice(first, last)
+    return int(np.count_nonzero(volume)) - int(np.count_nonzero(volume[tuple(window)]))
 
 
 def told(share: float, side: float) -> str:

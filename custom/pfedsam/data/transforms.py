@@ -65,7 +65,9 @@ class ClassChannelsd(MapTransform):
 
     def _one_of(self, numbers: Tensor, classes: Sequence[int]) -> Tensor:
         """Where a label holds a value that means one of some class numbers."""
-        meaning = [value for value, number in self.numbers.items() if number in classes]
+        # a site's map may name values that the type of this label cannot hold
+        largest = torch.iinfo(numbers.dtype).max
+        meaning = [value for value, number in self.numbers.items() if number in classes and value <= largest]
         return torch.isin(numbers, torch.tensor(meaning, dtype=numbers.dtype, device=numbers.device))
 
 

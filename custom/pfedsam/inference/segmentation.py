@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.datadict import tag_for_keyword
 from pydicom.sr.coding import Code
 from pydicom.valuerep import DSfloat
 
-from pfedsam.data.formats.dicom import Frame, slices_of
+from pfedsam.data.formats.dicom import Frame, named, slices_of
 from pfedsam.data.suffixes import FLAT, NIFTI, is_dicom
 from pfedsam.errors import PFedSAMError
 from pfedsam.inference.writers import SEGMENTATION
@@ -69,7 +68,7 @@ def check_series(sources: Sequence[Path]) -> None:
             continue
         absent = {word for frame in frames for word in TYPE_1 if frame.data.get(word) in (None, "")}
         if absent:
-            problems.append(f"{source} lacks {', '.join(_named(word) for word in TYPE_1 if word in absent)}")
+            problems.append(f"{source} lacks {', '.join(named(word) for word in TYPE_1 if word in absent)}")
         elif len({frame.file for frame in frames}) > 1 and any("NumberOfFrames" in one.data for one in frames):
             problems.append(f"{source} holds several multi-frame objects")
     if problems:
@@ -78,11 +77,6 @@ def check_series(sources: Sequence[Path]) -> None:
             f"no segmentation object can refer to {len(problems)} series: {'; '.join(problems)}.",
             "Leave out --dicom-seg for them, or restore the attributes.",
         )
-
-
-def _named(keyword: str) -> str:
-    tag = tag_for_keyword(keyword) or 0
-    return f"{keyword} ({tag >> 16:04X},{tag & 0xFFFF:04X})"
 
 
 def write_segmentation(label: NDArray[np.uint8], source: Path, path: Path, labels: Sequence[str], model: str) -> Path:

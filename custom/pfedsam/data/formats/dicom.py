@@ -379,10 +379,15 @@ def _what(data: pydicom.Dataset) -> str:
     return f"{name or 'no SOPClassUID'}, Modality {data.get('Modality') or 'unknown'}"
 
 
-def _missing(what: Path | str, keyword: str) -> PFedSAMError:
+def named(keyword: str) -> str:
+    """An attribute by its keyword and its tag, for messages."""
     tag = tag_for_keyword(keyword) or 0
+    return f"{keyword} ({tag >> 16:04X},{tag & 0xFFFF:04X})"
+
+
+def _missing(what: Path | str, keyword: str) -> PFedSAMError:
     remedy = "Export the series again with all its attributes (some anonymisers take geometry away), or convert it."
-    return _wrong(f"{what} lacks {keyword} ({tag >> 16:04X},{tag & 0xFFFF:04X})", remedy)
+    return _wrong(f"{what} lacks {named(keyword)}", remedy)
 
 
 def _wrong(sentence: str, remedy: str = _WHOLE) -> PFedSAMError:
