@@ -33,6 +33,10 @@ CODES: dict[str, str] = {
     "E21": "federation not agreed with the site",
     "E22": "the deployment does not answer or refuses",
     "E23": "the site asks for clipping or noise that the job has not",
+    "E24": "files that are not ours would be overwritten",
+    "E25": "a run folder belongs to another run",
+    "E26": "the job asks for more rounds, epochs or hours than the site allows",
+    "E27": "too few sites take part",
     "E99": "unexpected error",
 }
 

@@ -45,6 +45,7 @@ Overrides = Annotated[
     typer.Option("--set", help="Override of the bundle, as key=value; may be repeated (see `pfedsam describe`)."),
 ]
 Admin = Annotated[Path, typer.Option(help="Startup kit of an administrator.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace or write into what is there already, whosever it is.")]
 StateRoot = Annotated[Path | None, typer.Option(help="State root; by default as in training.")]
 
 
