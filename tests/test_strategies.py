@@ -223,15 +223,27 @@ def test_every_ablation_is_a_possible_strategy(name: str) -> None:
     assert not {group for group in groups(plan.shared())} & {"experts"}
 
 
-def test_svd_gets_the_aggregator_of_products(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rule", "aggregator"),
+    [
+        ("svd", "pfedsam.federated.aggregators.RobustAggregator"),
+        ("krum", "pfedsam.federated.aggregators.RobustAggregator"),
+        (
+            "mean",
+            "nvflare.app_common.aggregators.intime_accumulate_model_aggregator.InTimeAccumulateWeightedAggregator",
+        ),
+    ],
+)
+def test_a_rule_gets_its_aggregator(tmp_path: Path, rule: str, aggregator: str) -> None:
     file = tmp_path / "mine.json"
     settings = json.loads((folder("jobs") / "strategies" / "fedavg_lora.json").read_text())
-    settings["strategy"] |= {"name": "mine", "aggregation": "svd"}
+    settings["strategy"] |= {"name": "mine", "aggregation": rule}
     file.write_text(json.dumps(settings))
     job = make_job(str(file), tmp_path / "job")
     config = json.loads((job / "app/config/config_fed_server.json").read_text())
-    (aggregator,) = [one for one in config["components"] if one["id"] == "aggregator"]
-    assert aggregator["path"].endswith("ProductAggregator")
+    (found,) = [one for one in config["components"] if one["id"] == "aggregator"]
+    assert found["path"] == aggregator
+    assert plan_settings(job)["strategy"]["aggregation"] == rule
 
 
 def test_a_strategy_is_added_with_one_file_and_one_job(tmp_path: Path) -> None:

@@ -352,3 +352,51 @@ def test_a_failed_site_passes_the_guard_as_its_code(tmp_path):
     kept = IncomingGuard().process(failed, context(tmp_path, task="validate"))
     assert kept.get_return_code() == "SITE_REFUSED:E07"
     assert kept.get_cookie(AppConstants.MODEL_OWNER) == "SRV_x"
+
+
+@pytest.mark.parametrize(("number", "cookie"), [(0, 0), (0, 1), (1, 0), (2, 2)])
+def test_an_update_of_another_round_is_refused(tmp_path, number, cookie):
+    fl_ctx = context(tmp_path)
+    fl_ctx.set_prop(AppConstants.CURRENT_ROUND, 1, private=True, sticky=True)
+    IncomingGuard().process(arrived(), fl_ctx)
+    old = arrived(**{ROUND_KEY: number})
+    old.set_cookie_jar({AppConstants.CONTRIBUTION_ROUND: cookie})
+    with pytest.raises(PFedSAMError, match=r"E20.*this is round 1"):
+        IncomingGuard().process(old, fl_ctx)
+
+
+def test_more_cases_than_were_agreed_on_count_as_those(tmp_path, caplog):
+    plan = small_plan()
+    plan.most_cases = {"site-1": 10}
+    kept = IncomingGuard().process(arrived(), context(tmp_path, plan=plan))
+    assert from_shareable(kept).get_meta_prop(MetaKey.NUM_STEPS_CURRENT_ROUND) == 10
+    assert from_shareable(kept).get_meta_prop(FINGERPRINT_KEY) == FINGERPRINT
+    assert kept.get_cookie(AppConstants.CONTRIBUTION_ROUND) == 1
+    (line,) = lines(tmp_path, RECEIVED_FILE)
+    assert (line["cases"], line["counted"], line["norm"]) == (12, 10, pytest.approx(0.5 * 10**0.5))
+    assert "12 training cases, 10 were agreed on" in caplog.text
+    plan.most_cases = 12
+    kept = IncomingGuard().process(arrived(), context(tmp_path, plan=plan))
+    assert from_shareable(kept).get_meta_prop(MetaKey.NUM_STEPS_CURRENT_ROUND) == 12
+
+
+@pytest.mark.parametrize("most", [0, -1, True, "10", {"site-1": 0}, {"site-1": 1.5}])
+def test_an_agreement_on_cases_is_whole_numbers(most):
+    with pytest.raises(PFedSAMError, match=r"E16.*most_cases"):
+        Plan("demo", "brain_lesion_mri", {}, most_cases=most).checked()
+
+
+def test_widgets_of_the_server_see_what_the_guard_has_checked(tmp_path):
+    """NVFlare's widgets take a result from the peer's context, where it is as it was submitted."""
+    fl_ctx = context(tmp_path)
+    submitted = arrived(**{MetaKey.INITIAL_METRICS: {"val_dice": 0.123456}})
+    fl_ctx.get_peer_context().set_prop(FLContextKey.SHAREABLE, submitted, private=True, sticky=True)
+    kept = IncomingGuard().process(submitted, fl_ctx)
+    assert fl_ctx.get_peer_context().get_prop(FLContextKey.SHAREABLE) is kept
+    forged = arrived(**{MetaKey.INITIAL_METRICS: {"val_dice": 1e9}})
+    fl_ctx.get_peer_context().put(FLContextKey.SHAREABLE, forged, private=True, sticky=True)
+    with pytest.raises(PFedSAMError):
+        IncomingGuard().process(forged, fl_ctx)
+    shown = fl_ctx.get_peer_context().get_prop(FLContextKey.SHAREABLE)
+    assert "1000000000" not in repr(shown)
+    assert shown.get_return_code() == ReturnCode.TASK_RESULT_FILTER_ERROR

@@ -1,64 +1,188 @@
-"""NVFlare's weighted aggregator with LoRA's factors averaged as products."""
+"""The rules of `pfedsam.training.aggregation` at the server: no site owns the mean, and the log names who tried.
+
+The updates of a round are held until it closes, because a rule looks at all of them: memory at the server grows by one
+payload a site. `aggregation: mean` keeps NVFlare's own aggregator, which adds them up as they come.
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from nvflare.apis.dxo import DXO, MetaKey, from_shareable
+from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.aggregator import Aggregator
 from nvflare.app_common.abstract.model import ModelLearnableKey
-from nvflare.app_common.aggregators.intime_accumulate_model_aggregator import InTimeAccumulateWeightedAggregator
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.widgets.intime_model_selector import IntimeModelSelector
 
-from pfedsam.training.aggregation import A, B, refactored
+from pfedsam.federated.boundary import METRICS
+from pfedsam.federated.plan import Plan, plan_of
+from pfedsam.federated.records import ROUNDS_FILE, append_record
+from pfedsam.training.aggregation import JUDGING, Judgement, combine, counted_cases, robust_mean
 
 
-class ProductAggregator(InTimeAccumulateWeightedAggregator):
-    """`svd`: the weighted mean of the sites' products `B A`, factored again to the same rank; the mean of all else.
+class RobustAggregator(Aggregator):
+    """The change of the global model by the plan's rule, see `pfedsam.training.aggregation`.
 
-    LoRA's factors of the sites are held until the aggregation (they are small); other tensors are added up as they
-    come. Takes the guard's word for names, shapes and finite values.
-
-    Args:
-        kwargs: of `InTimeAccumulateWeightedAggregator`; the data kind is `WEIGHT_DIFF`.
+    Takes the guard's word for names, shapes and finite values. Writes one record a round, and a line of the log
+    for each site that counted for less than it claimed.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"expected_data_kind": "WEIGHT_DIFF", "weigh_by_local_iter": True, **kwargs})
-        self._factors: list[tuple[float, dict[str, Any]]] = []
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[str, tuple[int, dict[str, np.ndarray]]] = {}
+        #: The global model that this run began with, once a round is done.
+        self._start: dict[str, torch.Tensor] | None = None
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Forget an earlier run."""
+        if event_type == EventType.START_RUN:
+            self._held, self._start = {}, None
 
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
-        """Add a site's contribution; False if NVFlare's aggregator refused it."""
-        accepted = super().accept(shareable, fl_ctx)
-        if accepted:
-            dxo = from_shareable(shareable)
-            factors = {name: value for name, value in dxo.data.items() if name.endswith((A, B))}
-            self._factors.append((float(dxo.get_meta_prop(MetaKey.NUM_STEPS_CURRENT_ROUND, 1)), factors))
-        return accepted
+        """Hold a site's update; False for a code, another round, or a second update of the site in this round."""
+        site = str(shareable.get_peer_prop(key=ReservedKey.IDENTITY_NAME, default="?"))
+        if shareable.get_return_code() != ReturnCode.OK:
+            self.logger.warning(f"site {site} sent no update: {shareable.get_return_code()}")
+            return False
+        told, current = (
+            shareable.get_cookie(AppConstants.CONTRIBUTION_ROUND),
+            fl_ctx.get_prop(AppConstants.CURRENT_ROUND),
+        )
+        if told != current or site in self._held:
+            why = "its second of this round" if told == current else f"of round {told}"
+            self.logger.warning(f"site {site}: an update is left out, it is {why}; this is round {current}")
+            return False
+        dxo = from_shareable(shareable)
+        self._held[site] = int(dxo.get_meta_prop(MetaKey.NUM_STEPS_CURRENT_ROUND, 1)), dxo.data
+        return True
 
     def aggregate(self, fl_ctx: FLContext) -> Shareable:
-        """The weighted mean as a change of the global model."""
-        result = super().aggregate(fl_ctx)
-        held, self._factors = self._factors, []
-        dxo = from_shareable(result)
+        """The change of the global model; none if no site sent an update."""
+        plan, current = plan_of(fl_ctx), fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
         theta = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
-        weights = [weight for weight, _ in held]
-        for a in [name for name in theta if name.endswith(A) and held and name in held[0][1]]:
-            b = a.removesuffix(A) + B
-            if b not in held[0][1]:
-                continue
-            new = refactored([tuple(_tensor(theta[n] + one[n]) for n in (a, b)) for _, one in held], weights)  # type: ignore[misc]
-            for name, tensor in zip((a, b), new, strict=True):
-                dxo.data[name] = tensor.numpy() - theta[name]
-        return DXO(dxo.data_kind, dxo.data, dxo.meta).update_shareable(result)
+        held, self._held = dict(sorted(self._held.items())), {}
+        if not held:
+            self.logger.error(f"round {current}: no site sent an update, the global model stays as it is")
+            return DXO(
+                DataKind.WEIGHT_DIFF, data={name: np.zeros_like(value) for name, value in theta.items()}
+            ).to_shareable()
+        rule = self.rule(plan)
+        change, judged = combine(
+            _tensors(theta),
+            [_tensors(data) for _, data in held.values()],
+            [cases for cases, _ in held.values()],
+            rule,
+            [plan.most_of(site) for site in held],
+            self._start,
+        )
+        self._start = self._start or {name: tensor.clone() for name, tensor in _tensors(theta).items()}
+        self._tell(current, rule, dict(zip(held, judged, strict=True)), fl_ctx)
+        data = {name: change[name].numpy().astype(np.asarray(value).dtype) for name, value in theta.items()}
+        return DXO(DataKind.WEIGHT_DIFF, data=data).to_shareable()
 
     def reset(self, fl_ctx: FLContext) -> None:
         """Forget what was held."""
-        super().reset(fl_ctx)
-        self._factors = []
+        self._held = {}
+
+    def rule(self, plan: Plan) -> str:
+        """The plan's rule."""
+        return plan.checked().aggregation
+
+    def _tell(self, number: int, rule: str, judged: dict[str, Judgement], fl_ctx: FLContext) -> None:
+        run_dir = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
+        sites = {site: _rounded(one) for site, one in judged.items()}
+        append_record(run_dir, ROUNDS_FILE, {"round": number, "rule": rule, "sites": sites})
+        total = sum(one.counted for one in judged.values()) or 1.0
+        for site, one in judged.items():
+            line = f"round {number}: site {site}: {told(one)}, share {one.counted / total:.2f}"
+            (self.logger.warning if one.changed else self.logger.info)(line)
 
 
-def _tensor(array: Any) -> torch.Tensor:
-    return torch.as_tensor(array)
+class ProductAggregator(RobustAggregator):
+    """`svd` whatever the plan says: the name in jobs that were exported by version 0.2 and before."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+
+    def rule(self, plan: Plan) -> str:
+        """Always `svd`."""
+        return "svd"
+
+
+class RobustModelSelector(IntimeModelSelector):
+    """The best global model by the sites' validation Dice, so that no single site chooses it.
+
+    The score of a round is the mean of the sites' Dice weighted by their numbers of training cases, as far as the
+    aggregation counts them, and from three sites on without the smallest and the largest Dice.
+
+    Args:
+        key_metric: name of the metric.
+    """
+
+    def __init__(self, key_metric: str = METRICS[0]) -> None:
+        super().__init__(key_metric=key_metric)
+        self._told: dict[str, tuple[float, int]] = {}
+
+    def _before_accept(self, fl_ctx: FLContext) -> bool:
+        result = fl_ctx.get_prop(AppConstants.TRAINING_RESULT)
+        current = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
+        if not isinstance(result, Shareable) or current == 0:  # the first global model is nobody's work
+            return False
+        if result.get_cookie(AppConstants.CONTRIBUTION_ROUND) != current:
+            return False
+        dxo = from_shareable(result)
+        value = (dxo.get_meta_prop(MetaKey.INITIAL_METRICS) or {}).get(self.key_metric)
+        if value is None or not math.isfinite(value):
+            return False
+        site = str(result.get_peer_prop(key=ReservedKey.IDENTITY_NAME, default="?"))
+        self._told.setdefault(site, (float(value), int(dxo.get_meta_prop(MetaKey.NUM_STEPS_CURRENT_ROUND, 1))))
+        self.logger.info(f"round {current}: site {site}: validation Dice of the global model {value:g}")
+        return True
+
+    def _before_aggregate(self, fl_ctx: FLContext) -> bool:
+        if self._told:
+            plan = plan_of(fl_ctx)
+            values, cases = zip(*self._told.values(), strict=True)
+            weights = list(map(float, cases))
+            if plan.checked().aggregation in JUDGING:
+                weights = counted_cases(weights, [plan.most_of(site) for site in self._told])
+            score = robust_mean(values, weights)
+            self.validation_metric_weighted_sum = self.raw_validation_metric_weighted_sum = score
+            self.validation_metric_sum_of_weights = 1
+        return bool(super()._before_aggregate(fl_ctx))
+
+    def _reset_stats(self) -> None:
+        super()._reset_stats()
+        self._told = {}
+
+
+def told(one: Judgement) -> str:
+    """What became of an update, for people."""
+    words = [f"{one.cases:g} cases"]
+    if 0 < one.counted < one.cases:
+        words.append(f"counted as {one.counted:g}")
+    words.append(f"norm {one.norm:.3g}")
+    if one.clipped_to is not None and not one.left_out:
+        words.append(f"clipped to {one.clipped_to:.3g}")
+    if one.cosine is not None:
+        words.append(f"direction {one.cosine:.2f}")
+    if one.left_out:
+        words.append(f"left out: {one.why}")
+    return ", ".join(words)
+
+
+def _rounded(one: Judgement) -> dict[str, Any]:
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(one).items()}
+
+
+def _tensors(arrays: Any) -> dict[str, torch.Tensor]:
+    return {name: torch.as_tensor(np.asarray(value)) for name, value in arrays.items()}

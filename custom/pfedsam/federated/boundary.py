@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,10 @@ class Passed:
             total[group_of(name)] = total.get(group_of(name), 0) + array.nbytes
         return total
 
+    def norm(self) -> float:
+        """L2 norm over all arrays."""
+        return math.sqrt(sum(float(np.square(array, dtype=np.float64).sum()) for array in self.tensors.values()))
+
     def sha256(self) -> str:
         """SHA-256 over the metadata and all arrays, in the order of their names."""
         digest = hashlib.sha256(json.dumps(self.metadata, sort_keys=True, default=str).encode())
@@ -118,6 +123,13 @@ def check_result(
         raise
     except Exception as error:
         raise PFedSAMError(code, f"the result could not be read ({type(error).__name__}).") from error
+
+
+def with_cases(passed: Passed, cases: int) -> Passed:
+    """A weight difference that has passed, with another number of training cases."""
+    metadata = {**passed.metadata, MetaKey.NUM_STEPS_CURRENT_ROUND: cases}
+    rebuilt = DXO(DataKind.WEIGHT_DIFF, data=dict(passed.tensors), meta=dict(metadata)).to_shareable()
+    return replace(passed, shareable=rebuilt, metadata=metadata)
 
 
 def check_headers(result: Shareable, *, code: str) -> dict[str, Any]:

@@ -91,6 +91,9 @@ class DecryptModel(HEModelDecryptor):
 class EncryptedGuard(IncomingGuard):
     """`IncomingGuard` for ciphertexts; the module's text says what it can check and what not."""
 
+    #: A site has multiplied by its number of cases before it encrypted: it cannot be lowered either.
+    sees_values = False
+
     def __init__(self) -> None:
         super().__init__()
         self._context: Any = None

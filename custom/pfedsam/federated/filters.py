@@ -7,7 +7,7 @@ Both apply the rules of `boundary` to every result and record what passed. Neith
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,23 @@ from nvflare.apis.client import Client
 from nvflare.apis.dxo import MetaKey, from_shareable
 from nvflare.apis.event_type import EventType
 from nvflare.apis.filter import Filter, FilterContextKey, FilterSource
-from nvflare.apis.fl_constant import FilterKey, FLContextKey, ServerCommandKey
+from nvflare.apis.fl_constant import FilterKey, FLContextKey, ReturnCode, ServerCommandKey
 from nvflare.apis.fl_context import FLContext
-from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
 from nvflare.apis.utils.task_utils import get_filters
 from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY, Passed, check_headers, check_result, told_names
+from pfedsam.federated.boundary import (
+    FINGERPRINT_KEY,
+    ROUND_KEY,
+    Passed,
+    check_headers,
+    check_result,
+    told_names,
+    with_cases,
+)
 from pfedsam.federated.plan import plan_of
 from pfedsam.federated.records import CHECKED, LEFT, RECEIVED_FILE, SENT_FILE, append_record
 from pfedsam.federated.settings import SITE_SETTINGS, site_settings
@@ -125,9 +133,14 @@ class PersonalisedFilter(Filter):
 class IncomingGuard(Filter):
     """Guard of the server: the same rules once more, for a site whose filter is missing or was changed.
 
-    A personal tensor is refused here, not left out. The number of training cases, which weighs a site's contribution,
-    must stay near the first that the site sent.
+    A personal tensor is refused here, not left out. The result must be of the round that runs. The number of training
+    cases, which weighs a site's contribution, must stay near the first that the site sent; what was agreed on in the
+    plan (`most_cases`) is the most that it counts as. NVFlare's widgets read a result as it came: here
+    they get the checked one.
     """
+
+    #: Whether the values can be read. If not, a number of cases above the agreed one is refused, not lowered.
+    sees_values = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +167,9 @@ class IncomingGuard(Filter):
         """
         client = _peer_name(fl_ctx)
         try:
-            return self._rebuilt(shareable, client, fl_ctx)
+            rebuilt = self._rebuilt(shareable, client, fl_ctx)
+            _show_widgets(rebuilt, fl_ctx)
+            return rebuilt
         except PFedSAMError as error:
             refusal = error
         except Exception as error:
@@ -162,6 +177,7 @@ class IncomingGuard(Filter):
             refusal.__cause__ = error
         self.logger.error(f"result of site {client} refused: {refusal}")
         with suppress(Exception):
+            _show_widgets(make_reply(ReturnCode.TASK_RESULT_FILTER_ERROR), fl_ctx)
             task = str(fl_ctx.get_prop(FLContextKey.TASK_NAME))
             refused = {"client": client, "task": task, "accepted": False, "code": refusal.code}
             _append(fl_ctx, RECEIVED_FILE, refused)
@@ -172,8 +188,15 @@ class IncomingGuard(Filter):
         _check_identity(shareable, client)
         passed = check_result(shareable, task, shared=plan_of(fl_ctx).shared(), code="E20")
         headers = check_headers(shareable, code="E20")
+        told: dict[str, Any] = {}
         if passed.tensors:
             self._check_metadata(passed.metadata, client, fl_ctx)
+            _check_round(passed.metadata[ROUND_KEY], headers, task, fl_ctx)
+            cases = passed.metadata[MetaKey.NUM_STEPS_CURRENT_ROUND]
+            counted = self._counted(cases, client, fl_ctx)
+            told = {"cases": cases, "counted": counted, "norm": passed.norm() if self.sees_values else None}
+            if counted != cases:
+                passed = with_cases(passed, counted)
         for key, value in headers.items():
             passed.shareable.set_header(key, value)
         record = {
@@ -184,9 +207,20 @@ class IncomingGuard(Filter):
             "accepted": True,
             "reply": passed.shareable.get_return_code(),
             "sha256": passed.sha256(),
+            **told,
         }
         _append(fl_ctx, RECEIVED_FILE, record)
         return passed.shareable
+
+    def _counted(self, cases: int, client: str, fl_ctx: FLContext) -> int:
+        """What a site's number of cases counts as: at most what was agreed on."""
+        most = plan_of(fl_ctx).most_of(client)
+        if most is None or cases <= most:
+            return cases
+        if not self.sees_values:
+            raise PFedSAMError("E20", f"the site reports {cases} training cases, {most} were agreed on.")
+        self.logger.warning(f"site {client} reports {cases} training cases, {most} were agreed on: it counts as {most}")
+        return most
 
     def _check_metadata(self, metadata: dict[str, Any], client: str, fl_ctx: FLContext) -> None:
         model = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
@@ -290,6 +324,24 @@ def _check_identity(result: Shareable, claimed: str) -> None:
     client = result.get_header(ServerCommandKey.FL_CLIENT)
     if isinstance(client, Client) and client.name != claimed:
         raise PFedSAMError("E20", f"site '{client.name}' calls itself '{claimed}'.")
+
+
+def _check_round(number: int, headers: Mapping[str, Any], task: str, fl_ctx: FLContext) -> None:
+    """Refuse an update that was made for another round: one that came late, or was kept and sent again."""
+    current = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
+    if task != AppConstants.TASK_TRAIN or current is None:
+        return
+    jar = headers.get(ReservedHeaderKey.COOKIE_JAR) or {}
+    told = {number, jar.get(AppConstants.CONTRIBUTION_ROUND, number)}
+    if told != {current}:
+        raise PFedSAMError("E20", f"the update is of round {sorted(told, key=str)}, this is round {current}.")
+
+
+def _show_widgets(rebuilt: Shareable, fl_ctx: FLContext) -> None:
+    """Put the checked result in the place of the submitted one, which widgets take from the peer's context."""
+    peer = fl_ctx.get_peer_context()
+    if peer is not None and peer.get_prop(FLContextKey.SHAREABLE) is not None:
+        peer.put(FLContextKey.SHAREABLE, rebuilt, private=True, sticky=True)
 
 
 def _append(fl_ctx: FLContext, file_name: str, record: dict[str, Any]) -> None:

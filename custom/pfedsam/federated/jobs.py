@@ -18,8 +18,15 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.federated.packing import Precision
 from pfedsam.files import write_like
 from pfedsam.strategies import find_strategy
+from pfedsam.training.phases import Strategy
 
-_AGGREGATORS = "pfedsam.federated.aggregators"
+#: NVFlare's aggregator, for the plain mean: it adds updates up as they come.
+_MEAN = {
+    "path": "nvflare.app_common.aggregators.intime_accumulate_model_aggregator.InTimeAccumulateWeightedAggregator",
+    "args": {"expected_data_kind": "WEIGHT_DIFF", "weigh_by_local_iter": True},
+}
+#: Rules that can be taken of ciphertexts, as a plain mean: what would be bounded cannot be seen.
+_OF_CIPHERTEXTS = ("norm_clipped", "mean", "alternate")
 #: Filters that `Privacy` adds.
 NOISE = "pfedsam.federated.privacy.ClipAndNoise"
 PACK, UNPACK = "pfedsam.federated.packing.PackPayload", "pfedsam.federated.packing.UnpackPayload"
@@ -157,8 +164,8 @@ def make_job(strategy: str, out: Path, template: str = "pfedsam") -> Path:
     export_job(find_job(template), out, plan={"strategy": file.strategy, "overrides": file.overrides})
     path = out / "app" / "config" / SERVER
     config = json.loads(path.read_text())
-    if settings.aggregation == "svd":
-        _component(config, "aggregator").update(path=f"{_AGGREGATORS}.ProductAggregator", args={})
+    if settings.aggregation == "mean":
+        _component(config, "aggregator").update(_MEAN)
     path.write_text(_pretty(config))
     client = path.with_name(CLIENT)
     client.write_text(_pretty(json.loads(client.read_text())))
@@ -199,8 +206,11 @@ def _add_filters(config: dict[str, Any], side: str, privacy: Privacy) -> None:
 def _check_encryption(source: Path) -> None:
     if find_spec("tenseal") is None:
         raise PFedSAMError("E16", "encryption needs TenSEAL.", "Install the extra 'he' of pfedsam.")
-    if _component(server_settings(source), "aggregator")["path"].startswith(_AGGREGATORS):
-        raise PFedSAMError("E16", "only the mean can be taken of ciphertexts.", "Set aggregation to mean.")
+    rule = Strategy.of(plan_settings(source)["strategy"]).aggregation
+    if rule not in _OF_CIPHERTEXTS:
+        raise PFedSAMError(
+            "E16", f"only the mean can be taken of ciphertexts, not '{rule}'.", "Set aggregation to mean."
+        )
 
 
 def _encrypt_server(config: dict[str, Any]) -> None:

@@ -27,6 +27,9 @@ class Plan:
         bundle: name of an installed bundle.
         strategy: settings of `pfedsam.training.phases.Strategy`.
         overrides: listed ids of the bundle's configuration with literal values.
+        most_cases: the most training cases that a site counts as, as the sites agreed on it: a number for all, or
+            numbers by site. Where none was agreed on, a site is held to what the others have, see
+            `pfedsam.training.aggregation`.
 
     Raises:
         PFedSAMError: E16 or E18, from `checked`, not from the constructor: a job with a wrong plan must be answered
@@ -39,11 +42,13 @@ class Plan:
         bundle: str,
         strategy: dict[str, Any],
         overrides: dict[str, Any] | None = None,
+        most_cases: int | dict[str, int] | None = None,
     ) -> None:
         self.federation = federation
         self.bundle = bundle
         self.strategy = strategy
         self.overrides = overrides
+        self.most_cases = most_cases
         self._manifests: dict[str, Manifest] = {}
 
     def checked(self) -> Strategy:
@@ -54,9 +59,18 @@ class Plan:
         """
         if not isinstance(self.federation, str) or not self.federation.replace("-", "_").isidentifier():
             raise PFedSAMError("E16", f"federation name {self.federation!r}.", "Use letters, digits, '-' and '_'.")
+        agreed = self.most_cases.values() if isinstance(self.most_cases, dict) else (self.most_cases,)
+        if any(most is not None and (type(most) is not int or most < 1) for most in agreed):
+            raise PFedSAMError(
+                "E16", f"most_cases is {self.most_cases!r}.", "Give whole numbers from 1, for all or by site."
+            )
         find_bundle(self.bundle)
         checked_overrides(self.overrides)
         return Strategy.of(self.strategy)
+
+    def most_of(self, site: str) -> int | None:
+        """The agreed most training cases of a site, None if there is no agreement."""
+        return self.most_cases.get(site) if isinstance(self.most_cases, dict) else self.most_cases
 
     def shared(self) -> Manifest:
         """Names, shapes and dtypes of the tensors that this job shares."""

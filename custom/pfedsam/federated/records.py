@@ -12,6 +12,8 @@ from pfedsam.run_folder import LEFT, SENT_FILE
 
 #: Written by `filters.IncomingGuard` at the server; `SENT_FILE` by `filters.PersonalisedFilter` at a site.
 RECEIVED_FILE = "pfedsam_received.jsonl"
+#: Written by `aggregators.RobustAggregator` at the server: what became of each site's update, one record a round.
+ROUNDS_FILE = "pfedsam_rounds.jsonl"
 #: Stages of a record in `SENT_FILE`: a result as the allow-list let it pass, the same after the filters behind it, and
 #: the scalars of the whole run, which go around the filters.
 CHECKED, SCALARS = "checked", "scalars"
@@ -25,4 +27,4 @@ def append_record(run_dir: Path, file_name: str, record: dict[str, Any]) -> None
     append_line(run_dir / file_name, {"time": time, **record})
 
 
-__all__ = ["CHECKED", "LEFT", "NEWS", "RECEIVED_FILE", "SCALARS", "SENT_FILE", "append_record"]
+__all__ = ["CHECKED", "LEFT", "NEWS", "RECEIVED_FILE", "ROUNDS_FILE", "SCALARS", "SENT_FILE", "append_record"]

@@ -126,6 +126,7 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
     strategy, tell = federation.strategy, event or (lambda line: None)
     sites = {name: _open(federation, name) for name in federation.sites}
     theta, done = _start(federation, sites)
+    start = _theta_0(federation) if 0 < done < federation.rounds else theta
     for number in range(done, federation.rounds):
         results, models = {}, {}
         for name, local in sites.items():
@@ -133,7 +134,7 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
             tell(f"{strategy.name}: round {number + 1} of {federation.rounds}, {name}")
         if aggregated and theta:
             deltas, weights = [one.delta for one in results.values()], [local.weight for local in sites.values()]
-            theta = aggregate(theta, deltas, weights, strategy.aggregation)
+            theta = aggregate(theta, deltas, weights, strategy.aggregation, start if number else None)
         _save_round(federation, theta, models, number, next(iter(sites.values())).fingerprint)
     for name, local in sites.items():
         if _is_final(federation, name):
@@ -179,8 +180,13 @@ def _start(federation: Federation, sites: Mapping[str, LocalTraining]) -> tuple[
             local.restore(read(_model(federation, name, done - 1)))
     if done:
         return theta, done
+    return _theta_0(federation), 0
+
+
+def _theta_0(federation: Federation) -> dict[str, Tensor]:
+    """The shared tensors that the first round begins with."""
     network = network_of(federation.bundle, federation.overrides, checkpoint=federation.settings.get("checkpoint"))
-    return shared_state(network, federation.strategy.roles), 0
+    return shared_state(network, federation.strategy.roles)
 
 
 def _round(

@@ -131,8 +131,10 @@ class Strategy(_Settings):
             site's copy of the shared ones, are interpolated linearly (WiSE-FT: Wortsman et al., arXiv 2109.01903). Less
             than 1 is for sites with few cases, whose personal model follows them too closely. [ours]
         validate_every: the global model is validated before the training of every such round; the last theta always is.
-        aggregation: of LoRA's factors: `mean` of A and B; `svd`: the weighted mean of the products, factored again to
-            the same rank; `alternate`: B in even rounds and A in odd ones, so that the mean is exact.
+        aggregation: how the sites' updates become one, see `pfedsam.training.aggregation`: `norm_clipped`, the weighted
+            mean in which no site owns more than its share; `mean`, every claim as it is; `trimmed_mean`, `median`,
+            `krum`; or, for LoRA's factors, with the bounds of `norm_clipped`: `svd`, the weighted mean of the products,
+            factored again to the same rank; `alternate`: B in even rounds and A in odd ones, so that the mean is exact.
         weights: of the sites in the mean: by `cases`, or `uniform`, which also keeps the number of cases at the site:
             nothing that is sent tells it then.
     """
@@ -144,7 +146,7 @@ class Strategy(_Settings):
     final: tuple[Phase, ...] = ()
     interpolation: float = Field(1.0, gt=0, le=1)
     validate_every: int = Field(1, ge=1)
-    aggregation: Literal["mean", "svd", "alternate"] = "mean"
+    aggregation: Literal["norm_clipped", "mean", "trimmed_mean", "median", "krum", "svd", "alternate"] = "norm_clipped"
     weights: Literal["cases", "uniform"] = "cases"
 
     @model_validator(mode="after")
