@@ -15,7 +15,7 @@ from pfedsam import state as module
 from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import COPY
 from pfedsam.site_model import SiteModel, read, write
-from pfedsam.state import CURRENT, LOCK, PREVIOUS, SiteState, delete_state, list_states, state_root
+from pfedsam.state import BEST, CURRENT, LOCK, PREVIOUS, SiteState, delete_state, described, list_states, state_root
 from pfedsam.strategies import find_strategy
 
 FINGERPRINT = "ab" * 32
@@ -379,6 +379,109 @@ def test_a_state_that_holds_other_tensors_than_the_job_keeps_is_refused(opened, 
 )
 def test_a_state_that_holds_what_the_job_keeps_is_let_through_whatever_its_name(opened, saved, copy, job):
     opened.require_same_kind(state_of(saved, copy), find_strategy(job).checked())
+
+
+# the best one ---------------------------------------------------------------------------------------------------------
+
+
+def with_dice(number: int, personal: float | None = None, best: float | None = None, **info) -> SiteModel:
+    found = model(number)
+    told = {"val_dice_personal": personal, "val_dice_global": best, **info}
+    found.info |= {key: value for key, value in told.items() if value is not None}
+    return found
+
+
+def best_of(state: SiteState) -> int | None:
+    path = state.folder / BEST
+    return read(path).info["round"] if path.exists() else None
+
+
+def test_the_best_state_stays_beside_the_last_two(opened):
+    best = []
+    for number, dice in enumerate((0.5, 0.7, 0.6, None, 0.7)):
+        opened.save(with_dice(number, dice))
+        best.append(best_of(opened))
+    # of two that are as good the later one
+    assert best == [0, 1, 1, 1, 4] and round_of(opened) == 4
+    assert (opened.folder / BEST).stat().st_mode & 0o777 == 0o600
+
+
+def test_without_a_personal_dice_the_global_one_counts(opened):
+    opened.save(with_dice(1, best=0.5))
+    opened.save(with_dice(2, personal=0.4, best=0.9))
+    assert best_of(opened) == 1
+    opened.save(with_dice(3, personal=0.6, best=0.1))
+    assert best_of(opened) == 3
+
+
+def test_a_job_that_is_submitted_again_knows_the_best_one(opened, tmp_path):
+    opened.save(with_dice(1, 0.7))
+    opened.close()
+    again = site_state(tmp_path)
+    again.open()
+    again.save(with_dice(2, 0.6))
+    assert best_of(again) == 1
+    again.close()
+
+
+def test_no_job_goes_on_from_the_best_one_and_a_damaged_one_is_replaced(opened):
+    opened.save(with_dice(1, 0.9))
+    opened.save(with_dice(2, 0.5))
+    for name in (CURRENT, PREVIOUS):
+        (opened.folder / name).unlink()
+    assert opened.load() is None and best_of(opened) == 1
+    opened._best = None
+    corrupt(opened.folder / BEST)
+    opened.save(with_dice(3, 0.1))
+    assert best_of(opened) == 3
+
+
+@pytest.mark.parametrize("step", ["link", "replace"])
+def test_a_best_state_that_cannot_be_kept_costs_no_round_and_the_one_before_it_is_whole(
+    opened, monkeypatch, caplog, step
+):
+    opened.save(with_dice(1, 0.5))
+    real = getattr(os, step)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(source, target):
+        return full() if Path(target).name in (BEST, f".{BEST}") else real(source, target)
+
+    monkeypatch.setattr(os, step, fail)
+    monkeypatch.setattr(module, "write_atomically", full)
+    opened.save(with_dice(2, 0.9))
+    assert round_of(opened) == 2 and best_of(opened) == 1 and "best.safetensors could not be written" in caplog.text
+    monkeypatch.undo()
+    opened.save(with_dice(3, 0.8))
+    assert best_of(opened) == 3, "the disk has room again, and what is kept is the best that there is"
+    assert {path.name for path in opened.folder.iterdir()} == {CURRENT, PREVIOUS, BEST, LOCK}
+
+
+def test_a_folder_with_a_best_state_alone_is_listed_and_can_be_deleted(opened, tmp_path):
+    opened.save(with_dice(3, 0.7))
+    opened.close()
+    (entry,) = list_states(tmp_path)
+    assert (entry.best["round"], entry.best["val_dice_personal"]) == (3, 0.7)
+    (opened.folder / CURRENT).unlink()
+    (entry,) = list_states(tmp_path)
+    assert entry.problem and entry.best["round"] == 3
+    delete_state(entry)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_described_by_its_kind_round_and_dice(opened, tmp_path):
+    opened.save(with_dice(1, 0.75))
+    opened.save(with_dice(2, 0.5, final=True))
+    current, best = (described(opened.folder / name) for name in (CURRENT, BEST))
+    assert "current state of round 2 (final), validation Dice 0.500" in current
+    assert f"{BEST} beside it is of round 1, validation Dice 0.750" in current
+    assert "best state of round 1, validation Dice 0.750" in best and "beside" not in best
+    assert "state before the last of round 1" in described(opened.folder / PREVIOUS)
+    write(tmp_path / "mine.safetensors", SiteModel({}, {}, {}, {"roles": ROLES, "round": None}))
+    assert "model of a training alone, validation Dice not known" in described(tmp_path / "mine.safetensors")
+    assert code_of(described, tmp_path / "none") == "E13"
 
 
 # list and delete ------------------------------------------------------------------------------------------------------

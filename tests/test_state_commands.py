@@ -16,7 +16,7 @@ from pfedsam.commands import poc
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.processes import Deployment
 from pfedsam.site_model import SiteModel, read, write
-from pfedsam.state import CURRENT, ROOT_VARIABLE
+from pfedsam.state import BEST, CURRENT, ROOT_VARIABLE
 
 FIRST, SECOND = "ab" * 6, "cd" * 6
 PROJECT = Path(__file__).resolve().parents[1] / "poc_workspace" / "project.yml"
@@ -62,6 +62,17 @@ def test_the_kit_says_where_a_site_keeps_its_state(root: Path, kit: Path, tmp_pa
     assert done.exit_code == 0 and read(tmp_path / "out").moments == {}
     assert run("delete", "lgg", "north", "--yes", "--kit", kit).exit_code == 0
     assert not folder.exists()
+
+
+def test_the_best_state_is_listed_with_its_round_and_an_export_says_which_it_takes(root: Path, tmp_path: Path) -> None:
+    folder = keep(root)
+    best = read(folder / CURRENT)
+    best.info |= {"round": 2, "val_dice_personal": 0.71}
+    write(folder / BEST, best)
+    assert "0.710 (round 2)" in run("list", "--root", root).output
+    done = run("export", "lgg", "north", tmp_path / "out", "--root", root)
+    assert f"{folder / CURRENT}: current state of round 3, validation Dice not known; {BEST} beside it" in done.output
+    assert read(tmp_path / "out").info["round"] == 3
 
 
 def test_where_nothing_is_found_the_folder_and_both_options_are_named(root: Path, tmp_path: Path) -> None:

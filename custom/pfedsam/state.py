@@ -10,7 +10,8 @@ import errno
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ logger = logging.getLogger(__name__)
 
 ROOT_VARIABLE = "PFEDSAM_STATE_ROOT"
 CURRENT, PREVIOUS, LOCK = "state.safetensors", "previous.safetensors", "lock"
-_BACKUP = f".{PREVIOUS}"
+#: The state with the best validation Dice so far, for people: no job goes on from it.
+BEST = "best.safetensors"
+_BACKUP, _NEW_BEST = f".{PREVIOUS}", f".{BEST}"
 #: What a write that was killed has left.
-_HALF_WRITTEN = (f".{CURRENT}.*.tmp", f".{_BACKUP}.*.tmp")
+_HALF_WRITTEN = (f".{CURRENT}.*.tmp", f".{_BACKUP}.*.tmp", f".{_NEW_BEST}.*.tmp")
 #: Whatever holds tensors of a site.
-_HOLD_TENSORS = (CURRENT, PREVIOUS, _BACKUP, *_HALF_WRITTEN)
+_HOLD_TENSORS = (CURRENT, PREVIOUS, BEST, _BACKUP, _NEW_BEST, *_HALF_WRITTEN)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -57,6 +60,8 @@ class SiteState:
         self._lock = FileLock(self.folder / LOCK, timeout=0)
         #: Whether the current file was read or written here, so that it may take the place of the one before it.
         self._whole = False
+        #: Validation Dice of the best state so far, None before it was looked for.
+        self._best: float | None = None
 
     def open(self) -> None:
         """Create the folder, take its lock, and remove what a write that was killed has left.
@@ -89,6 +94,9 @@ class SiteState:
     def save(self, model: SiteModel) -> None:
         """Write the state atomically; the last one, if it is readable, is kept as `previous.safetensors`.
 
+        A state with a validation Dice (see `told_dice`) that is as good as the best one's is kept as `best.safetensors`
+        too. The Dice of all rounds and jobs are compared as they are, also if the validation cases have changed.
+
         Raises:
             PFedSAMError: E13 if it cannot be written or holds values that are not finite; the last state is intact
                 then.
@@ -108,6 +116,23 @@ class SiteState:
             raise PFedSAMError(
                 "E13", f"{current} could not be written: {error}; the last state is intact.", _remedy(error)
             ) from None
+        try:
+            self._keep_best(model.info)
+        except OSError as error:  # no reason to lose the round
+            logger.warning("%s could not be written: %s. %s", self.folder / BEST, error, _remedy(error))
+
+    def _keep_best(self, info: Mapping[str, Any]) -> None:
+        """Keep the current file as the best one, too, if it is."""
+        best, new, dice = self.folder / BEST, self.folder / _NEW_BEST, told_dice(info)
+        if dice is None:
+            return
+        if self._best is None:
+            self._best = told_dice(_info(best)) or 0.0
+        if dice >= self._best:
+            new.unlink(missing_ok=True)
+            _keep(self.folder / CURRENT, new)
+            os.replace(new, best)
+            self._best = dice
 
     def load(self) -> SiteModel | None:
         """The last state, the one before if the last is damaged, or None if there is none.
@@ -149,6 +174,43 @@ class SiteState:
             f"'{strategy.name}' ({_told(strategy.roles, has)}).",
             f"Take another federation name, or `pfedsam state delete {federation} {site}`.",
         )
+
+
+def told_dice(info: Mapping[str, Any]) -> float | None:
+    """The validation Dice of a state: of the personal model, else of the global one it stands beside, else None."""
+    for key in ("val_dice_personal", "val_dice_global"):
+        value = info.get(key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    return None
+
+
+def described(path: Path) -> str:
+    """Which of a site's models a file is, for the line that a command prints; a file of another name is a model.
+
+    Raises:
+        PFedSAMError: E13 if it cannot be read.
+    """
+    info = read(path).info
+    kind = {CURRENT: "current state", PREVIOUS: "state before the last", BEST: "best state"}.get(path.name, "model")
+    text = f"{path}: {kind} of {_round_and_dice(info)}"
+    best = path.with_name(BEST)
+    other = _info(best) if path.name == CURRENT else {}
+    return f"{text}; {BEST} beside it is of {_round_and_dice(other)}" if other else text
+
+
+def _round_and_dice(info: Mapping[str, Any]) -> str:
+    dice, number = told_dice(info), info.get("round")
+    when = "a training alone" if number is None else f"round {number}{' (final)' if info.get('final') else ''}"
+    return f"{when}, validation Dice {'not known' if dice is None else f'{dice:.3f}'}"
+
+
+def _info(path: Path) -> dict[str, Any]:
+    """What a state tells of itself; nothing if it is not there or cannot be read."""
+    try:
+        return read(path).info
+    except PFedSAMError:
+        return {}
 
 
 def _last(folder: Path) -> tuple[Path, SiteModel | None, PFedSAMError | None]:
@@ -207,6 +269,7 @@ class StateEntry:
         file: what a job goes on from: the current state, or the one before it.
         info: of that file; empty if none is readable.
         problem: what is wrong with the current file.
+        best: what the best state so far tells of itself; empty if there is none.
     """
 
     federation: str
@@ -217,6 +280,7 @@ class StateEntry:
     file: Path
     info: dict[str, Any]
     problem: str = ""
+    best: dict[str, Any] = field(default_factory=dict)
 
 
 def list_states(root: Path) -> list[StateEntry]:
@@ -240,7 +304,8 @@ def _entry(folder: Path) -> StateEntry:
         problem = f"{problem} The state before it is used.".strip()
     bundle, _, fingerprint = folder.name.rpartition("-")
     info = model.info if model else {}
-    return StateEntry(folder.parents[1].name, folder.parent.name, bundle, fingerprint, folder, path, info, problem)
+    names = folder.parents[1].name, folder.parent.name, bundle, fingerprint
+    return StateEntry(*names, folder, path, info, problem, _info(folder / BEST))
 
 
 def delete_state(entry: StateEntry) -> None:

@@ -33,6 +33,7 @@ from pfedsam.evaluation.report import read_curves, write_report
 from pfedsam.evaluation.site import CasePrediction, CaseScore, SiteEvaluation
 from pfedsam.evaluation.tables import results
 from pfedsam.federated.simulation import Simulation, _keep_start, sent_bytes
+from pfedsam.training.local import SPLIT_FILE
 
 SITES = ("site-1", "site-2", "case_western_st_joseph", "thomas_jefferson")
 LAYERS = 8
@@ -83,6 +84,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"stage": "scalars", "tags": []},
         ]
         sent.write_text("\n".join(map(json.dumps, lines)) + "\n")
+        names = [f"{SECRET}-{n}" for n in range(3 if place else 6)]
+        split = sent.parent / "bundle" / SPLIT_FILE
+        split.parent.mkdir()
+        # the last site trains on many cases and validates on few
+        training = names * 2 if site == SITES[-1] else names
+        split.write_text(json.dumps({"source": "seed", "seed": 0, "training": training, "validation": names}))
     shutil.copytree(folder("jobs") / "pfedsam", out / "job")
     table = {"about": {"bundle": "brain_lesion_mri", "overrides": {}}, **results(evaluations, {})}
     (out / "results.json").write_text(json.dumps(table))
@@ -145,6 +152,44 @@ def test_a_page_to_show_outside_has_no_image_and_no_single_case(run: Path, page:
     assert "Validation Dice over rounds" in text and "site-1" in text
 
 
+def test_a_page_to_show_outside_has_no_value_of_a_site_with_few_cases(run: Path, page: str, tmp_path: Path) -> None:
+    text = write_report(run, tmp_path / "outside.html", pictures=False).read_text()
+    rows = {site: next(line for line in text.splitlines() if f'<th scope="row">{site}</th>' in line) for site in SITES}
+    assert "<td>6</td><td>0.625 (worst)</td><td>0.625 (worst)</td><td>+0.000</td><td>1, 1</td>" in rows["site-1"]
+    for site in SITES[1:]:
+        assert "<td>3</td><td>-</td><td>-</td><td>-</td><td>-</td>" in rows[site]
+    # a mean over all sites would tell what is left out
+    total = next(line for line in text.splitlines() if "Mean of sites" in line)
+    assert re.findall(r"<td>([^<]*)</td>", total) == ["", "0.625", "0.625", "+0.000", "", ""]
+    assert "worse than the global one" in page and "worse than the global one" not in text
+    assert "Means over fewer than 5 cases are left out" in text and "are left out" not in page
+    # curves: of the validation cases, and of the training cases
+    words = dict(re.findall(r"<summary>In words: ([^<]*)</summary>([^<]*)<", text))
+    assert set(re.findall(r" at (\S+) ends", words["validation dice over rounds"])) == {"site-1"}
+    assert set(re.findall(r" at (\S+) ends", words["training loss over rounds"])) == {"site-1", SITES[-1]}
+    assert SECRET not in text
+
+
+def test_curves_of_a_site_whose_number_of_cases_is_not_known_are_not_shown_outside(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for path in copy.glob(f"workspace/*/simulate_job/bundle/{SPLIT_FILE}"):
+        path.unlink()
+    assert "Dice over rounds" not in write_report(copy, pictures=False).read_text()
+    assert "Dice over rounds" in write_report(copy).read_text()
+
+
+def test_a_run_of_few_cases_at_each_site_has_a_page_to_show_outside(run: Path, tmp_path: Path) -> None:
+    few = json.loads((run / "results.json").read_text())
+    few["sites"]["site-1"]["cases"] = 4
+    (tmp_path / "results.json").write_text(json.dumps(few))
+    text = write_report(tmp_path, pictures=False).read_text()
+    assert re.findall(r"<td>([^<]*)</td>", next(line for line in text.splitlines() if "Mean of sites" in line)) == [
+        *["", "-", "-", "-"],
+        *["", ""],
+    ]
+
+
 def test_the_page_says_nothing_of_where_weights_lie(run: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PFEDSAM_CHECKPOINT", str(tmp_path / "someone" / "weights.pth"))
     text = write_report(run, tmp_path / "page.html").read_text()
@@ -193,6 +238,9 @@ def test_sites_that_do_better_alone_are_named_with_what_to_do(run: Path, tmp_pat
     for site in SITES[2:]:
         assert f"{site} is in no record of local_only" in page
     assert "Whether a site would do better alone" not in page
+    # a difference on one case is that case's
+    outside = write_report(run, tmp_path / "outside.html", file, pictures=False).read_text()
+    assert "own training (local_only) by" not in outside and "is in no record of local_only" in outside
 
 
 def test_a_comparison_without_the_sites_alone_is_an_error(run: Path, page: str, tmp_path: Path) -> None:

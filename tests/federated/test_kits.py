@@ -21,7 +21,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.federated.jobs import CLIENT, GUARD, NOISE, SERVER, needed_classes
 from pfedsam.federated.kits import AUTHORIZATION, FILTER, PRIVACY, RESOURCES, SCOPE, init_kit
 from pfedsam.federated.processes import Deployment
-from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings
+from pfedsam.federated.settings import KIT_DEFAULTS, SITE_SETTINGS, SiteSettings
 from pfedsam.federated.site_check import Finding, check_kit
 
 PROJECT = Path(__file__).resolve().parents[2] / "poc_workspace" / "project.yml"
@@ -93,9 +93,35 @@ def test_settings_that_are_not_given_stay_and_those_that_are_given_are_told(kit:
         "threads": 3,
         "federations": ["lgg", "fundus"],
         "may_share": ["lora_a", "lora_b"],
+        **KIT_DEFAULTS,
     }
     before = json.loads((kit / "local" / f"{SITE_SETTINGS}.before").read_text())
     assert before["federations"] == ["lgg"]
+
+
+def test_a_hospitals_kit_asks_for_three_sites_and_five_validation_cases_unless_it_says_otherwise(fresh: Path) -> None:
+    line = ["site", "init", str(fresh), "--data-root", "/data"]
+    assert CliRunner().invoke(app, line).exit_code == 0
+    assert content(fresh, SITE_SETTINGS) == {"data_root": "/data", "least_sites": 3, "least_validation_cases": 5}
+    done = CliRunner().invoke(app, [*line[:3], "--least-sites", "2", "--least-validation-cases", "1", "--curves"])
+    assert done.exit_code == 0 and "least_sites: 3 -> 2" in done.output
+    # what was decided stays
+    assert again(fresh) == {}
+    told = {"data_root": "/data", "least_sites": 2, "least_validation_cases": 1, "curves": True}
+    assert content(fresh, SITE_SETTINGS) == told
+
+
+def test_a_site_without_settings_takes_part_with_any_number_of_sites() -> None:
+    assert SiteSettings().least_sites is None and SiteSettings().curves is None
+
+
+def test_the_sites_of_a_deployment_on_one_machine_say_what_is_enough_for_them(
+    provisioned: Deployment, tmp_path: Path
+) -> None:
+    copy = Deployment(Path(shutil.copytree(provisioned.root, tmp_path / "poc")), PROJECT)
+    copy.init(dict.fromkeys(copy.sites, tmp_path), {"least_sites": 2})
+    told = content(copy.kit(copy.sites[0]), SITE_SETTINGS)
+    assert (told["least_sites"], told["least_validation_cases"], told["curves"]) == (2, 1, True)
 
 
 def test_a_group_that_does_not_exist_is_refused_and_nothing_is_written(fresh: Path) -> None:

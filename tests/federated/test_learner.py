@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nvflare.apis.client import Client
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext, FLContextManager
@@ -23,9 +24,10 @@ from pfedsam.federated.boundary import FINGERPRINT_KEY, METADATA, check_result, 
 from pfedsam.federated.jobs import CLIENT
 from pfedsam.federated.learner import PFedSAMLearner
 from pfedsam.federated.plan import PLAN_ID, Plan
+from pfedsam.federated.scalars import ListedScalars
 from pfedsam.parameters import COPY, TensorSpec
-from pfedsam.site_model import SiteModel
-from pfedsam.state import CURRENT, SiteState
+from pfedsam.site_model import SiteModel, read
+from pfedsam.state import BEST, CURRENT, SiteState
 from pfedsam.strategies import find_strategy
 from pfedsam.training.local import RoundResult
 
@@ -42,6 +44,7 @@ class Training:
     fingerprint, weight = FINGERPRINT, 4
     network = trainer = SimpleNamespace(state=SimpleNamespace(device="cpu"))
     cases, validation_cases = [1, 2, 3, 4], [5, 6]
+    answers, global_dice = True, GLOBAL_DICE
 
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
@@ -60,7 +63,7 @@ class Training:
         return (number + 1) % self.strategy.validate_every == 0
 
     def validate(self, experts: bool) -> dict[str, float]:
-        return {"val_dice": PERSONAL_DICE if experts else GLOBAL_DICE}
+        return {"val_dice": PERSONAL_DICE if experts else type(self).global_dice}
 
     def personal_dice(self, number: int) -> float | None:
         return PERSONAL_DICE
@@ -254,6 +257,121 @@ def test_a_site_with_too_few_validation_cases_tells_no_dice(
     assert "global Dice 0.123, personal Dice 0.654" in caplog.text
     entry = SiteState(ready / "states", FEDERATION, SITE, BUNDLE, FINGERPRINT).load()
     assert entry is not None and entry.info["val_dice_personal"] == PERSONAL_DICE
+
+
+@pytest.mark.parametrize(("simulated", "told"), [(False, False), (True, True)])
+def test_a_global_model_that_predicts_nothing_or_everything_gets_no_answer(
+    ready: Path,
+    curves: list[Any],
+    simulated: bool,
+    told: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Training, "answers", False)
+    made, fl_ctx = executor(), context(ready, simulated=simulated)
+    assert ("initial_metrics.val_dice" in passed(run(made, fl_ctx, "train", 0), "train")) == told
+    assert passed(run(made, fl_ctx, "validate"), "validate") == ["val_dice"] * told
+    run(made, fl_ctx, "configure", 1)
+    assert len([tag for tag, _ in curves if tag.startswith("val_dice")]) == (4 if told else 0)
+    assert ("it is not sent" in caplog.text) != told
+
+
+@pytest.mark.parametrize(
+    ("asked", "simulated", "sent"),
+    [(None, False, False), (None, True, True), (True, False, True), (False, True, False)],
+)
+def test_curves_are_off_outside_the_simulator_unless_the_site_says_otherwise(
+    ready: Path, asked: bool | None, simulated: bool, sent: bool
+) -> None:
+    if asked is not None:
+        set_site(ready, curves=asked)
+    made, fl_ctx, scalars = executor(), context(ready, simulated=simulated), ListedScalars()
+    fl_ctx.get_engine().components["scalars"] = scalars
+    assert run(made, fl_ctx, "train", 0).get_return_code() == "OK"
+    assert (made.learner._scalars is scalars) == sent
+
+
+# a global model that was spoilt ---------------------------------------------------------------------------------------
+
+
+def test_a_global_model_that_is_far_worse_than_before_is_told_in_the_log_and_nowhere_else(
+    ready: Path, curves: list[Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = []
+    for number, dice in enumerate((0.6, 0.45, 0.2, 0.5)):
+        monkeypatch.setattr(Training, "global_dice", dice)
+        caplog.clear()
+        # a site that starts again for each round has the value from its state
+        made, fl_ctx = executor(), context(ready)
+        left.append(passed(run(made, fl_ctx, "train", number), "train"))
+        made.learner.finalize()
+        warned = "is 0.200, it was 0.600 at best" in caplog.text
+        assert warned == (dice == 0.2) and ("made to do harm" in caplog.text) == warned
+    assert left == [sorted([*METADATA, "initial_metrics.val_dice"])] * 4
+    assert {tag for tag, _ in curves} == {"val_dice_global", "val_dice_personal"}
+
+
+@pytest.mark.parametrize(
+    ("dice", "best", "fell"),
+    [
+        (0.1, None, False),
+        (0.1, 0.0, False),
+        (0.04, 0.13, False),
+        (0.02, 0.13, True),
+        (0.31, 0.6, False),
+        (0.0, 1.0, True),
+    ],
+)
+def test_a_fall_is_below_half_of_the_best_and_by_a_tenth(dice: float, best: float | None, fell: bool) -> None:
+    assert bool(module.fall(dice, best)) == fell
+
+
+def test_a_round_that_is_not_validated_is_not_validated_for_the_comparison(
+    ready: Path, curves: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Training, "validate", lambda *_, **__: pytest.fail("nobody has asked"))
+    made, fl_ctx = executor(), context(ready, validate_every=3)
+    assert run(made, fl_ctx, "train", 0).get_return_code() == "OK"
+    entry = made.learner._state.load()
+    assert (
+        entry is not None and "val_dice_global" not in entry.info and entry.info["val_dice_personal"] == PERSONAL_DICE
+    )
+
+
+def test_the_state_of_a_validated_round_has_both_dice_and_is_kept_as_the_best(ready: Path, curves: list[Any]) -> None:
+    made, fl_ctx = executor(), context(ready)
+    run(made, fl_ctx, "train", 0)
+    info = read(made.learner._state.folder / BEST).info
+    assert (info["val_dice_global"], info["val_dice_personal"], info["round"]) == (GLOBAL_DICE, PERSONAL_DICE, 0)
+
+
+# a federation of too few sites ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("least", "sites", "promised", "code"),
+    [
+        (None, 0, None, "OK"),
+        (3, 3, 3, "OK"),
+        (2, 3, 2, "OK"),
+        (3, 2, 3, "SITE_REFUSED:E27"),
+        (3, 3, 2, "SITE_REFUSED:E27"),
+        (3, 3, None, "SITE_REFUSED:E27"),
+        # the server says nothing
+        (3, 0, 3, "SITE_REFUSED:E27"),
+    ],
+)
+def test_a_site_takes_part_with_as_many_sites_as_it_asks_for(
+    ready: Path, curves: list[Any], least: int | None, sites: int, promised: int | None, code: str
+) -> None:
+    set_site(ready, **({} if least is None else {"least_sites": least}))
+    fl_ctx = context(ready)
+    fl_ctx.get_engine().get_component(PLAN_ID).least_sites = promised
+    if sites:
+        meta = {"job_clients": [Client(f"site-{number}", "token").to_dict() for number in range(sites)]}
+        fl_ctx.set_prop(FLContextKey.JOB_META, meta, private=True, sticky=True)
+    assert run(executor(), fl_ctx, "train", 0).get_return_code() == code
 
 
 # the state of another strategy ----------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_nothing_is_sent_before_the_run_has_started(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tag", ["val_dice_global", "val_dice_personal"])
 def test_a_dice_is_sent_as_in_a_result(run: Run, tag: str) -> None:
     run.scalars.send(tag, 2 * 1234 / 5677, 0)
-    assert [data["track_value"] for _, data in run.sent] == [0.435]
+    assert [data["track_value"] for _, data in run.sent] == [0.43]
     with pytest.raises(ValueError, match="from 0 to 1"):
         run.scalars.send(tag, 1.5, 0)
     assert len(run.sent) == 1

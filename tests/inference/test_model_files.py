@@ -30,6 +30,7 @@ def test_an_exported_model_is_self_contained_and_has_no_moments(model: Path, tmp
     out = tmp_path / "model.safetensors"
     done = CliRunner().invoke(app, ["export-model", str(model), str(out)])
     assert done.exit_code == 0, done.output
+    assert f"{model}: " in done.output and "current state of round 3" in done.output
     kept = read(out)
     assert kept.moments == {}
     assert kept.info["labels"] == ["lesion"]

@@ -105,6 +105,7 @@ def test_png_and_nifti_of_the_same_array_give_the_same_label(model: Path, tmp_pa
     nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "volume.nii.gz")
     files = [str(tmp_path / name) for name in ("picture.png", "volume.nii.gz")]
     out = CliRunner().invoke(app, ["infer", *files, "--model", str(model), "--out", str(tmp_path / "out")])
+    assert f"{model}: " in out.output and "current state of round 3" in out.output
     assert out.exit_code == 0, out.output
     picture = np.asarray(Image.open(tmp_path / "out" / "picture_lesion.png")).T
     nifti = np.asarray(nib.load(tmp_path / "out" / "volume_lesion.nii.gz").dataobj)[..., 0]

@@ -32,10 +32,13 @@ LEAKS = {
 #: What a site or a server must list beside NVFlare's defaults to run the job without `app/custom`.
 LOCKED_CLASSES = (
     "nvflare.app_common.workflows.broadcast_and_process.BroadcastAndProcess",
+    "pfedsam.federated.aggregators.RobustAggregator",
+    "pfedsam.federated.aggregators.RobustModelSelector",
     "pfedsam.federated.filters.IncomingGuard",
     "pfedsam.federated.filters.PersonalisedFilter",
     "pfedsam.federated.final_phase.FinalPersonalPhase",
     "pfedsam.federated.learner.PFedSAMLearner",
+    "pfedsam.federated.least_sites.LeastSites",
     "pfedsam.federated.persistor.SharedStatePersistor",
     "pfedsam.federated.plan.Plan",
     "pfedsam.federated.scalars.ListedScalars",

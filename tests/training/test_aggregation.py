@@ -246,12 +246,13 @@ def test_in_later_rounds_the_way_so_far_counts_and_not_the_others() -> None:
     """Near the end honest sites pull against each other: a site that differs is not left out for that."""
     theta, (pull, way, *_), _ = sites(3)
     start = {name: tensor - way[name] for name, tensor in theta.items()}
-    apart = [{name: 0.5 * way[name] + sign * pull[name] for name in theta} for sign in (1, 1, -1)]
-    assert [one.left_out for one in judge(apart, [5.0] * 3)] == [False, False, True], "in a first round"
-    _, judged = combine(theta, apart, [5.0] * 3, "norm_clipped", start=start)
+    apart = [{name: 0.5 * way[name] + sign * pull[name] for name in theta} for sign in (1, 1, -1, 1)]
+    assert [one.left_out for one in judge(apart, [5.0] * 4)] == [False, False, True, False], "in a first round"
+    _, judged = combine(theta, apart, [5.0] * 4, "norm_clipped", start=start)
     assert not any(one.left_out for one in judged)
-    _, judged = combine(theta, [apart[0], scaled(apart[1], -1), apart[2]], [5.0] * 3, "norm_clipped", start=start)
-    assert [one.left_out for one in judged] == [False, True, False]
+    told = [apart[0], scaled(apart[1], -1), *apart[2:]]
+    _, judged = combine(theta, told, [5.0] * 4, "norm_clipped", start=start)
+    assert [one.left_out for one in judged] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 7])
@@ -260,4 +261,15 @@ def test_fewer_than_half_are_left_out_for_their_direction(count: int) -> None:
     told = [scaled(delta, -1) if number % 2 else delta for number, delta in enumerate(deltas)]
     for start in (None, {name: tensor - deltas[0][name] for name, tensor in theta.items()}):
         _, judged = combine(theta, told, [5.0] * count, "norm_clipped", start=start)
-        assert 2 * sum(one.left_out for one in judged) < count
+        left_out = sum(one.left_out for one in judged)
+        assert left_out == {2: 0, 3: 0, 4: 1, 5: 2, 6: 2, 7: 3}[count]
+        assert count < 3 or any(one.why for one in judged)
+
+
+def test_of_three_a_doubtful_update_is_scaled_down_because_a_mean_of_two_tells_too_much() -> None:
+    theta, deltas, _ = sites(3)
+    for factor, words in ((1000, "as long"), (-1, "points back"), (-1000, "points back")):
+        _, judged = combine(theta, [deltas[0], scaled(deltas[1], factor), deltas[2]], [5.0] * 3, "norm_clipped")
+        assert [one.left_out for one in judged] == [False] * 3
+        assert words in judged[1].why
+        assert judged[1].clipped_to <= sorted(one.norm for one in judged)[1]

@@ -519,6 +519,35 @@ def test_loss_that_is_not_finite_ends_the_run_with_our_error_before_the_weights_
     assert all(tensor.isfinite().all() for tensor in tensors(trainer.network).values())
 
 
+def test_gradient_that_is_not_finite_ends_the_run_before_the_weights_move(make):
+    def loss(prediction: Tensor, label: Tensor) -> Tensor:
+        # the root has no slope at zero
+        return prediction.square().mean() + (prediction - prediction.detach()).abs().sum().sqrt()
+
+    trainer = make(loss_function=loss)
+    before = values(trainer)
+    with pytest.raises(PFedSAMError, match=r"E17: phase 'personal', round 3, step 1: the norm of the gradient is nan"):
+        trained(trainer, phase(), round_number=3)
+    assert trainer.report.steps == 0 and not changed(trainer, before)
+
+
+def test_tensor_that_overflowed_in_the_last_step_ends_the_phase_with_our_error_and_its_moments_are_not_kept(make):
+    trainer = make()
+    trained(trainer, phase(keep_moments=True))
+    kept = trainer.moments()
+    name, spoilt = next((name, one) for name, one in trainer.network.named_parameters() if one.requires_grad)
+
+    def overflow(engine: PhaseTrainer) -> None:
+        if engine.report.steps == STEPS:
+            spoilt.data.view(-1)[0] = torch.inf
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, overflow)
+    with pytest.raises(PFedSAMError) as caught:
+        trained(trainer, phase(keep_moments=True), round_number=3)
+    assert caught.value.code == "E17" and name in caught.value.message
+    assert all(torch.equal(value, kept[key]) for key, value in trainer.moments().items())
+
+
 def test_error_of_a_handler_keeps_ours_as_its_cause(make):
     from monai.handlers import StatsHandler
 

@@ -26,8 +26,10 @@ def evaluate(
     with console.status("loading libraries"):
         quiet_libraries()
         from pfedsam.site_model import model_settings
+        from pfedsam.state import described
 
         name, settings = model_settings(model, bundle, literals(set_ or []))
+    console.print(described(model), highlight=False, soft_wrap=True)
     show_evaluation({site.name: (site, model)}, name, settings, out, {}, section)
 
 

@@ -55,11 +55,13 @@ def infer(
         from pfedsam.bundles import class_names, find_bundle
         from pfedsam.inference.predict import Predictor
         from pfedsam.inference.writers import check_results
+        from pfedsam.state import described
 
         predictor = Predictor(
             model, bundle=bundle, overrides=literals(set_ or []), checkpoint=checkpoint, experts=not global_
         )
         predictor.open()
+    console.print(described(model), highlight=False, soft_wrap=True)
     labels = class_names(find_bundle(predictor.bundle))
     check_results(images, out, labels)
     if dicom_seg:
@@ -144,7 +146,9 @@ def export_model(
     quiet_libraries()
     with console.status("writing"):
         from pfedsam.inference import export
+        from pfedsam.state import described
 
+        console.print(described(model), highlight=False, soft_wrap=True)
         overrides = literals(set_ or [])
         info = export.export_model(model, out, bundle, overrides)
         console.print(

@@ -38,7 +38,8 @@ def job_export(
         raise typer.BadParameter("noise needs --clip: it is a multiple of it", param_hint="--noise")
     if precision not in ("fp32", "fp16", "int8"):
         raise typer.BadParameter(f"'{precision}' is not fp32, fp16 or int8", param_hint="--precision")
-    server = {"num_rounds": rounds, "min_clients": min_clients}
+    # the plan promises to the sites what the server waits for
+    server = {"num_rounds": rounds, "min_clients": min_clients or server_settings(find_job(job))["min_clients"]}
     export_job(
         find_job(job),
         out,

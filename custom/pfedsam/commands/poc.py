@@ -15,6 +15,8 @@ app = typer.Typer(help="A federation of real processes with mutual TLS on this m
 
 FEDERATION = "poc"
 ROUNDS = 2
+#: A hospital's default is 3 (`pfedsam site init`): of two sites, each can compute the other's update.
+LEAST_SITES = 2
 #: As small as it can be: this shows that the deployment works, not how good the method is.
 SETTINGS: dict[str, Any] = {
     "image_size": 64,
@@ -115,7 +117,7 @@ def _up(deployment: Any, data: Path | None) -> dict[str, Path]:
     sites = _site_folders(deployment, data)
     with console.status("provisioning"):
         deployment.provision()
-        deployment.init(sites, {"federations": [FEDERATION]})
+        deployment.init(sites, {"federations": [FEDERATION], "least_sites": LEAST_SITES})
     console.print(f"startup kits: {deployment.kit(deployment.server).parent}", highlight=False, soft_wrap=True)
     try:
         with console.status(f"starting {deployment.server} and {', '.join(deployment.sites)}"):

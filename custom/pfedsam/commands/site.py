@@ -34,10 +34,17 @@ def init(
         float | None, typer.Option(help="Jobs must add noise of at least so many times the clip.")
     ] = None,
     curves: Annotated[
-        bool | None, typer.Option("--curves/--no-curves", help="Send losses and validation Dice for curves.")
+        bool | None,
+        typer.Option("--curves/--no-curves", help="Send losses, validation Dice and gate shares; off by default."),
     ] = None,
     least_validation_cases: Annotated[
-        int | None, typer.Option(min=1, help="With fewer validation cases no Dice leaves the site.")
+        int | None, typer.Option(min=1, help="With fewer validation cases no Dice leaves the site; 5 by default.")
+    ] = None,
+    least_sites: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Take part with at least so many sites; 3 by default: of two, each knows the other's."
+        ),
     ] = None,
     byoc: Annotated[
         bool, typer.Option("--byoc", help="Let jobs carry code. No filter stops hostile code in the same process.")
@@ -67,6 +74,7 @@ def init(
         "least_noise": least_noise,
         "curves": curves,
         "least_validation_cases": least_validation_cases,
+        "least_sites": least_sites,
     }
     given = {key: value for key, value in told.items() if value is not None}
     try:

@@ -25,7 +25,7 @@ def state_list(root: StateRoot = None, kit: Kit = None) -> None:
     """Show the state of every federation and site under the state root."""
     from rich.table import Table
 
-    from pfedsam.state import list_states
+    from pfedsam.state import list_states, told_dice
 
     where = _where(root, kit)
     entries = list_states(where)
@@ -33,14 +33,16 @@ def state_list(root: StateRoot = None, kit: Kit = None) -> None:
         console.print(_nothing(where), highlight=False, soft_wrap=True)
         return
     table = Table(title=f"personal state under {where}")
-    for column in ("federation", "site", "bundle", "fingerprint", "round", "final", "personal Dice", "problem"):
+    for column in ("federation", "site", "bundle", "fingerprint", "round", "final", "personal Dice", "best", "problem"):
         # a person types its beginning: it is never cut
         table.add_column(column, no_wrap=column == "fingerprint", min_width=12 if column == "fingerprint" else None)
     for entry in entries:
         info = entry.info
         dice = info.get("val_dice_personal")
         final = {True: "yes", False: "no"}.get(info.get("final"), "")  # type: ignore[arg-type]
-        shown = (str(info.get("round", "")), final, "" if dice is None else f"{dice:.3f}", entry.problem)
+        best = told_dice(entry.best)
+        kept = "" if best is None else f"{best:.3f} (round {entry.best.get('round')})"
+        shown = (str(info.get("round", "")), final, "" if dice is None else f"{dice:.3f}", kept, entry.problem)
         table.add_row(entry.federation, entry.site, entry.bundle, entry.fingerprint, *shown)
     console.print(table)
 
@@ -57,8 +59,11 @@ def state_export(
 ) -> None:
     """Write a site's model without the optimiser's moments. It holds personal tensors: keep it at the site."""
     from pfedsam.site_model import read, write
+    from pfedsam.state import described
 
-    model = read(_one(_found(federation, site, _where(root, kit), fingerprint, bundle)).file)
+    file = _one(_found(federation, site, _where(root, kit), fingerprint, bundle)).file
+    console.print(described(file), highlight=False, soft_wrap=True)
+    model = read(file)
     model.moments = {}
     write(out, model)
     told = f"{out} written: round {model.info.get('round')}, {len(model.personal)} personal tensors"

@@ -1,7 +1,8 @@
 """One page about a run that a person can look at and keep: no script, no link to another file, no network.
 
 The page names sites, never cases. It shows slices of patients' images and the Dice of single cases: to be shown outside
-the hospitals it is written without them (`pictures=False`).
+the hospitals it is written without them (`pictures=False`). A mean over fewer than `FEW_CASES` cases is then left out,
+too: of one case it is that case's value, of two the other's for whoever knows one.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ from pfedsam.evaluation.site import MODELS
 from pfedsam.evaluation.statistics import case_table
 from pfedsam.parameters import Roles
 from pfedsam.run_folder import RUN, SENT_FILE, bytes_by_round, starts
+from pfedsam.training.local import SPLIT_FILE
 from pfedsam.training.phases import Strategy
 
 FEW_CASES = 5
 DEAD_SHARE = 0.02
+#: Values of a site that are of its test cases.
+_OF_CASES = tuple(f"{kind}_{model}" for kind in ("dice", "failures") for model in MODELS)
 EXAMPLES = ("best", "median", "worst")
 
 
@@ -43,7 +47,9 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
         run: the run folder; `results.json` must be in it, curves and settings are used where they are there.
         out: HTML file to write; `report.html` in the run folder by default.
         compare: records of `pfedsam compare`; those of `local_only` tell where a site does better alone.
-        pictures: with images of patients and results of single cases; False leaves means of sites and curves.
+        pictures: with images of patients and results of single cases; False leaves means and curves of sites with at
+            least `FEW_CASES` cases (test, validation or training cases, whichever a value is of), and the mean of
+            those sites.
 
     Returns:
         The file written.
@@ -58,14 +64,16 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
             "E02", f"{run} holds no results.json.", "Give the run folder of a finished demo or simulate."
         )
     results = json.loads(path.read_text())
-    alone = _worse_than_alone(results, compare) if compare else []
+    alone = _worse_than_alone(results, compare, 1 if pictures else FEW_CASES) if compare else []
     plan, rounds = _plan(run)
     curves = read_curves(run)
+    if not pictures:
+        results, curves = _without_few(results), _of_many(curves, run)
     about = results.get("about", {})
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pfedsam.evaluation", "templates"), autoescape=True, trim_blocks=True
     )
-    environment.filters["code"] = _code
+    environment.filters |= {"code": _code, "number": _number}
     page = environment.get_template("report.html.j2").render(
         version=pfedsam.__version__,
         title=plan.get("federation", run.name),
@@ -80,6 +88,8 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
         warnings=[*_warnings(results, curves), *alone],
         compared=compare is not None,
         shown=pictures,
+        gain=_gain,
+        few=FEW_CASES,
     )
     out = out or run / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +100,10 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
 def _code(text: str) -> Markup:
     """Escaped text in which what stands between backticks is code."""
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _number(value: float | None, form: str = "%.3f") -> str:
+    return "-" if value is None else form % value
 
 
 def read_curves(run: Path) -> pd.DataFrame:
@@ -159,6 +173,39 @@ def _groups(plan: Mapping[str, Any]) -> list[Any]:
     return list(describe(plan["bundle"], strategy.roles, plan.get("overrides"), copies=strategy.has_copy).groups)
 
 
+def _without_few(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results without single cases, and without the values of sites with few of them: None in their place.
+
+    Means and worst are those of the sites that are shown: else they would tell what is left out.
+    """
+    sites = {
+        name: site if site["cases"] >= FEW_CASES else site | dict.fromkeys(_OF_CASES)
+        for name, site in results["sites"].items()
+    }
+    summary: dict[str, Any] = {}
+    for model in MODELS:
+        values = [site[f"dice_{model}"] for site in sites.values() if site[f"dice_{model}"] is not None]
+        summary[f"mean_{model}"] = float(np.mean(values)) if values else None
+        summary[f"worst_{model}"] = min(values, default=None)
+    return {**results, "sites": sites, **summary, "cases": []}
+
+
+def _of_many(curves: pd.DataFrame, run: Path) -> pd.DataFrame:
+    """The curves of sites whose own record of the split has enough cases of the section that a value is of."""
+    counts: dict[tuple[str, str], int] = {}
+    for path in (path for start in starts(run) for path in start.glob(f"*/{RUN}/bundle/{SPLIT_FILE}")):
+        split = json.loads(path.read_text())
+        counts |= {(path.parts[-4], section): len(split[section]) for section in ("training", "validation")}
+    sections = ["validation" if tag.startswith("val_") else "training" for tag in curves["tag"]]
+    keys = zip(curves["site"], sections, strict=True)
+    return curves[np.array([counts.get(key, 0) >= FEW_CASES for key in keys], dtype=bool)]
+
+
+def _gain(site: Mapping[str, Any]) -> float | None:
+    """What the personal model has more than the global one; None where it is not shown."""
+    return None if site["dice_personal"] is None else site["dice_personal"] - site["dice_global"]
+
+
 def _warnings(results: Mapping[str, Any], curves: pd.DataFrame) -> list[str]:
     """What a careful reader would ask about."""
     found = []
@@ -168,16 +215,15 @@ def _warnings(results: Mapping[str, Any], curves: pd.DataFrame) -> list[str]:
             f"Fewer than {FEW_CASES} test cases, so that a mean says little: {', '.join(few)}. Test all folds."
         )
     for name, site in results["sites"].items():
-        gain = site["dice_personal"] - site["dice_global"]
-        if gain < 0:
+        gain = _gain(site)
+        if gain is not None and gain < 0:
             found.append(
                 f"At {name} the personal model is worse than the global one by {-gain:.3f}. Serve the global model "
                 f"there (`pfedsam infer --global`), or keep less of the personal one (a smaller `interpolation`, if "
                 f"its strategy can have one)."
             )
         for model in MODELS:
-            missed = site[f"failures_{model}"]
-            if missed:
+            if missed := site[f"failures_{model}"]:
                 found.append(f"At {name} the {model} model missed a class in {missed} of {site['cases']} cases.")
     shares = curves[curves["tag"].str.startswith("expert_share_")] if len(curves) else curves
     for (site, tag), values in shares.groupby(["site", "tag"]):
@@ -187,7 +233,7 @@ def _warnings(results: Mapping[str, Any], curves: pd.DataFrame) -> list[str]:
             found.append(
                 f"At {site} expert {expert} of layer {layer} is dead (share of the gate {last:.1%}): try fewer experts."
             )
-    if results["mean_personal"] < results["mean_global"]:
+    if (results["mean_personal"] or 0.0) < (results["mean_global"] or 0.0):
         found.append(
             "Over all sites the personal models are no better than the global one: compare with fedavg_lora "
             "(`pfedsam compare`) before you use them."
@@ -195,8 +241,8 @@ def _warnings(results: Mapping[str, Any], curves: pd.DataFrame) -> list[str]:
     return found
 
 
-def _worse_than_alone(results: Mapping[str, Any], compare: Path) -> list[str]:
-    """Sites whose personal model is worse than the one that they trained alone, on the cases that both have."""
+def _worse_than_alone(results: Mapping[str, Any], compare: Path, least: int) -> list[str]:
+    """Sites whose personal model is worse than the one that they trained alone, on at least so many common cases."""
     alone = read_alone(compare)
     gains: dict[str, list[float]] = {site: [] for site in results["sites"]}
     for case in results["cases"]:
@@ -213,7 +259,7 @@ def _worse_than_alone(results: Mapping[str, Any], compare: Path) -> list[str]:
     for site, values in gains.items():
         if not values:
             found.append(f"{site} is in no record of local_only, so whether it does better alone is not known.")
-        elif np.mean(values) < 0:
+        elif len(values) >= least and np.mean(values) < 0:
             found.append(
                 f"At {site} the personal model is worse than the site's own training (local_only) by "
                 f"{-np.mean(values):.3f} on the same {len(values)} test case(s). Let it use the model that it trains "

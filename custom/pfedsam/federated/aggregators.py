@@ -175,8 +175,8 @@ def told(one: Judgement) -> str:
         words.append(f"clipped to {one.clipped_to:.3g}")
     if one.cosine is not None:
         words.append(f"direction {one.cosine:.2f}")
-    if one.left_out:
-        words.append(f"left out: {one.why}")
+    if one.why:
+        words.append(f"{'left out' if one.left_out else 'doubtful'}: {one.why}")
     return ", ".join(words)
 
 

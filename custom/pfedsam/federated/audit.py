@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from nvflare.apis.dxo import MetaKey
@@ -18,11 +18,13 @@ import pfedsam
 from pfedsam.errors import CODES, PFedSAMError
 from pfedsam.federated import boundary, scalars
 from pfedsam.federated.jobs import CLIENT
-from pfedsam.federated.packing import PACKED
+from pfedsam.federated.packing import PACKED, Precision
 from pfedsam.federated.plan import PLAN_ID
 from pfedsam.federated.records import CHECKED, LEFT, SCALARS, SENT_FILE
+from pfedsam.federated.settings import KIT_DEFAULTS
 from pfedsam.files import read_lines
 from pfedsam.parameters import CEILING, MAY_BE_PERSONAL
+from pfedsam.training.local import LEAST_COVERED, MOST_COVERED
 
 _SUBMITTED = re.compile(r"\[S:(?P<scope>[^\]]*)\].*\[A:(?P<task>\w+)#[^\]]*\]submit result:? (?P<reply>\S+)")
 _ACTION = re.compile(r"\[U:(?P<user>[^\]]*)\]\[A:(?P<action>[^\]]*)\]")
@@ -159,10 +161,17 @@ def statement() -> str:
         shared=sorted(CEILING),
         personal=sorted(MAY_BE_PERSONAL - CEILING),
         metadata=boundary.METADATA,
+        meanings=boundary.MEANINGS,
+        step=10.0**-boundary.METRIC_DECIMALS,
         metrics=boundary.METRICS,
+        added=sorted(_ADDED),
         beside=MetaKey.INITIAL_METRICS,
         decimals=boundary.METRIC_DECIMALS,
-        tags=scalars.LISTED.pattern,
+        tags=scalars.TAGS,
+        phases=scalars.PHASES,
+        defaults=KIT_DEFAULTS,
+        precisions=get_args(Precision),
+        covered=(LEAST_COVERED, MOST_COVERED),
         tasks=boundary.MODEL_TASKS,
         codes=CODES,
         largest=boundary.LARGEST_VALUE,

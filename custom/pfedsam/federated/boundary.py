@@ -37,7 +37,7 @@ from pfedsam.parameters import CEILING, Manifest, TensorSpec, group_of, short
 #: Metrics that may leave a site, of the global model; each is a number from 0 to 1.
 METRICS: tuple[str, ...] = ("val_dice",)
 #: Decimals of a metric that leaves: of a single case an exact Dice would tell the number of its lesion's voxels.
-METRIC_DECIMALS = 3
+METRIC_DECIMALS = 2
 #: Metadata keys of our own.
 ROUND_KEY = "pfedsam_round"
 FINGERPRINT_KEY = "pfedsam_fingerprint"
@@ -47,6 +47,13 @@ METADATA: tuple[str, ...] = (MetaKey.NUM_STEPS_CURRENT_ROUND, ROUND_KEY, FINGERP
 MODEL_TASKS: tuple[str, ...] = (AppConstants.TASK_TRAIN, AppConstants.TASK_SUBMIT_MODEL)
 #: No element of a weight difference may be larger.
 LARGEST_VALUE = 1e4
+#: What each listed metadata is, for people.
+MEANINGS: dict[str, str] = {
+    MetaKey.NUM_STEPS_CURRENT_ROUND: "number of training cases (1 where the job weighs all sites alike)",
+    ROUND_KEY: "number of the round",
+    FINGERPRINT_KEY: "SHA-256 of the public base weights and the network's settings",
+    "val_dice": "Dice of the global model on the validation cases",
+}
 #: Bound of the number of training cases and of the round.
 LARGEST_COUNT = 10**6
 #: Cookies that NVFlare's workflows set in task data and read again from the result.

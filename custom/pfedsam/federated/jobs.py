@@ -111,7 +111,8 @@ def export_job(
         byoc: bring the code, bundles and strategies in `app/custom`, for sites that allow code in jobs and have the
             libraries of `app/custom/requirements.txt` but not this package, or another version of it.
         plan: arguments of the plan to set on both sides.
-        server: top-level settings of the server's configuration, for example `num_rounds`.
+        server: top-level settings of the server's configuration, for example `num_rounds`. With `min_clients` the plan
+            promises that no round has fewer sites, unless `plan` says something else of `least_sites`.
         persistor: arguments of the persistor to set.
         privacy: further filters, after ours at the sites and before the guard at the server.
 
@@ -134,10 +135,11 @@ def export_job(
         shutil.rmtree(out / "app" / "custom", ignore_errors=True)
     if byoc:
         _add_code(out / "app" / "custom")
+    promised = {"least_sites": int(server["min_clients"])} if server and "min_clients" in server else {}
     for name in (SERVER, CLIENT):
         path = out / "app" / "config" / name
         config = json.loads(path.read_text())
-        _component(config, "plan")["args"].update(plan or {})
+        _component(config, "plan")["args"].update({**promised, **(plan or {})})
         if name == SERVER:
             config.update(server or {})
             _component(config, "persistor")["args"].update(persistor or {})

@@ -25,7 +25,7 @@ from nvflare.security.security import COMMAND_CATEGORIES, CommandCategory
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.jobs import CLIENT, SERVER, needed_classes
-from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings, read_settings
+from pfedsam.federated.settings import KIT_DEFAULTS, SITE_SETTINGS, SiteSettings, read_settings
 from pfedsam.files import write_like
 from pfedsam.parameters import GROUPS
 
@@ -74,8 +74,8 @@ def init_kit(kit: Path, settings: SiteSettings, *, byoc: bool = False) -> list[P
 
     Args:
         kit: folder of the startup kit, as provisioned.
-        settings: of the site: what is set in them replaces what the site's file says, the rest of it stays. A server
-            keeps its job store inside the kit and needs no settings.
+        settings: of the site: what is set in them replaces what the site's file says, the rest of it stays, and what
+            neither says is that of `KIT_DEFAULTS`. A server keeps its job store inside the kit and needs no settings.
         byoc: let jobs carry code. Such code runs with the rights of the site's process: no filter stops it.
 
     Returns:
@@ -94,7 +94,9 @@ def init_kit(kit: Path, settings: SiteSettings, *, byoc: bool = False) -> list[P
     if not server:
         files[PRIVACY] = _privacy(_load(local / PRIVACY, {}))
         before = read_settings(local / SITE_SETTINGS)
-        told = before.model_copy(update=settings.model_dump(exclude_unset=True, exclude_none=True))
+        given = settings.model_dump(exclude_unset=True, exclude_none=True)
+        missing = {key: value for key, value in KIT_DEFAULTS.items() if key not in before.model_fields_set}
+        told = before.model_copy(update={**missing, **given})
         unknown = sorted(set(told.may_share or ()) - set(GROUPS))
         if unknown:
             raise PFedSAMError("E01", f"there are no parameter groups {unknown} to share.", f"Some of {list(GROUPS)}.")

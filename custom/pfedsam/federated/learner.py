@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
 from pfedsam.federated.filters import outgoing_filters, require_outgoing_filter
 from pfedsam.federated.jobs import CLIENT
 from pfedsam.federated.kits import require_no_log_streaming
+from pfedsam.federated.least_sites import require_enough_sites
 from pfedsam.federated.literals import require_literal
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.federated.privacy import require_policy
 from pfedsam.federated.scalars import ListedScalars, phase_tag
 from pfedsam.federated.settings import require_agreed, site_folder, site_settings
-from pfedsam.state import SiteState, state_root
+from pfedsam.state import BEST, SiteState, state_root
 from pfedsam.training.local import LocalTraining, RoundResult
 
 #: Tasks whose results must go through the outgoing filter.
@@ -37,6 +39,11 @@ FILTERED_TASKS = (
     AppConstants.TASK_VALIDATION,
     AppConstants.TASK_CONFIGURE,
 )
+
+#: A global model is far worse than before if its Dice is below this share of the best and lower by at least so much.
+WORST_SHARE, LEAST_FALL = 0.5, 0.1
+#: In what is told of a state: the best Dice of the global models that were received.
+BEST_DICE = "best_dice_global"
 
 
 class PFedSAMLearner(ModelLearner):
@@ -59,6 +66,10 @@ class PFedSAMLearner(ModelLearner):
         self._started = False
         self._problem: PFedSAMError | None = None
         self._state: SiteState | None = None
+        #: Dice on the validation cases of the best global model so far, kept with the state, and of the one at hand.
+        self._best_dice: float | None = None
+        self._global_dice: float | None = None
+        self._tells_dice = False
 
     def initialize(self) -> None:
         """Start once; a problem is kept and told with every task, because NVFlare does not try again."""
@@ -71,7 +82,11 @@ class PFedSAMLearner(ModelLearner):
         """Dice of the global model (experts off) on the site's validation cases.
 
         Before the training of a round that is not validated, or at a site that tells no Dice, NVFlare gets None and
-        sends no metrics with the result.
+        sends no metrics with the result. The same for a global model that predicts nothing or everything (see
+        `LocalTraining.answers`), but in a simulation.
+
+        A Dice far below the best one so far is told in the site's log (see `fall`): the global model may be
+        damaged or made to do harm. Where the strategy asks for no validation in a round, none is added for that.
         """
         return self._guarded(self._validate, model)
 
@@ -106,6 +121,7 @@ class PFedSAMLearner(ModelLearner):
         plan = plan_of(self.fl_ctx)
         strategy, site = plan.checked(), site_settings(self.fl_ctx)
         require_agreed(plan.federation, site)
+        require_enough_sites(self.fl_ctx, plan, site.least_sites)
         trained = outgoing_filters(self.fl_ctx, AppConstants.TASK_TRAIN)
         require_policy(trained, site.largest_clip, site.least_noise)
         self._set_threads(site.threads or self.threads)
@@ -121,8 +137,9 @@ class PFedSAMLearner(ModelLearner):
         self._local = LocalTraining(plan.bundle, folder, strategy, plan.overrides, output, **told)
         self._local.open()
         self._open_state(plan, site.state_root)
-        self._scalars = self._find_scalars(site.curves)
-        self._tells_dice = len(self._local.validation_cases) >= site.least_validation_cases
+        simulated = self._is_simulated()
+        self._scalars = self._find_scalars(simulated if site.curves is None else site.curves)
+        self._enough_cases = len(self._local.validation_cases) >= site.least_validation_cases
         self._local.trainer.should_stop = self.is_aborted
         self.logger.info(
             f"{len(self._local.cases)} training and {len(self._local.validation_cases)} validation cases, "
@@ -142,10 +159,12 @@ class PFedSAMLearner(ModelLearner):
         if saved is not None:
             self._state.require_same_kind(saved, self._local.strategy)
             self._local.restore(saved)
+            self._best_dice = _dice(saved.info)
             self.logger.info(f"personal state of round {saved.info.get('round')} taken from {self._state.folder}")
 
     def _validate(self, model: FLModel) -> FLModel | None:
         before_training = self.current_round is not None
+        self._global_dice = None
         if before_training and not self._local.validates(int(self.current_round)):
             return None
         dice = self._receive_and_validate(model)
@@ -161,9 +180,10 @@ class PFedSAMLearner(ModelLearner):
         result = self._local.train(self.current_round)
         if self.is_aborted():
             return ReturnCode.TASK_ABORTED
-        self._save(final=False)
+        personal = self._local.personal_dice(self.current_round)
+        self._save(final=False, val_dice_global=self._global_dice, val_dice_personal=personal)
         self._report(result)
-        if (personal := self._local.personal_dice(self.current_round)) is not None:
+        if personal is not None:
             self._send_dice("val_dice_personal", personal)
             self.logger.info(f"round {self.current_round}: personal Dice {personal:.3f}")
         return FLModel(
@@ -190,15 +210,28 @@ class PFedSAMLearner(ModelLearner):
 
     def _receive_and_validate(self, model: FLModel) -> float:
         self._local.receive(model.params, model.meta.get(FINGERPRINT_KEY))
-        return self._local.validate(experts=False)["val_dice"]
+        self._global_dice = dice = self._local.validate(experts=False)["val_dice"]
+        self._tells_dice = self._enough_cases and (self._is_simulated() or self._local.answers)
+        if self._enough_cases and not self._tells_dice:
+            self.logger.warning(
+                "the global model predicts nothing or nearly everything on most of the validation cases: its Dice "
+                "would tell how large the lesions are, so it is not sent. Expected in the first rounds only."
+            )
+        if self.current_round is not None:  # else the global evaluation, also of models of earlier rounds
+            if fell := fall(dice, self._best_dice):
+                self.logger.warning(f"round {self.current_round}: {fell}")
+            self._best_dice = max(dice, self._best_dice or 0.0)
+        return dice
 
     def _send_dice(self, tag: str, dice: float) -> None:
         if self._tells_dice:
             self._scalars.send(tag, dice, self.current_round)
 
-    def _save(self, final: bool, **metrics: float) -> None:
+    def _save(self, final: bool, **metrics: float | None) -> None:
         assert self._state is not None
-        self._state.save(self._local.model(round=int(self.current_round), final=final, **metrics))
+        told = {**metrics, BEST_DICE: self._best_dice}
+        known = {name: value for name, value in told.items() if value is not None}
+        self._state.save(self._local.model(round=int(self.current_round), final=final, **known))
 
     def _report(self, result: RoundResult) -> None:
         for name, phase in result.phases.items():
@@ -228,8 +261,35 @@ class PFedSAMLearner(ModelLearner):
         self.logger.error(str(problem))
         return problem.as_reply()
 
+    def _is_simulated(self) -> bool:
+        return bool(self.fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False))
+
     def _set_threads(self, threads: int) -> None:
-        if not threads and self.fl_ctx.get_prop(FLContextKey.SIMULATE_MODE, False):
+        if not threads and self._is_simulated():
             threads = 1
         if threads:
             torch.set_num_threads(threads)
+
+
+def fall(dice: float, best: float | None) -> str:
+    """What to say of a global model that is far worse than those before it; an empty text if it is not.
+
+    Args:
+        dice: of the global model that was received now, on the site's validation cases.
+        best: of all before it that were validated, None if there is none.
+
+    Returns:
+        A sentence if the Dice is below `WORST_SHARE` of the best so far, and by at least `LEAST_FALL`.
+    """
+    if best is None or dice >= WORST_SHARE * best or best - dice < LEAST_FALL:
+        return ""
+    return (
+        f"the Dice of the global model on this site's validation cases is {dice:.3f}, it was {best:.3f} at best. "
+        "Where no new training has begun, the model may be damaged or made to do harm: ask the administrator, and "
+        f"use {BEST} in the state folder until then."
+    )
+
+
+def _dice(info: Mapping[str, Any]) -> float | None:
+    value = info.get(BEST_DICE)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

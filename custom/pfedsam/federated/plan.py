@@ -30,6 +30,8 @@ class Plan:
         most_cases: the most training cases that a site counts as, as the sites agreed on it: a number for all, or
             numbers by site. Where none was agreed on, a site is held to what the others have, see
             `pfedsam.training.aggregation`.
+        least_sites: the server aggregates a round only if so many sites have contributed; None promises nothing. See
+            `pfedsam.federated.least_sites`.
 
     Raises:
         PFedSAMError: E16 or E18, from `checked`, not from the constructor: a job with a wrong plan must be answered
@@ -43,19 +45,21 @@ class Plan:
         strategy: dict[str, Any],
         overrides: dict[str, Any] | None = None,
         most_cases: int | dict[str, int] | None = None,
+        least_sites: int | None = None,
     ) -> None:
         self.federation = federation
         self.bundle = bundle
         self.strategy = strategy
         self.overrides = overrides
         self.most_cases = most_cases
+        self.least_sites = least_sites
         self._manifests: dict[str, Manifest] = {}
 
     def checked(self) -> Strategy:
         """The strategy, after a check of all settings.
 
         Raises:
-            PFedSAMError: E16 for a wrong federation name, bundle or strategy, E18 for an override.
+            PFedSAMError: E16 for a wrong federation name, bundle, strategy or number of sites, E18 for an override.
         """
         if not isinstance(self.federation, str) or not self.federation.replace("-", "_").isidentifier():
             raise PFedSAMError("E16", f"federation name {self.federation!r}.", "Use letters, digits, '-' and '_'.")
@@ -64,6 +68,8 @@ class Plan:
             raise PFedSAMError(
                 "E16", f"most_cases is {self.most_cases!r}.", "Give whole numbers from 1, for all or by site."
             )
+        if self.least_sites is not None and (type(self.least_sites) is not int or self.least_sites < 1):
+            raise PFedSAMError("E16", f"least_sites is {self.least_sites!r}.", "Give a whole number from 1 on.")
         find_bundle(self.bundle)
         checked_overrides(self.overrides)
         return Strategy.of(self.strategy)

@@ -39,6 +39,9 @@ MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": "131072",
 }
 
+#: Settings of sites that are all on this machine: nothing leaves it.
+_ONE_MACHINE = {"least_sites": 1, "least_validation_cases": 1, "curves": True}
+
 
 @dataclass
 class Deployment:
@@ -108,6 +111,8 @@ class Deployment:
     def init(self, data: Mapping[str, Path], settings: Mapping[str, Any] | None = None, byoc: bool = False) -> None:
         """Write the policy of the server and of every site.
 
+        All of them are on this machine: any number of sites and of validation cases is enough, and curves are sent.
+
         Args:
             data: site folder of each site.
             settings: more of `SiteSettings`, for every site.
@@ -118,6 +123,7 @@ class Deployment:
             told = {
                 "data_root": str(data[site].resolve()),
                 "state_root": str(self.state_root(site)),
+                **_ONE_MACHINE,
                 **(settings or {}),
             }
             init_kit(self.kit(site), SiteSettings.model_validate(told), byoc=byoc)

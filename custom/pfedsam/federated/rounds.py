@@ -27,11 +27,11 @@ def _judged(folder: Path) -> Iterator[tuple[str, str, int | None]]:
     for one in read_lines(folder / ROUNDS_FILE):
         for site, told in one["sites"].items():
             if told["why"]:
-                yield site, f"its update was left out ({told['why']})", one["round"]
-                continue
-            if told["clipped_to"] is not None:
+                what = "scaled down" if told["counted"] else "left out"
+                yield site, f"its update was {what} ({_plain(told['why'])})", one["round"]
+            elif told["clipped_to"] is not None:
                 yield site, "its update was scaled down to what is usual", one["round"]
-            if told["counted"] < told["cases"]:
+            if 0 < told["counted"] < told["cases"]:
                 what = f"it counted as {told['counted']:g} training cases and not as the {told['cases']:g} it reports"
                 yield site, what, one["round"]
 
@@ -43,6 +43,11 @@ def _refused(folder: Path) -> Iterator[tuple[str, str, int | None]]:
         elif _lowered(one):
             told = f"it counted as {one['counted']} training cases, as agreed, and not as the {one['cases']} it reports"
             yield str(one["client"]), told, one.get("round")
+
+
+def _plain(why: str) -> str:
+    """A reason without its numbers, so that rounds with the same reason come together."""
+    return why.partition(":")[0]
 
 
 def _lowered(one: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from nvflare.apis.analytix import ANALYTIC_EVENT_TYPE, AnalyticsDataType, LogWriterName
@@ -20,7 +21,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.utils.analytix_utils import create_analytic_dxo
 from nvflare.app_common.widgets.convert_to_fed_event import FED_EVENT_PREFIX
 
-from pfedsam.federated.boundary import rounded_metric
+from pfedsam.federated.boundary import METRIC_DECIMALS, rounded_metric
 from pfedsam.federated.records import SCALARS, SENT_FILE, append_record
 from pfedsam.training.phases import Strategy
 
@@ -28,13 +29,37 @@ from pfedsam.training.phases import Strategy
 EVENT = FED_EVENT_PREFIX + ANALYTIC_EVENT_TYPE
 #: Names of phases that may leave a site; any other phase is told by its number.
 PHASES = ("alone", "final", "global", "local", "train")
-_DICE = r"val_dice_(global|personal)"
-#: Tags that may leave a site.
-LISTED = re.compile(
-    rf"{_DICE}|"
-    rf"(loss|distilled_share)/({'|'.join(PHASES)}|phase_\d{{1,2}})|"
-    r"(gate_entropy|expert_share_\d{1,2})/layer_\d{1,2}"
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A kind of tag that may leave a site.
+
+    Attributes:
+        name: as it is shown to people, with `<...>` for what differs.
+        pattern: regular expression of its tags.
+        meaning: what the number is.
+        decimals: of the number, None for as computed (32 bits, some 7 digits, in TensorBoard's files).
+    """
+
+    name: str
+    pattern: str
+    meaning: str
+    decimals: int | None = None
+
+
+_PHASE, _LAYER = rf"({'|'.join(PHASES)}|phase_\d{{1,2}})", r"layer_\d{1,2}"
+#: Whatever may leave a site as a scalar.
+TAGS = (
+    Tag("val_dice_global", "val_dice_global", "Dice of the global model on the validation cases", METRIC_DECIMALS),
+    Tag("val_dice_personal", "val_dice_personal", "Dice of the personal model on the same cases", METRIC_DECIMALS),
+    Tag("loss/<phase>", f"loss/{_PHASE}", "mean training loss of a phase"),
+    Tag("distilled_share/<phase>", f"distilled_share/{_PHASE}", "share of its steps in which the teacher taught"),
+    Tag("gate_entropy/layer_<n>", f"gate_entropy/{_LAYER}", "how evenly a layer's gate uses its experts"),
+    Tag("expert_share_<n>/layer_<n>", rf"expert_share_\d{{1,2}}/{_LAYER}", "share of one expert in a layer's gate"),
 )
+#: Tags that may leave a site.
+LISTED = re.compile("|".join(one.pattern for one in TAGS))
 
 
 def phase_tag(strategy: Strategy, name: str) -> str:
@@ -75,7 +100,7 @@ class ListedScalars(FLComponent):
             raise ValueError(f"scalar tag {tag!r} is not listed in {__name__}")
         if self._engine is None or not math.isfinite(value):
             return
-        if re.fullmatch(_DICE, tag):
+        if any(one.decimals is not None and re.fullmatch(one.pattern, tag) for one in TAGS):
             value = rounded_metric(value)
         dxo = create_analytic_dxo(
             tag=tag,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from nvflare.apis.fl_context import FLContext
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,6 +15,9 @@ from pfedsam.parameters import GROUPS
 SITE_SETTINGS = "pfedsam.json"
 #: Where a site takes the data root from if its settings have none.
 DATA_VARIABLE = "PFEDSAM_DATA"
+
+#: What `pfedsam site init` writes into a hospital's kit where neither it nor the person says something else.
+KIT_DEFAULTS: dict[str, Any] = {"least_validation_cases": 5, "least_sites": 3}
 
 
 class SiteSettings(BaseModel):
@@ -31,8 +35,11 @@ class SiteSettings(BaseModel):
         may_share: parameter groups that this site is willing to share; None sets no limit but the code's.
         largest_clip, least_noise: a job must clip this site's update to a norm of at most so much, and add noise of at
             least so many times that (see `pfedsam.federated.privacy`); None asks for nothing.
-        curves: whether losses, validation Dice and shares of gates and experts are sent as scalars for curves.
+        curves: whether losses, validation Dice and shares of gates and experts are sent as scalars for curves; None:
+            in a simulation only, where nothing leaves the machine.
         least_validation_cases: with fewer validation cases no Dice leaves the site, in no result and no scalar.
+        least_sites: in a federation of fewer sites this site does not take part, see `pfedsam.federated.least_sites`;
+            None for any number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,8 +54,9 @@ class SiteSettings(BaseModel):
     may_share: tuple[str, ...] | None = None
     largest_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
     least_noise: float | None = Field(None, gt=0, allow_inf_nan=False)
-    curves: bool = True
+    curves: bool | None = None
     least_validation_cases: int = Field(1, ge=1)
+    least_sites: int | None = Field(None, ge=1)
 
 
 def site_settings(fl_ctx: FLContext) -> SiteSettings:

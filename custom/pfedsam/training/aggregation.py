@@ -7,10 +7,12 @@ check against its images. The default, `norm_clipped`, bounds both by what the o
   that the federation agreed on;
 * length: an update is scaled down to at most `CLIP_TO` times the lower median of the updates' L2 norms, and left out if
   it is more than `ABSURD` times as long;
-* direction: from three sites on, an update that points back (cosine below `OPPOSED`) is left out, the most opposed
-  first, always fewer than half. In the first round it is held against the sum of the others, each of length 1; later
-  against the way that the model has come since, which honest sites follow further even where they pull against each
-  other.
+* direction: an update that points back (cosine below `OPPOSED`) is left out, the most opposed first. In the first round
+  it is held against the sum of the others, each of length 1; later against the way that the model has come since,
+  which honest sites follow further even where they pull against each other.
+
+Always fewer than half are left out, and at least `KEPT` stay: of a mean of two each site could tell the other's update.
+So of three sites none is left out; an update that would be is scaled down to the usual length.
 
 `svd` and `alternate` judge updates in the same way, then treat LoRA's factors as their names say. `mean` takes every
 claim as it is (FedAvg: McMahan et al., arXiv 1602.05629). The other rules ignore the numbers of cases: `trimmed_mean`
@@ -43,6 +45,8 @@ CLIP_TO = 2.0
 ABSURD = 10.0
 #: Cosine to the sum of the others below which an update is left out.
 OPPOSED = -0.1
+#: So many updates stay at least.
+KEPT = 3
 #: Share of the sites that `trimmed_mean` leaves out on either side of each number, rounded, at least one of three.
 TRIMMED = 0.2
 
@@ -59,7 +63,7 @@ class Judgement:
         norm: L2 norm of the update as it came.
         clipped_to: norm that it was scaled down to, or None.
         cosine: to the sum of the others, or None where it was not looked at.
-        why: it was left out, in words; "" if it was not.
+        why: it was left out, or scaled down to the usual length, in words; "" if it was not.
     """
 
     cases: float
@@ -77,7 +81,7 @@ class Judgement:
     @property
     def changed(self) -> bool:
         """Whether the site counts for less than it claims."""
-        return self.counted < self.cases or self.clipped_to is not None
+        return self.counted < self.cases or self.clipped_to is not None or bool(self.why)
 
 
 def aggregate(
@@ -151,13 +155,24 @@ def judge(
     if how not in JUDGING:
         return [Judgement(cases, cases, norm) for cases, norm in zip(weights, norms, strict=True)]
     usual = statistics.median_low(norms)
-    judged = []
-    for cases, count, norm in zip(weights, counted_cases(weights, ceilings), norms, strict=True):
-        if norm > ABSURD * usual > 0:
-            judged.append(Judgement(cases, 0.0, norm, why=f"more than {ABSURD:g} times as long as is usual"))
-        else:
-            judged.append(Judgement(cases, count, norm, CLIP_TO * usual if norm > CLIP_TO * usual > 0 else None))
-    return _without_opposed(judged, deltas, way) if len(deltas) > 2 else judged
+    judged = [
+        Judgement(cases, count, norm, CLIP_TO * usual if norm > CLIP_TO * usual > 0 else None)
+        for cases, count, norm in zip(weights, counted_cases(weights, ceilings), norms, strict=True)
+    ]
+    for i in sorted(range(len(norms)), key=lambda i: -norms[i]):
+        if norms[i] > ABSURD * usual > 0:
+            _leave_out(judged, i, usual, f"more than {ABSURD:g} times as long as is usual")
+    return _without_opposed(judged, deltas, way, usual) if len(deltas) > 2 else judged
+
+
+def _leave_out(judged: list[Judgement], one: int, usual: float, why: str) -> bool:
+    """Leave an update out if enough others stay, else scale it down to the usual length; whether it was left out."""
+    left_out = 1 + sum(other.left_out for other in judged)
+    if 2 * left_out < len(judged) and len(judged) - left_out >= KEPT:
+        judged[one] = replace(judged[one], counted=0.0, clipped_to=None, why=why)
+        return True
+    judged[one] = replace(judged[one], clipped_to=min(usual, judged[one].norm), why=why)
+    return False
 
 
 def counted_cases(weights: Sequence[float], ceilings: Sequence[float | None] | None = None) -> list[float]:
@@ -185,7 +200,9 @@ def robust_mean(values: Sequence[float], weights: Sequence[float]) -> float:
     return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
 
 
-def _without_opposed(judged: list[Judgement], deltas: Sequence[State], way: State | None) -> list[Judgement]:
+def _without_opposed(
+    judged: list[Judgement], deltas: Sequence[State], way: State | None, usual: float
+) -> list[Judgement]:
     """Leave out updates that point back, one at a time, the most opposed first."""
     units = torch.stack([_unit(_flat(delta)) for delta in deltas])
     inside = [i for i, one in enumerate(judged) if not one.left_out]
@@ -193,12 +210,10 @@ def _without_opposed(judged: list[Judgement], deltas: Sequence[State], way: Stat
         cosines = {i: _cosine(units, i, [j for j in inside if j != i], way) for i in inside}
         judged = [replace(one, cosine=cosines.get(i, one.cosine)) for i, one in enumerate(judged)]
         worst = min(inside, key=cosines.__getitem__)
-        left_out = len(judged) - len(inside)
-        if cosines[worst] >= OPPOSED or 2 * (left_out + 1) >= len(judged):
+        if cosines[worst] >= OPPOSED:
             return judged
-        judged[worst] = replace(
-            judged[worst], counted=0.0, clipped_to=None, why=f"it points back: {cosines[worst]:.2f}"
-        )
+        if not _leave_out(judged, worst, usual, f"it points back: {cosines[worst]:.2f}"):
+            return judged
         inside.remove(worst)
 
 

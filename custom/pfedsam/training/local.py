@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from monai.bundle import ConfigWorkflow
+from monai.engines.utils import IterationEvents
+from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
 from pfedsam.bundles import find_bundle, local_settings
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 #: Which cases are in which section, for people; in the output folder, which stays at the site.
 SPLIT_FILE = "split.json"
+#: A case is answered by a prediction of a class only if it covers at least and at most this share of the input.
+LEAST_COVERED, MOST_COVERED = 1e-5, 0.5
 
 
 @dataclass
@@ -96,6 +100,7 @@ class LocalTraining:
         self._received: dict[str, Tensor] = {}
         self._copy: dict[str, Tensor] = {}
         self._global_dice: float | None = None
+        self._answered: list[bool] = []
 
     def open(self) -> None:
         """Build the bundle's training workflow on this site's data, and write down its split in `output_dir`."""
@@ -180,13 +185,41 @@ class LocalTraining:
         """
         if experts or self._global_dice is None:
             reset(self.evaluator)
-            with self.network.experts(experts), held(self.network, self._beside() if experts else {}):
+            answered: list[bool] = []
+            with (
+                self.network.experts(experts),
+                held(self.network, self._beside() if experts else {}),
+                self.evaluator.add_event_handler(
+                    IterationEvents.FORWARD_COMPLETED,
+                    lambda engine: answered.extend(map(self._is_answer, engine.state.output[Keys.PRED])),
+                ),
+            ):
                 self.evaluator.run()
             dice = float(self.evaluator.state.metrics["val_dice"])
             if experts:
                 return {"val_dice": dice}
-            self._global_dice = dice
+            self._global_dice, self._answered = dice, answered
         return {"val_dice": self._global_dice}
+
+    @property
+    def answers(self) -> bool:
+        """Whether the Dice of the global model validated last says how good it is, and not how large the lesions are.
+
+        The Dice of a model that predicts everything is a function of the lesion's volume alone, and that of one that
+        predicts nothing tells which cases have none. So at least half of the validation cases must have a class whose
+        prediction covers between `LEAST_COVERED` and `MOST_COVERED` of the network's input. A model that was made to
+        predict a fixed region of ordinary size is not found out.
+        """
+        return bool(self._answered) and 2 * sum(self._answered) >= len(self._answered)
+
+    def _is_answer(self, logits: Tensor) -> bool:
+        """Whether the logits `(C, ...)` of a case, not yet put back on its image, are an ordinary prediction."""
+        if self.trainer.exclusive:
+            found = torch.stack([logits.argmax(0) == number for number in range(1, len(logits))])
+        else:
+            found = logits > 0
+        covered = found.flatten(1).float().mean(1)
+        return bool(((covered >= LEAST_COVERED) & (covered <= MOST_COVERED)).any())
 
     def _beside(self) -> dict[str, Tensor]:
         """The tensors in the place of the shared ones in the personal model."""
@@ -205,8 +238,9 @@ class LocalTraining:
         return self.validate(experts=True)["val_dice"]
 
     def train(self, round_number: int) -> RoundResult:
-        """One round beside the global model received last."""
-        result = self._run(self.strategy.phases, round_number)
+        """One round beside the global model received last. If it fails or is stopped, the model is as before."""
+        with self._all_or_nothing():
+            result = self._run(self.strategy.phases, round_number)
         result.personal = self._personal()
         self._forget_global_dice()
         result.delta = {
@@ -218,13 +252,36 @@ class LocalTraining:
     def finish(self, round_number: int) -> RoundResult:
         """The final personal phase beside the global model received last: nothing is to be sent.
 
-        The personal model is then moved towards the global one, see `interpolation` of the strategy.
+        The personal model is then moved towards the global one, see `interpolation` of the strategy. If it fails or
+        is stopped, the model is as before.
         """
-        result = self._run(self.strategy.final, round_number)
-        self._interpolate(self.strategy.interpolation)
+        with self._all_or_nothing():
+            result = self._run(self.strategy.final, round_number)
+            self._interpolate(self.strategy.interpolation)
         result.personal = self._personal()
         self._forget_global_dice()
         return result
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """After an error or a stop inside, the personal part, copy, moments and theta are those of before.
+
+        A round that ended in values that are not finite would spoil every round after it. The state on disk is that of
+        the last whole round, and so is the one in memory.
+        """
+        personal, copy = personal_state(self.network, self.strategy.roles), self._copy
+        # a phase makes new ones and changes none in place
+        moments, theta, whole = self.trainer.moments(), self._received, False
+        try:
+            yield
+            whole = not self.trainer.should_stop()
+        finally:
+            if not whole:
+                load_personal_state(self.network, self.strategy.roles, personal)
+                self._copy = copy
+                self.trainer.load_moments(moments)
+                if theta:
+                    load_shared_state(self.network, self.strategy.roles, theta)
 
     def _interpolate(self, alpha: float) -> None:
         if alpha == 1:

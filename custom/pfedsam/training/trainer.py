@@ -15,12 +15,13 @@ from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.networks.prompts import training_boxes
 from pfedsam.networks.sam import SegmentAnything
-from pfedsam.parameters import Role, Roles, group_of, held, set_trainable, trains_encoder
+from pfedsam.parameters import Role, Roles, group_of, held, set_trainable, short, trains_encoder
 from pfedsam.training.distillation import QualityGate, TeacherLogits, distillation_loss
 from pfedsam.training.feature_cache import FeatureCache
 from pfedsam.training.phases import Phase
@@ -154,12 +155,14 @@ class PhaseTrainer(SupervisedTrainer):
         """Train the current phase.
 
         Raises:
-            PFedSAMError: E17 if the loss is not finite; E16 if the optimiser has nothing to train.
+            PFedSAMError: E17 if the loss, a gradient or, at the end, a trained tensor is not finite; E16 if the
+                optimiser has nothing to train.
         """
         if self.phase.epochs == 0:
             return
         try:
             super().run()
+            self._require_finite_parameters()
         except BaseException:
             reset(self)
             raise
@@ -214,21 +217,37 @@ class PhaseTrainer(SupervisedTrainer):
             distance = torch.stack([(parameter - theta).square().sum() for parameter, theta in self._anchors]).sum()
             loss = loss + self.phase.proximal / 2 * distance
         value = float(loss.detach())
-        if not math.isfinite(value):
-            raise PFedSAMError(
-                "E17",
-                f"phase '{self.phase.name}', round {self.round}, step {self.state.iteration}: loss is {value}.",
-                "Lower the learning rate, or look at the intensities with `pfedsam validate`.",
-            )
+        self._require_finite(value, "loss is")
         self.fire_event(IterationEvents.LOSS_COMPLETED)
         loss.backward()
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        self._require_finite(self._gradient_norm(), "the norm of the gradient is")
         self.optimizer.step()
         self.report.steps += 1
         self.report.losses.append(value)
         self.state.output = {Keys.IMAGE: images, Keys.LABEL: label, Keys.PRED: prediction.detach(), Keys.LOSS: loss}
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return self.state.output
+
+    def _gradient_norm(self) -> float:
+        """Norm over the gradients of all that the phase trains: one fused pass, not finite if one element is not."""
+        trained = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        return float(get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None]))
+
+    def _require_finite_parameters(self) -> None:
+        """Once at the end of a phase: an update can overflow although its gradient did not."""
+        trained = {name: one for name, one in self.network.named_parameters() if one.requires_grad}
+        spoilt = [name for name, parameter in trained.items() if not bool(torch.isfinite(parameter).all())]
+        if spoilt:
+            self._require_finite(math.nan, f"{short(spoilt)} hold(s)")
+
+    def _require_finite(self, value: float, told: str) -> None:
+        if not math.isfinite(value):
+            raise PFedSAMError(
+                "E17",
+                f"phase '{self.phase.name}', round {self.round}, step {self.state.iteration}: {told} {value}.",
+                "Lower the learning rate, or look at the intensities with `pfedsam validate`.",
+            )
 
     def _distil(self, features: Tensor, prediction: Tensor, label: Tensor, items: list[int]) -> Tensor | float:
         settings = self.phase.distillation

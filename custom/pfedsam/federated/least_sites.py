@@ -1,0 +1,92 @@
+"""How many sites must take part: what a site asks for, and what the server does about it.
+
+The mean of two sites tells each of them the update of the other: `u2 = (w1 + w2) m - w1 u1, over w2`. Of three, each
+learns the sum of the other two only. So a site names the least number that it takes part with (`least_sites` in its
+settings), a job promises one in its plan, and the server stops a job whose round has fewer contributions.
+
+The site sees what the server *says*: the sites that NVFlare lists in the job's metadata, and the promise of the plan. A
+hostile server can list sites that do not exist or take part itself; then no number helps, only noise on the update.
+"""
+
+from __future__ import annotations
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.job_def import JobMetaKey
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+
+from pfedsam.errors import PFedSAMError
+from pfedsam.federated.plan import Plan, plan_of
+from pfedsam.federated.settings import SITE_SETTINGS
+
+
+def sites_of(fl_ctx: FLContext) -> frozenset[str]:
+    """Names of the sites that the server says take part in the job; empty if it says nothing."""
+    meta = fl_ctx.get_prop(FLContextKey.JOB_META)
+    listed = meta.get(JobMetaKey.JOB_CLIENTS.value) if isinstance(meta, dict) else None
+    found = [one.get("name") for one in listed or () if isinstance(one, dict)]
+    return frozenset(name for name in found if isinstance(name, str))
+
+
+def require_enough_sites(fl_ctx: FLContext, plan: Plan, least: int | None) -> None:
+    """Refuse a job of fewer sites than this site takes part with.
+
+    Args:
+        fl_ctx: context of a task at the site.
+        plan: of the job.
+        least: `least_sites` of the site's settings, None for any number.
+
+    Raises:
+        PFedSAMError: E27 if fewer take part, or the plan does not promise that each round has as many.
+    """
+    if least is None:
+        return
+    remedy = f"Take part with more sites, or let IT set 'least_sites' in local/{SITE_SETTINGS} (`pfedsam site init`)."
+    count = len(sites_of(fl_ctx))
+    if count < least:
+        raise PFedSAMError("E27", f"{count} site(s) take part, this site asks for at least {least}.", remedy)
+    if (plan.least_sites or 0) < least:
+        raise PFedSAMError(
+            "E27",
+            f"the job promises rounds of at least {plan.least_sites or 1} site(s), this site asks for {least}.",
+            f"Export the job with `--min-clients {least}`. {remedy}",
+        )
+
+
+class LeastSites(FLComponent):
+    """At the server: stops the job when a round has contributions of fewer sites than the plan promises.
+
+    It counts what the aggregator has accepted, so a result that the guard has refused does not count. The job stops
+    before the mean becomes the global model: no site sees it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._accepted: set[str] = set()
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Count the sites of a round; stop the job if there are too few when it closes."""
+        if event_type in (EventType.START_RUN, AppEventType.ROUND_STARTED):
+            self._accepted = set()
+        elif event_type == AppEventType.AFTER_CONTRIBUTION_ACCEPT:
+            peer = fl_ctx.get_peer_context()
+            if peer and fl_ctx.get_prop(AppConstants.AGGREGATION_ACCEPTED, False):
+                self._accepted.add(peer.get_identity_name())
+        elif event_type == AppEventType.BEFORE_AGGREGATION:
+            self._close(fl_ctx)
+
+    def _close(self, fl_ctx: FLContext) -> None:
+        least = plan_of(fl_ctx).least_sites
+        if least is None or len(self._accepted) >= least:
+            return
+        problem = PFedSAMError(
+            "E27",
+            f"round {fl_ctx.get_prop(AppConstants.CURRENT_ROUND)} has contributions of {sorted(self._accepted)} only, "
+            f"the plan promises at least {least} sites.",
+            "See in the log which sites failed or were refused, then resume the job (`pfedsam job resume`).",
+        )
+        self.logger.error(str(problem))
+        self.system_panic(str(problem), fl_ctx)

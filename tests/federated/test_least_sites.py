@@ -1,0 +1,113 @@
+"""The server stops a job whose round has fewer sites than the plan promises, and a job promises what it waits for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey
+from nvflare.apis.fl_context import FLContext, FLContextManager
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+from typer.testing import CliRunner
+
+from pfedsam.cli import app
+from pfedsam.errors import PFedSAMError
+from pfedsam.federated.jobs import CLIENT, SERVER, export_job, find_job
+from pfedsam.federated.least_sites import LeastSites, sites_of
+from pfedsam.federated.plan import PLAN_ID, Plan
+from pfedsam.strategies import find_strategy
+
+
+class Server:
+    """A server's run with a plan: it notes the events that are fired."""
+
+    def __init__(self, least: int | None) -> None:
+        plan = Plan("lesions", "brain_lesion_mri", find_strategy("pfedsam").strategy, least_sites=least)
+        self.events: list[tuple[str, str]] = []
+        manager = FLContextManager(identity_name="server", job_id="job")
+        manager.engine = SimpleNamespace(
+            get_component=lambda name: plan if name == PLAN_ID else None,
+            fire_event=lambda event, fl_ctx: self.events.append((event, str(fl_ctx.get_prop(FLContextKey.EVENT_DATA)))),
+        )
+        self.new_context = manager.new_context
+        self.component = LeastSites()
+        self.fire(EventType.START_RUN)
+
+    def fire(self, event: str, fl_ctx: FLContext | None = None) -> None:
+        self.component.handle_event(event, fl_ctx or self.new_context())
+
+    def contributes(self, site: str, accepted: bool = True) -> None:
+        fl_ctx, peer = self.new_context(), FLContext()
+        peer.set_prop(ReservedKey.IDENTITY_NAME, site)
+        fl_ctx.set_peer_context(peer)
+        fl_ctx.set_prop(AppConstants.AGGREGATION_ACCEPTED, accepted, private=True, sticky=False)
+        self.fire(AppEventType.AFTER_CONTRIBUTION_ACCEPT, fl_ctx)
+
+    def stopped(self) -> str:
+        """Close the round: what the job is stopped with, or an empty text."""
+        self.events.clear()
+        self.fire(AppEventType.BEFORE_AGGREGATION)
+        return next((told for event, told in self.events if event == EventType.FATAL_SYSTEM_ERROR), "")
+
+
+def test_a_round_with_too_few_sites_stops_the_job_and_names_those_that_were_there() -> None:
+    server = Server(3)
+    for site in ("site-1", "site-2"):
+        server.contributes(site)
+    # neither a refused contribution nor a second one of a site counts
+    server.contributes("site-3", accepted=False)
+    server.contributes("site-2")
+    told = server.stopped()
+    assert told.startswith("E27") and "['site-1', 'site-2']" in told and "at least 3" in told
+
+
+def test_each_round_is_counted_for_itself() -> None:
+    server = Server(2)
+    for site in ("site-1", "site-2"):
+        server.contributes(site)
+    assert not server.stopped()
+    server.fire(AppEventType.ROUND_STARTED)
+    server.contributes("site-1")
+    assert server.stopped()
+
+
+def test_a_plan_that_promises_nothing_stops_nothing() -> None:
+    assert not Server(None).stopped()
+
+
+@pytest.mark.parametrize("meta", [None, "text", {}, {"job_clients": None}, {"job_clients": ["site-1", {"name": 3}]}])
+def test_what_the_server_does_not_say_counts_as_no_site(meta: object) -> None:
+    fl_ctx = FLContextManager(identity_name="site-1", job_id="job").new_context()
+    fl_ctx.set_prop(FLContextKey.JOB_META, meta, private=True, sticky=True)
+    assert sites_of(fl_ctx) == frozenset()
+
+
+@pytest.mark.parametrize("least", [0, -1, True, 2.0, "3"])
+def test_a_promise_is_a_whole_number(least: object) -> None:
+    plan = Plan("lesions", "brain_lesion_mri", find_strategy("pfedsam").strategy, least_sites=least)  # type: ignore[arg-type]
+    with pytest.raises(PFedSAMError, match=r"E16.*least_sites"):
+        plan.checked()
+
+
+def promised(job: Path) -> list[int | None]:
+    """What both sides' plans promise."""
+    configs = [json.loads((job / "app" / "config" / name).read_text()) for name in (SERVER, CLIENT)]
+    plans = [next(one["args"] for one in config["components"] if one["id"] == PLAN_ID) for config in configs]
+    return [plan.get("least_sites") for plan in plans]
+
+
+def test_an_exported_job_promises_what_the_server_waits_for(tmp_path: Path) -> None:
+    source = find_job("pfedsam")
+    waits = json.loads((source / "app" / "config" / SERVER).read_text())["min_clients"]
+    assert promised(export_job(source, tmp_path / "three", server={"min_clients": 3})) == [3, 3]
+    other = export_job(source, tmp_path / "two", server={"min_clients": 3}, plan={"least_sites": 2})
+    assert promised(other) == [2, 2]
+    assert promised(export_job(source, tmp_path / "none")) == [None, None]
+    for options, number in (([], waits), (["--min-clients", "5"], 5)):
+        out = tmp_path / f"job-{number}"
+        assert CliRunner().invoke(app, ["job", "export", "pfedsam", str(out), *options]).exit_code == 0
+        assert promised(out) == [number, number]
