@@ -140,3 +140,20 @@ def test_make_poc_shows_the_state_that_was_written_last(tmp_path: Path) -> None:
     assert poc._newest_state(deployment, site) == newest
     with pytest.raises(PFedSAMError, match="E13"):
         poc._newest_state(deployment, deployment.sites[1])
+
+
+@pytest.mark.parametrize(
+    ("dice", "shown"),
+    [(0.71239, "0.712"), (1, "1.000"), (None, ""), ("high", "?"), ([0.7], "?"), ({}, "?"), (True, "?")],
+)
+@pytest.mark.parametrize("final", [True, [1], "yes"])
+def test_a_state_whose_info_holds_something_else_is_listed_all_the_same(
+    root: Path, dice: object, shown: str, final: object
+) -> None:
+    path = keep(root) / CURRENT
+    model = read(path)
+    model.info |= {"val_dice_personal": dice, "final": final}
+    write(path, model)
+    (line,) = [line for line in run("list", "--root", root).output.splitlines() if "lgg" in line]
+    cells = [cell.strip() for cell in line.split("│")]
+    assert cells[6:8] == ["yes" if final is True else "", shown]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pfedsam.bundles import folder, network_of
@@ -16,7 +18,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.federated.jobs import make_job, plan_settings
 from pfedsam.federated.plan import Plan
 from pfedsam.parameters import COPY, group_of
-from pfedsam.strategies import ablation_names, find_strategy, patched, strategy_names
+from pfedsam.strategies import StrategyFile, ablation_names, find_strategy, patched, strategy_names
 
 TINY = {"backbone": "vit_test", "image_size": 64}
 SERVERLESS = {"centralised", "local_only", "ensemble_local"}
@@ -24,6 +26,11 @@ ALL = {
     *SERVERLESS, "fedsam", "fedmsa", "fedavg_lora", "fedavg_lora_ft", "fedprox", "fedln", "fedrep", "ditto", "feddpa",
     "fedsa", "ffa_lora", "pfedsam",
 }  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
 SUBSET = {"lora_a", "lora_b", "decoder_subset"}
 
 
@@ -236,9 +243,9 @@ def test_every_ablation_is_a_possible_strategy(name: str) -> None:
 )
 def test_a_rule_gets_its_aggregator(tmp_path: Path, rule: str, aggregator: str) -> None:
     file = tmp_path / "mine.json"
-    settings = json.loads((folder("jobs") / "strategies" / "fedavg_lora.json").read_text())
-    settings["strategy"] |= {"name": "mine", "aggregation": rule}
-    file.write_text(json.dumps(settings))
+    content = json.loads((folder("jobs") / "strategies" / "fedavg_lora.json").read_text())
+    content["strategy"] |= {"name": "mine", "aggregation": rule}
+    file.write_text(json.dumps(content))
     job = make_job(str(file), tmp_path / "job")
     config = json.loads((job / "app/config/config_fed_server.json").read_text())
     (found,) = [one for one in config["components"] if one["id"] == "aggregator"]
@@ -262,6 +269,13 @@ def test_a_strategy_is_added_with_one_file_and_one_job(tmp_path: Path) -> None:
     ("content", "words"),
     [
         ("{", "is no strategy"),
+        ("[1]", r"is no strategy: it is \[1\]"),
+        ('"pfedsam"', "is no strategy"),
+        ('{"description": "x", "strategy": [1]}', "'strategy'"),
+        ('{"description": "x", "strategy": {"phases": 3}}', "'phases' = 3"),
+        ('{"description": "x", "strategy": {}, "overrides": 3}', "'overrides'"),
+        ('{"description": "x", "strategy": {}, "overrides": {"seed": [1]}}', "E18.*'seed'"),
+        ("[" * 100_000, "is no strategy"),
         ('{"description": "x", "strategy": {}, "kind": "other"}', "'kind'"),
         ('{"description": "x", "strategy": {"shared": ["experts"]}}', "may never be shared"),
         ('{"description": "x", "strategy": {}, "overrides": {"checkpoint": "/etc/passwd"}}', "checkpoint"),
@@ -287,6 +301,44 @@ def test_a_patch_of_a_phase_that_is_not_there_is_refused(patch: dict[str, Any]) 
         patched("mine", {"base": "pfedsam", **patch})
     named = "final" if patch.get("order") == ["global", "final"] else "train"
     assert caught.value.code == "E16" and f"['{named}']" in caught.value.message and "global" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        [1],
+        {},
+        {"base": 3},
+        {"base": "pfedsam", "phases": [1]},
+        {"base": "pfedsam", "phases": {"global": 3}},
+        {"base": "pfedsam", "strategy": 3},
+        {"base": "pfedsam", "strategy": {"phases": 3}},
+        {"base": "pfedsam", "strategy": {"phases": [3]}},
+        {"base": "pfedsam", "strategy": {"phases": [{"name": [1]}]}},
+        {"base": "pfedsam", "overrides": [1]},
+        {"base": "pfedsam", "order": 3},
+        {"base": "pfedsam", "order": [[1]]},
+        {"base": "pfedsam", "other": 3},
+    ],
+    ids=str,
+)
+def test_a_patch_of_another_shape_is_refused(patch: Any) -> None:
+    with pytest.raises(PFedSAMError, match="E16"):
+        patched("mine", patch)
+
+
+def test_a_phase_that_a_patch_renames_keeps_its_place() -> None:
+    patch = {"base": "distil_mutual", "order": ["global", "local"], "phases": {"local": {"name": "own"}}}
+    assert [phase.name for phase in patched("mine", patch).checked().phases] == ["global", "own"]
+
+
+@given(JSON | st.dictionaries(st.sampled_from(["description", "kind", "strategy", "overrides"]), JSON))
+@settings(max_examples=200, deadline=None)
+def test_any_json_is_a_strategy_file_or_an_error_of_ours(content: Any) -> None:
+    try:
+        StrategyFile.of(content, "file.json")
+    except PFedSAMError as error:
+        assert error.code in ("E16", "E18")
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -9,45 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from pfedsam.errors import PFedSAMError, first_of_ours
-from pfedsam.networks.weights import CHECKPOINTS
+from pfedsam.settings import Setting, all_settings, checked, require_together, shown
 
 #: Path of the base weights on this machine, for all sites and the server that run on it.
 CHECKPOINT_VARIABLE = "PFEDSAM_CHECKPOINT"
 
 #: Folder of this machine's own bundles. No job can set it.
 BUNDLES_VARIABLE = "PFEDSAM_BUNDLES"
-_METADATA = "*/configs/metadata.json"
+TRAIN, METADATA = "train.json", "metadata.json"
+_BUNDLES = f"*/configs/{METADATA}"
 
-#: Ids of a bundle's configuration that a job may override, and the types of literal it may give. Paths never.
-OVERRIDES: dict[str, tuple[type, ...]] = {
-    "backbone": (str,),
-    "checkpoint": (str,),
-    "image_size": (int,),
-    "field_of_view_mm": (int, float),
-    "adapted_blocks": (int, str),
-    "lora_rank": (int,),
-    "lora_places": (list,),
-    "decoder_rank": (int,),
-    "experts": (int,),
-    "bottleneck": (int,),
-    "expert_scale": (int, float),
-    "expert_places": (list,),
-    "gate": (str,),
-    "top_k": (int,),
-    "checkpointing": (bool,),
-    "grey": (str,),
-    "seed": (int,),
-    "folds": (int,),
-    "batch_size": (int,),
-    "val_batch_size": (int,),
-    "positives_per_case": (int,),
-    "negatives_per_case": (int,),
-    "augmentations": (int,),
-    "amp": (bool,),
-    "box_probability": (int, float),
-    "cache_limit_gb": (int, float),
-    "cache_dtype": (str,),
-}
+#: What a job may override of a bundle's configuration, by id, see `pfedsam.settings`. Paths never.
+OVERRIDES: dict[str, Setting] = {name: setting for name, setting in all_settings().items() if setting.by == "job"}
 
 
 def folder(kind: str) -> Path:
@@ -64,7 +37,7 @@ def own_bundles() -> Path:
 
 def installed_bundles() -> dict[str, Path]:
     """Folders of the packaged bundles and of this machine's own, by name; a packaged one comes first."""
-    found = [path.parent.parent for root in (folder("bundles"), own_bundles()) for path in root.glob(_METADATA)]
+    found = [path.parent.parent for root in (folder("bundles"), own_bundles()) for path in root.glob(_BUNDLES)]
     return {path.name: path for path in reversed(found)}
 
 
@@ -75,37 +48,31 @@ def find_bundle(name: str) -> Path:
         PFedSAMError: E16 if there is no such bundle. A path is never accepted: a job could point it anywhere.
     """
     known = installed_bundles()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise PFedSAMError(
             "E16",
-            f"there is no installed bundle '{name}'.",
+            f"there is no installed bundle {shown(name)}.",
             f"Installed bundles: {sorted(known)}; one of your own goes into {own_bundles()}.",
         )
     return known[name]
 
 
 def checked_overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Only listed ids with literal values may be overridden by a job.
+    """Only a job's settings may be overridden, with literal values inside their ranges; see `pfedsam.settings`.
 
     Raises:
-        PFedSAMError: E18 for an id that is not listed, a value of another type, or a string that MONAI would execute
-            or resolve (`$`, `@`, `%`) or that looks like a path.
+        PFedSAMError: E18 naming the setting, its value and what is allowed.
     """
-    checked = {}
-    for key, value in (overrides or {}).items():
-        if key not in OVERRIDES:
-            raise PFedSAMError("E18", f"override '{key}' is not allowed.", f"Allowed: {sorted(OVERRIDES)}.")
-        kinds = OVERRIDES[key]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise PFedSAMError("E18", f"override '{key}' is {value!r}.", f"Give a literal {names}.")
-        words = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-        if not all(isinstance(word, str) and word.isidentifier() for word in words):
-            raise PFedSAMError("E18", f"override '{key}' is {value!r}.", "Give plain names: no expression, no path.")
-        if key == "checkpoint" and value not in ("default", *CHECKPOINTS):
-            raise PFedSAMError("E18", f"override 'checkpoint' is {value!r}.", f"Names: {['default', *CHECKPOINTS]}.")
-        checked[key] = value
-    return checked
+    return checked(overrides)
+
+
+def require_settings(bundle: str, overrides: Mapping[str, Any] | None = None) -> None:
+    """Refuse overrides that are wrong, each by itself or together with the bundle's own values. Needs no MONAI.
+
+    Raises:
+        PFedSAMError: E16 if there is no such bundle or its configuration cannot be read, E18 for wrong settings.
+    """
+    require_together({**_configuration(find_bundle(bundle), TRAIN), **checked(overrides)}, bundle)
 
 
 def local_settings(overrides: Mapping[str, Any] | None = None, checkpoint: str | None = None) -> dict[str, Any]:
@@ -135,6 +102,7 @@ def network_of(
     """
     import torch
 
+    require_settings(bundle, overrides)
     parser = _parser(bundle, local_settings(overrides, checkpoint))
     if not weights:
         parser["checkpoint"] = None
@@ -154,6 +122,7 @@ def settings_of(bundle: str, overrides: Mapping[str, Any] | None = None) -> dict
     Raises:
         PFedSAMError: E16 or E18 for wrong settings.
     """
+    require_settings(bundle, overrides)
     parser = _parser(bundle, local_settings(overrides))
     plain = {key: value for key, value in parser.get().items() if not isinstance(value, dict)}
     return {key: parser.get_parsed_content(key) for key in plain if key in OVERRIDES}
@@ -164,26 +133,53 @@ def _parser(bundle: str, settings: Mapping[str, Any]) -> Any:
     from monai.bundle import ConfigParser
 
     parser = ConfigParser()
-    parser.read_config(str(find_bundle(bundle) / "configs" / "train.json"))
+    parser.read_config(str(find_bundle(bundle) / "configs" / TRAIN))
     for key, value in settings.items():
         parser[key] = value
     return parser
 
 
+def _configuration(folder: Path, name: str) -> dict[str, Any]:
+    """One JSON file of a bundle's configuration (E16 if it cannot be read or is no JSON object)."""
+    path = folder / "configs" / name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PFedSAMError("E16", f"{path} is not readable: {error}.", "Correct the bundle.") from None
+    if not isinstance(content, dict):
+        raise PFedSAMError("E16", f"{path} is {shown(content)}, expected ids with values.", "Correct the bundle.")
+    return content
+
+
 def metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of a bundle's folder."""
-    return json.loads((folder / "configs" / "metadata.json").read_text())
+    """The metadata of a bundle's folder (E16 if they cannot be read)."""
+    return _configuration(folder, METADATA)
 
 
 def class_names(folder: Path) -> list[str]:
-    """Names of a bundle's classes, by channel; label value n is the n-th name."""
-    channels = metadata(folder)["network_data_format"]["outputs"]["pred"]["channel_def"]
-    return [channels[str(number)] for number in range(len(channels))]
+    """Names of a bundle's classes, by channel; label value n is the n-th name (E16 if the metadata tell none)."""
+    channels = _told_of_network(folder, "outputs", "pred", "channel_def")
+    numbers = [str(number) for number in range(len(channels))] if isinstance(channels, dict) else []
+    if not numbers or any(not isinstance(channels.get(number), str) for number in numbers):
+        where = folder / "configs" / METADATA
+        raise PFedSAMError("E16", f"{where}: channel_def is {shown(channels)}.", 'For example: {"0": "lesion"}')
+    return [channels[number] for number in numbers]
 
 
 def is_rgb(folder: Path) -> bool:
-    """Whether a bundle takes colour pictures."""
-    return metadata(folder)["network_data_format"]["inputs"]["image"]["format"] == "RGB"
+    """Whether a bundle takes colour pictures (E16 if the metadata do not tell)."""
+    return _told_of_network(folder, "inputs", "image", "format") == "RGB"
+
+
+def _told_of_network(folder: Path, *keys: str) -> Any:
+    """A value of the metadata's `network_data_format`."""
+    found: Any = metadata(folder)
+    for key in ("network_data_format", *keys):
+        if not isinstance(found, dict) or key not in found:
+            where, path = ".".join(("network_data_format", *keys)), folder / "configs" / METADATA
+            raise PFedSAMError("E16", f"{path} has no {where}.", "See the metadata of the bundle brain_lesion_mri.")
+        found = found[key]
+    return found
 
 
 def field_of_view(bundle: str, overrides: Mapping[str, Any] | None = None) -> float | None:
@@ -193,9 +189,9 @@ def field_of_view(bundle: str, overrides: Mapping[str, Any] | None = None) -> fl
         PFedSAMError: E16 or E18 for wrong settings.
     """
     key = "field_of_view_mm"
-    settings = json.loads((find_bundle(bundle) / "configs" / "train.json").read_text()) | checked_overrides(overrides)
-    if settings.get(key) is None:
+    value = {**_configuration(find_bundle(bundle), TRAIN), **checked_overrides(overrides)}.get(key)
+    if value is None:
         return None
-    if not 0 < float(settings[key]) < float("inf"):
-        raise PFedSAMError("E16", f"{key} is {settings[key]}.", "Give the side of the field in millimetres, above 0.")
-    return float(settings[key])
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise PFedSAMError("E16", f"{key} is {value!r}.", "Give the side of the field in millimetres, above 0.")
+    return float(value)

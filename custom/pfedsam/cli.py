@@ -21,6 +21,7 @@ from pfedsam.commands import (
     job,
     models,
     poc,
+    settings,
     site,
     state,
 )
@@ -32,7 +33,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for part in (data.app, bundle.app, models.app, federation.app, evaluation.app, compare.app, inference.app):
+for part in (
+    *(data.app, bundle.app, models.app, settings.app),
+    *(federation.app, evaluation.app, compare.app, inference.app),
+):
     app.add_typer(part)
 app.add_typer(state.app, name="state", rich_help_panel=OPERATE)
 app.add_typer(job.app, name="job", rich_help_panel=OPERATE)

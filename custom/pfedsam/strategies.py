@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pfedsam.bundles import checked_overrides, folder
 from pfedsam.errors import PFedSAMError
+from pfedsam.settings import shown
 from pfedsam.training.phases import Strategy
 
 ABLATIONS = "ablations"
@@ -34,10 +35,45 @@ class StrategyFile(BaseModel):
     strategy: dict[str, Any]
     overrides: dict[str, Any] = Field(default_factory=dict)
 
+    @classmethod
+    def of(cls, content: Any, where: str) -> StrategyFile:
+        """From the content of a file.
+
+        Args:
+            content: any JSON value.
+            where: the file, for the sentence.
+
+        Raises:
+            PFedSAMError: E16 naming the first wrong key, or E18 for an override.
+        """
+        found = _checked(cls, content, where, "is no strategy", "See jobs/strategies/fedavg_lora.json for one.")
+        found.checked()
+        return found
+
     def checked(self) -> Strategy:
         """The strategy (E16 or E18 if it or the overrides are impossible)."""
         checked_overrides(self.overrides)
         return Strategy.of(self.strategy)
+
+
+class Patch(BaseModel):
+    """What is replaced in a strategy.
+
+    Attributes:
+        base: name of a strategy or of another ablation.
+        strategy: keys of the strategy.
+        overrides: keys of the overrides.
+        phases: keys of its phases, by their names.
+        order: names of the phases that a round has, in order.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str
+    strategy: dict[str, Any] = Field(default_factory=dict)
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    phases: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    order: list[str] | None = None
 
 
 def strategy_names() -> list[str]:
@@ -66,15 +102,35 @@ def find_strategy(name_or_path: str) -> StrategyFile:
             f"Strategies: {strategy_names()}; ablations: {ablation_names()}; or the path of a .json file.",
         )
     try:
-        found = StrategyFile(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        what = f"'{'.'.join(map(str, first['loc']))}': {first['msg']}" if first else str(error)
-        raise PFedSAMError(
-            "E16", f"{path} is no strategy: {what}.", "See jobs/strategies/fedavg_lora.json for one."
-        ) from None
-    found.checked()
-    return found
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PFedSAMError("E16", f"{path} is no strategy: {error}.", "Correct the file.") from None
+    return StrategyFile.of(content, str(path))
+
+
+def strategy_name(name_or_path: str) -> str:
+    """What a strategy is called in records and tables: its name; that of a file is the one in it, else the file's.
+
+    Raises:
+        PFedSAMError: E16, see `find_strategy`.
+    """
+    if not name_or_path.endswith(".json"):
+        return name_or_path
+    return str(find_strategy(name_or_path).strategy.get("name") or Path(name_or_path).stem)
+
+
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def _checked(model: type[Checked], content: Any, where: str, what: str, remedy: str) -> Checked:
+    """A model of a JSON value (E16 with the first wrong key)."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        told = f"'{key}': {first['msg']}" if key else f"it is {shown(content)}, expected keys with values"
+        raise PFedSAMError("E16", f"{where} {what}: {told}.", remedy) from None
 
 
 def _root() -> Path:
@@ -96,28 +152,38 @@ def patched(name: str, patch: Mapping[str, Any]) -> StrategyFile:
     Raises:
         PFedSAMError: E16 if a phase is named that is not there; E16 or E18 if what comes out is impossible.
     """
-    base = find_strategy(patch["base"])
-    strategy = {**base.strategy, **patch.get("strategy", {}), "name": name}
-    changes = patch.get("phases", {})
-    in_round, after = ([phase["name"] for phase in strategy.get(part, [])] for part in ("phases", "final"))
-    unknown = [one for one in changes if one not in (*in_round, *after)]
-    unknown += [one for one in patch.get("order", ()) if one not in in_round]
+    told = _checked(Patch, patch, f"'{name}'", "is no patch", f"See jobs/strategies/{ABLATIONS}.json for some.")
+    base = find_strategy(told.base)
+    strategy = {**base.strategy, **told.strategy, "name": name}
+    parts = {part: _phases(name, strategy, part) for part in ("phases", "final")}
+    in_round, after = ([phase["name"] for phase in phases] for phases in parts.values())
+    unknown = [one for one in told.phases if one not in (*in_round, *after)]
+    unknown += [one for one in told.order or () if one not in in_round]
     if unknown:
         raise PFedSAMError(
             "E16",
-            f"'{name}' names phase(s) {unknown}, which '{patch['base']}' does not have.",
+            f"'{name}' names phase(s) {unknown}, which '{told.base}' does not have.",
             f"Its phases: {in_round} in a round, {after} after the last.",
         )
-    for part in ("phases", "final"):
-        strategy[part] = [{**phase, **changes.get(phase["name"], {})} for phase in strategy.get(part, [])]
-    if "order" in patch:
-        by_name = {phase["name"]: phase for phase in strategy["phases"]}
-        strategy["phases"] = [by_name[one] for one in patch["order"]]
+    for part, phases in parts.items():
+        strategy[part] = [{**phase, **told.phases.get(phase["name"], {})} for phase in phases]
+    if told.order is not None:
+        by_name = dict(zip(in_round, strategy["phases"], strict=True))
+        strategy["phases"] = [by_name[one] for one in told.order]
     found = StrategyFile(
-        description=f"{patch['base']} with {json.dumps({k: v for k, v in patch.items() if k != 'base'})}",
+        description=f"{told.base} with {json.dumps({k: v for k, v in patch.items() if k != 'base'})}",
         kind=base.kind,
         strategy=strategy,
-        overrides={**base.overrides, **patch.get("overrides", {})},
+        overrides={**base.overrides, **told.overrides},
     )
     found.checked()
     return found
+
+
+def _phases(name: str, strategy: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
+    """Phases with names (E16 for anything else)."""
+    phases = strategy.get(part, [])
+    named = isinstance(phases, list) and all(isinstance(one, dict) and type(one.get("name")) is str for one in phases)
+    if not named:
+        raise PFedSAMError("E16", f"'{name}': {part} is {shown(phases)}.", "Give a list of phases with names.")
+    return phases

@@ -102,12 +102,13 @@ def test_settings_that_are_not_given_stay_and_those_that_are_given_are_told(kit:
 def test_a_hospitals_kit_asks_for_three_sites_and_five_validation_cases_unless_it_says_otherwise(fresh: Path) -> None:
     line = ["site", "init", str(fresh), "--data-root", "/data"]
     assert CliRunner().invoke(app, line).exit_code == 0
-    assert content(fresh, SITE_SETTINGS) == {"data_root": "/data", "least_sites": 3, "least_validation_cases": 5}
+    assert content(fresh, SITE_SETTINGS) == {"data_root": "/data", **KIT_DEFAULTS}
+    assert (KIT_DEFAULTS["least_sites"], KIT_DEFAULTS["least_validation_cases"]) == (3, 5)
     done = CliRunner().invoke(app, [*line[:3], "--least-sites", "2", "--least-validation-cases", "1", "--curves"])
     assert done.exit_code == 0 and "least_sites: 3 -> 2" in done.output
     # what was decided stays
     assert again(fresh) == {}
-    told = {"data_root": "/data", "least_sites": 2, "least_validation_cases": 1, "curves": True}
+    told = {"data_root": "/data", **KIT_DEFAULTS, "least_sites": 2, "least_validation_cases": 1, "curves": True}
     assert content(fresh, SITE_SETTINGS) == told
 
 
@@ -122,6 +123,13 @@ def test_the_sites_of_a_deployment_on_one_machine_say_what_is_enough_for_them(
     copy.init(dict.fromkeys(copy.sites, tmp_path), {"least_sites": 2})
     told = content(copy.kit(copy.sites[0]), SITE_SETTINGS)
     assert (told["least_sites"], told["least_validation_cases"], told["curves"]) == (2, 1, True)
+
+
+def test_limits_of_a_job_are_set_where_nothing_was_said_and_then_stay(fresh: Path) -> None:
+    init_kit(fresh, SiteSettings(data_root="/data", most_rounds=20))
+    assert {key: content(fresh, SITE_SETTINGS)[key] for key in KIT_DEFAULTS} == {**KIT_DEFAULTS, "most_rounds": 20}
+    assert again(fresh, most_hours=2.5) == {SITE_SETTINGS: ("most_hours: 168.0 -> 2.5",)}
+    assert again(fresh) == {} and content(fresh, SITE_SETTINGS)["most_rounds"] == 20
 
 
 def test_a_group_that_does_not_exist_is_refused_and_nothing_is_written(fresh: Path) -> None:

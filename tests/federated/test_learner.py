@@ -20,9 +20,10 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.executors.model_learner_executor import ModelLearnerExecutor
 
 from pfedsam.federated import learner as module
+from pfedsam.federated import settings as settings_module
 from pfedsam.federated.boundary import FINGERPRINT_KEY, METADATA, check_result, told_names
 from pfedsam.federated.jobs import CLIENT
-from pfedsam.federated.learner import PFedSAMLearner
+from pfedsam.federated.learner import STARTED, PFedSAMLearner
 from pfedsam.federated.plan import PLAN_ID, Plan
 from pfedsam.federated.scalars import ListedScalars
 from pfedsam.parameters import COPY, TensorSpec
@@ -372,6 +373,84 @@ def test_a_site_takes_part_with_as_many_sites_as_it_asks_for(
         meta = {"job_clients": [Client(f"site-{number}", "token").to_dict() for number in range(sites)]}
         fl_ctx.set_prop(FLContextKey.JOB_META, meta, private=True, sticky=True)
     assert run(executor(), fl_ctx, "train", 0).get_return_code() == code
+
+
+# what a site allows ---------------------------------------------------------------------------------------------------
+
+
+def kept(ready: Path) -> SiteModel | None:
+    return SiteState(ready / "states", FEDERATION, SITE, BUNDLE, FINGERPRINT).load()
+
+
+@pytest.mark.parametrize(("allowed", "reply"), [(2, "SITE_REFUSED:E26"), (3, "OK")])
+def test_more_epochs_in_a_round_than_the_site_allows_are_refused_at_the_start(
+    ready: Path, curves: list[Any], allowed: int, reply: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A round has two phases of 1 and 2 epochs."""
+    set_site(ready, most_epochs=allowed)
+    phase = {"trains": ["shared"], "experts": False}
+    phases = [{"name": "one", "epochs": 1, **phase}, {"name": "two", "epochs": 2, **phase}]
+    made, fl_ctx = executor(), context(ready, phases=phases, final=[], interpolation=1)
+    for task in ("train", "validate", "configure"):
+        told = run(made, fl_ctx, task, 0).get_return_code()
+        assert told == reply or (task == "configure" and told == "EXECUTION_EXCEPTION" and reply != "OK")
+    assert (f"3 epochs in a round, this site allows {allowed}" in caplog.text) == (reply != "OK")
+
+
+@pytest.mark.parametrize(("allowed", "reply"), [(3, "SITE_REFUSED:E26"), (4, "OK")])
+def test_more_epochs_in_the_final_phase_than_the_site_allows_are_refused(
+    ready: Path, curves: list[Any], allowed: int, reply: str
+) -> None:
+    set_site(ready, most_epochs=allowed)
+    assert run(executor(), context(ready), "train", 0).get_return_code() == reply
+
+
+def test_a_round_after_the_last_that_the_site_allows_is_refused_and_the_state_kept(
+    ready: Path, curves: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    set_site(ready, most_rounds=2)
+    made, fl_ctx = executor(), context(ready)
+    replies = [run(made, fl_ctx, "train", number).get_return_code() for number in (0, 1, 2, 9_999, 1)]
+    assert replies == ["OK", "OK", "SITE_REFUSED:E26", "SITE_REFUSED:E26", "OK"]
+    assert "round 3, this site allows 2" in caplog.text
+    # the final phase is no round
+    assert run(made, fl_ctx, "configure", 2).get_return_code() == "OK"
+    state = kept(ready)
+    assert state is not None and state.info["round"] == 2 and state.info["final"]
+
+
+def test_when_its_hours_are_over_the_site_stops_keeps_its_state_and_answers(
+    ready: Path, curves: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_site(ready, most_hours=2)
+    clock = [1000.0]
+    monkeypatch.setattr(settings_module.time, "time", lambda: clock[0])
+    made, fl_ctx = executor(), context(ready)
+    assert run(made, fl_ctx, "train", 0).get_return_code() == "OK"
+    stops = made.learner._local.trainer.should_stop
+    clock[0] += 2 * 3600 - 1
+    assert not stops() and run(made, fl_ctx, "train", 1).get_return_code() == "OK"
+
+    def slow(number: int) -> RoundResult:
+        clock[0] += 1  # in the middle of a round
+        assert stops()
+        return RoundResult({A: torch.ones(2, 3)}, {})
+
+    monkeypatch.setattr(made.learner._local, "train", slow)
+    assert run(made, fl_ctx, "train", 2).get_return_code() == "SITE_REFUSED:E26"
+    assert run(made, fl_ctx, "validate").get_return_code() == "SITE_REFUSED:E26"
+    assert run(made, fl_ctx, "configure", 3).get_return_code() != "OK"
+    assert "more time, this site allows 2 hours" in caplog.text
+    state = kept(ready)
+    assert state is not None and state.info["round"] == 1 and not state.info["final"]
+    # a learner that is built anew for the same job has no more time than the one before
+    made.learner.finalize()
+    assert run(executor(), fl_ctx, "train", 1).get_return_code() == "SITE_REFUSED:E26"
+
+
+def test_a_site_without_limits_takes_any_round(ready: Path, curves: list[Any]) -> None:
+    assert run(executor(), context(ready), "train", 123_456).get_return_code() == "OK"
+    assert not (ready / JOB / STARTED).exists()
 
 
 # the state of another strategy ----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 from nvflare.fuel.flare_api.flare_api import Session
 
 from pfedsam.federated.admin import JobResult, connect, fetch, follow, submit
-from pfedsam.federated.jobs import SERVER, Privacy, export_job, find_job
+from pfedsam.federated.jobs import CLIENT, SERVER, Privacy, export_job, find_job
 from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
 from pfedsam.state import StateEntry, list_states
 from pfedsam.strategies import find_strategy
@@ -70,8 +70,10 @@ class Federation:
         told = {"federation": FEDERATION, "overrides": TINY, "strategy": strategy, **plan}
         server = {"num_rounds": rounds, "min_clients": min_clients}
         server |= {"validation_timeout": 15, "final_phase_timeout": 20}
-        how: dict[str, Any] = {"plan": told, "server": server, "privacy": privacy}
+        how: dict[str, Any] = {"server": server, "privacy": privacy}
         job = export_job(find_job("pfedsam"), self.folder / name, locked=not code, **how)
+        for side in (SERVER, CLIENT):  # by hand: a wrong plan is the sites' to refuse, too
+            change_config(job, side, lambda c: plan_arguments(c).update(told))
         for file in code:
             shutil.copy(file, job / "app" / "custom")
         change_config(job, SERVER, lambda c: c["workflows"][0]["args"].update(wait_time_after_min_received=wait))
@@ -157,6 +159,11 @@ def change_config(job: Path, name: str, change: Callable[[Any], None]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def plan_arguments(config: Any) -> dict[str, Any]:
+    """Arguments of the plan in a configuration of a job."""
+    return next(one["args"] for one in config["components"] if one["id"] == "plan")
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:

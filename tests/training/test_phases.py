@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import Roles
@@ -56,6 +58,74 @@ def test_plain_settings_make_phases_in_their_order():
 @pytest.mark.parametrize("where", ["phases", "final"])
 def test_wrong_key_or_value_of_a_phase_is_named(wrong, key, where):
     assert f"'{where}.0.{key}'" in error_of({where: [{**PERSONAL, **wrong}]}).message
+
+
+#: key, the least and the most that is taken, what lies beyond them; None where the end itself is not taken
+BOUNDS = [
+    ("epochs", 0, 1000, -1, 1001),
+    ("learning_rate", 1e-9, 10, 0, 10.001),
+    ("warmup_rounds", 0, 10_000, -1, 10_001),
+    ("decay", 1e-9, 1, 0, 1.001),
+    ("inverse_time_decay", 0, 1000, -0.001, 1000.1),
+    ("balance", 0, 1000, -0.001, 1000.1),
+    ("proximal", 0, 1000, -0.001, 1000.1),
+    ("rates.lora_a", 1e-9, 1000, 0, 1000.1),
+    ("distillation.weight", 0, 1000, -0.001, 1000.1),
+    ("distillation.temperature", 1e-9, 100, 0, 100.1),
+    ("distillation.band", 1e-9, 0.999, 0, 1),
+    ("distillation.warmup_rounds", 0, 10_000, -1, 10_001),
+]
+
+
+@pytest.mark.parametrize(("key", "least", "most", "below", "above"), BOUNDS, ids=[one[0] for one in BOUNDS])
+def test_every_number_of_a_phase_has_two_ends(key, least, most, below, above):
+    def phase(value):
+        name, _, inner = key.partition(".")
+        return {**PERSONAL, name: {inner: value} if inner else value}
+
+    for value in (least, most):
+        Strategy.of({"phases": [phase(value)]})
+    for value in (below, above, float("nan"), float("inf"), True, str(least), [least], None):
+        assert f"'phases.0.{key}'" in error_of({"phases": [phase(value)]}).message, value
+
+
+@pytest.mark.parametrize(
+    ("key", "least", "most", "below", "above"),
+    [("validate_every", 1, 10_000, 0, 10_001), ("interpolation", 0.001, 1, 0, 1.001)],
+)
+def test_every_number_of_a_strategy_has_two_ends(key, least, most, below, above):
+    for value in (least, most):
+        Strategy.of({"final": [PERSONAL], key: value})
+    for value in (below, above, float("nan"), True, str(least)):
+        assert f"'{key}'" in error_of({"final": [PERSONAL], key: value}).message, value
+
+
+def test_a_strategy_has_few_phases():
+    Strategy.of({"phases": [PERSONAL] * 20, "final": [PERSONAL] * 20})
+    for part in ("phases", "final"):
+        assert f"'{part}'" in error_of({part: [PERSONAL] * 21}).message
+
+
+@pytest.mark.parametrize("wrong", [[1], "pfedsam", 3, None, {"phases": 3}, {"phases": [3]}, {"shared": "lora_a"}])
+def test_what_is_no_strategy_is_an_error_that_shows_it(wrong):
+    assert len(error_of(wrong).message) < 300
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+KEYS = st.sampled_from([*Strategy.model_fields, *Phase.model_fields])
+
+
+@given(JSON | st.dictionaries(KEYS, JSON | st.lists(st.dictionaries(KEYS, JSON), max_size=2), max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_any_json_is_a_strategy_or_an_error_of_ours(value):
+    try:
+        Strategy.of(value)
+    except PFedSAMError as error:
+        assert error.code == "E16"
 
 
 @pytest.mark.parametrize("key", ["name", "trains", "experts"])

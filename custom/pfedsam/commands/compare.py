@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from pfedsam.commands.console import LOOK, Bundle, Overrides, bar, console, literals
+from pfedsam.errors import PFedSAMError
+from pfedsam.ranges import LARGEST_SEED, MOST_ROUNDS, MOST_WORKERS
 
 app = typer.Typer()
 
@@ -28,10 +30,14 @@ def compare(
     ),
     strategies: Annotated[str, typer.Option(help="Names or files, with commas; `all`; `ablations`.")] = DEFAULT,
     seeds: Annotated[str, typer.Option(help="With commas; the test fold is seed modulo `folds`.")] = "0",
-    rounds: Annotated[int, typer.Option(min=1, help="Of every federation.")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, max=MOST_ROUNDS, help="Of every federation.")] = 6,
     bundle: Bundle = "brain_lesion_mri",
-    workers: Annotated[int, typer.Option(min=0, help="Runs at a time, one thread each; 0: one a core.")] = 0,
-    validate_every: Annotated[int, typer.Option(min=1, help="Validate the global model every so many rounds.")] = 3,
+    workers: Annotated[
+        int, typer.Option(min=0, max=MOST_WORKERS, help="Runs at a time, one thread each; 0: one a core.")
+    ] = 0,
+    validate_every: Annotated[
+        int, typer.Option(min=1, max=MOST_ROUNDS, help="Validate the global model every so many rounds.")
+    ] = 3,
     unseen: Annotated[bool, typer.Option("--unseen", help="Leave one site out in turn, as a new hospital.")] = False,
     nvflare: Annotated[
         bool, typer.Option("--nvflare", help="Train with NVFlare's simulator what needs a server.")
@@ -47,7 +53,7 @@ def compare(
     Every run is one JSON line in <out>/runs.jsonl. Stopped (also by force), it goes on where it was. Learning rates and
     epochs are in the strategies' files, so that every strategy gets the same passes over the images in a round.
     """
-    from pfedsam.strategies import ablation_names, find_strategy, strategy_names
+    from pfedsam.strategies import ablation_names, find_strategy, strategy_name, strategy_names
 
     if list_:
         for name in (*strategy_names(), *ablation_names()):
@@ -57,11 +63,11 @@ def compare(
         raise typer.BadParameter("say where the site folders are", param_hint="DATA")
     known = {"all": strategy_names(), "ablations": ["pfedsam", *ablation_names()]}
     names = [name for part in strategies.split(",") for name in known.get(part.strip(), [part.strip()])]
+    overrides = literals(set_ or [])
     with console.status("loading libraries"):
         from pfedsam.evaluation.compare import Comparison
         from pfedsam.evaluation.compare import compare as run_all
 
-        overrides = literals(set_ or [])
         runs = _runs(data, names, seeds, rounds, bundle, validate_every, unseen, nvflare, overrides)
         comparison = Comparison(runs, out, records)
         if nvflare:
@@ -81,7 +87,7 @@ def compare(
                 advance(done, line)
 
             run_all(comparison, workers, event)
-    show_comparison(comparison, reference)
+    show_comparison(comparison, strategy_name(reference))
     if comparison.failed:
         for name, problem in comparison.failed.items():
             console.print(f"failed: {name}: {problem}", style="red", highlight=False)
@@ -99,6 +105,7 @@ def _runs(
     nvflare: bool,
     overrides: dict[str, Any],
 ) -> list[Any]:
+    from pfedsam.bundles import require_settings
     from pfedsam.data.sites import site_names
     from pfedsam.evaluation.runs import Run
     from pfedsam.strategies import find_strategy
@@ -106,12 +113,16 @@ def _runs(
     sites = site_names(data)
     if not sites:
         raise typer.BadParameter(f"{data} holds no site folder (<data>/<site>/images)", param_hint="DATA")
-    for name in names:
-        find_strategy(name)
     try:
         chosen = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise typer.BadParameter(f"'{seeds}' are no numbers", param_hint="--seeds") from None
+    wrong = [seed for seed in chosen if not 0 <= seed <= LARGEST_SEED]
+    if wrong:
+        raise typer.BadParameter(f"{wrong} are not from 0 to {LARGEST_SEED}", param_hint="--seeds")
+    for name in names:
+        require_settings(bundle, {**overrides, **find_strategy(name).overrides})
+    _require_own_names(names)
     common: dict[str, Any] = {"overrides": overrides, "validate_every": validate_every, "simulator": nvflare}
     runs = [
         Run(str(data.resolve()), sites, bundle, name, seed, rounds, held_out=held_out, **common)
@@ -124,11 +135,33 @@ def _runs(
     return runs
 
 
+def _require_own_names(names: list[str]) -> None:
+    """Refuse two strategies of one name: records and tables could not tell them apart."""
+    from pfedsam.strategies import ablation_names, find_strategy, strategy_name, strategy_names
+
+    known = {name: name for name in (*strategy_names(), *ablation_names())}
+    for path in names:
+        name = strategy_name(path)
+        other = known.setdefault(name, path)
+        if other != path and find_strategy(other) != find_strategy(path):
+            raise PFedSAMError(
+                "E16", f"'{path}' and '{other}' are two strategies named '{name}'.", "Give each a `name` of its own."
+            )
+
+
 def show_comparison(comparison: Any, reference: str) -> None:
     """Print the tables of what is done and name what is missing; write them to `tables.md` in its folder."""
     from pfedsam.evaluation.comparison_tables import markdown, tables, warnings
+    from pfedsam.evaluation.records import problem_of_record
 
-    records = comparison.records()
+    records = []
+    for record in comparison.records():
+        problem = problem_of_record(record)
+        if problem:
+            told = f"{comparison.record_file}: the record {record['key']} is left out: {problem}"
+            console.print(told, style="yellow", highlight=False)
+        else:
+            records.append(record)
     missing = [run.name for run in comparison.missing()]
     if records:
         for table in tables(records, reference, console.width):

@@ -42,7 +42,7 @@ ModelBundle = Annotated[str | None, typer.Option("--bundle", help="Installed bun
 Job = Annotated[str, typer.Option(help="Name of a packaged job, or a job folder.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override of the bundle, as key=value; may be repeated (see `pfedsam describe`)."),
+    typer.Option("--set", help="Override of the bundle, as key=value; may be repeated (see `pfedsam settings`)."),
 ]
 Admin = Annotated[Path, typer.Option(help="Startup kit of an administrator.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace or write into what is there already, whosever it is.")]
@@ -50,7 +50,13 @@ StateRoot = Annotated[Path | None, typer.Option(help="State root; by default as 
 
 
 def literals(pairs: list[str]) -> dict[str, Any]:
-    """`key=value` texts as JSON literals, else as strings."""
+    """`key=value` texts as JSON literals, else as strings, checked before anything is started.
+
+    Raises:
+        PFedSAMError: E18 for a text without `=`, an unknown key or a value outside its range.
+    """
+    from pfedsam.settings import checked
+
     literals: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -58,9 +64,9 @@ def literals(pairs: list[str]) -> dict[str, Any]:
             raise PFedSAMError("E18", f"override {shlex.quote(pair)} is not key=value.", "For example: batch_size=4")
         try:
             literals[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             literals[key] = value
-    return literals
+    return checked(literals)
 
 
 def quiet_libraries() -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from pfedsam.commands.console import DATA, Bundle, Overrides, bar, console, literals
+from pfedsam.ranges import LARGEST_SEED, MOST_CASES, MOST_SITES
 
 app = typer.Typer()
 
@@ -17,11 +18,13 @@ app = typer.Typer()
 @app.command(rich_help_panel=DATA)
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write the site folders to.")],
-    sites: Annotated[int, typer.Option(min=2, help="Number of sites; the last is the most shifted.")] = 4,
-    cases: Annotated[int, typer.Option(min=3, help="Cases of each site.")] = 12,
-    size: Annotated[int, typer.Option(min=16, help="In-plane voxels of a side.")] = 96,
-    slices: Annotated[int, typer.Option(min=4, help="Slices of a case.")] = 20,
-    seed: Annotated[int, typer.Option(help="Same seed, same volumes.")] = 0,
+    sites: Annotated[
+        int, typer.Option(min=2, max=MOST_SITES, help="Number of sites; the last is the most shifted.")
+    ] = 4,
+    cases: Annotated[int, typer.Option(min=3, max=MOST_CASES, help="Cases of each site.")] = 12,
+    size: Annotated[int, typer.Option(min=16, max=2048, help="In-plane voxels of a side.")] = 96,
+    slices: Annotated[int, typer.Option(min=4, max=2048, help="Slices of a case.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Same seed, same volumes.")] = 0,
 ) -> None:
     """Write a phantom federation: head volumes with lesions as NIfTI, each site with its own scanner."""
     folders = make_phantom(out, sites, cases, (size, size, slices), seed)
@@ -37,7 +40,9 @@ def validate(
         str | None, typer.Option(help="Values that the labels may hold, with commas; by default the bundle's.")
     ] = None,
     minimum_cases: Annotated[int, typer.Option(min=1, help="Fewer cases are an error.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the split, if there is no datalist.json.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the split, if there is no datalist.json.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Files only: do not load a case through the bundle's own transforms.")
@@ -50,11 +55,13 @@ def validate(
     of a strongly compressed file that claims to unpack to more than 0.5 GB is refused; the environment variable
     PFEDSAM_IMAGE_LIMIT_GB sets another limit.
     """
-    from pfedsam.bundles import class_names, field_of_view, find_bundle, is_rgb
+    from pfedsam.bundles import class_names, field_of_view, find_bundle, is_rgb, require_settings
+
+    root, settings = find_bundle(bundle), literals(set_ or [])
+    require_settings(bundle, settings)
     from pfedsam.data.check_report import print_report
     from pfedsam.data.checks import check_site
 
-    root, settings = find_bundle(bundle), literals(set_ or [])
     known = list(range(len(class_names(root)) + 1))
     values = _numbers(labels) if labels else known
     # JSON alone is to be on standard output

@@ -23,12 +23,13 @@ def evaluate(
     set_: Overrides = None,
 ) -> None:
     """Dice of the global and the personal model of one site, with a picture."""
+    overrides = literals(set_ or [])
     with console.status("loading libraries"):
         quiet_libraries()
         from pfedsam.site_model import model_settings
         from pfedsam.state import described
 
-        name, settings = model_settings(model, bundle, literals(set_ or []))
+        name, settings = model_settings(model, bundle, overrides)
     console.print(described(model), highlight=False, soft_wrap=True)
     show_evaluation({site.name: (site, model)}, name, settings, out, {}, section)
 

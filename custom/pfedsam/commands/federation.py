@@ -12,6 +12,7 @@ import typer
 from pfedsam.commands.console import TRAIN, Job, Overrides, RunFolder, bar, console, literals
 from pfedsam.commands.data import make_phantom
 from pfedsam.commands.evaluation import report, show_evaluation
+from pfedsam.ranges import LARGEST_SEED, MOST_ROUNDS
 
 app = typer.Typer()
 
@@ -41,29 +42,40 @@ def simulate(
         "simulation"
     ),
     bundle: Annotated[str | None, typer.Option(help="Name of an installed bundle; by default the job's.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds in all; by default the job's.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws, and the test fold: seed modulo 3.")] = 0,
-    validate_every: Annotated[int | None, typer.Option(min=1, help="Validate every so many rounds only.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, max=MOST_ROUNDS, help="Rounds in all; by default the job's.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of the draws, and the test fold: seed modulo 3.")
+    ] = 0,
+    validate_every: Annotated[
+        int | None, typer.Option(min=1, max=MOST_ROUNDS, help="Validate every so many rounds only.")
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Simulate a federation of the site folders in DATA with NVFlare, and show what each site gained."""
-    from pfedsam.federated.jobs import make_job
+    overrides = {"seed": seed, **literals(set_ or [])}
+    from pfedsam.bundles import require_settings
+    from pfedsam.federated.jobs import find_job, make_job, plan_settings
     from pfedsam.federated.simulation import Simulation
     from pfedsam.strategies import find_strategy
 
-    if strategy is not None:
-        if find_strategy(strategy).kind != "federated":
+    plan = plan_settings(find_job(job))
+    file = None if strategy is None else find_strategy(strategy)
+    brought = (plan.get("overrides") or {}) if file is None else file.overrides
+    require_settings(bundle or plan["bundle"], {**brought, **overrides})
+    if file is not None:
+        if file.kind != "federated":
             raise typer.BadParameter(f"'{strategy}' needs no server: use `pfedsam compare`", param_hint="--strategy")
-        job = str(make_job(strategy, out / "template", job))
+        job = str(make_job(str(strategy), out / "template", job))
     every = {} if validate_every is None else {"validate_every": validate_every}
-    overrides = {"seed": seed, **literals(set_ or [])}
     federate(Simulation(data, out, job, federation, bundle, rounds, overrides, every))
 
 
 @app.command(rich_help_panel=TRAIN)
 def demo(
     out: RunFolder = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Of phantom, draws and split.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of phantom, draws and split.")] = 0,
     image_size: Annotated[
         int, typer.Option(help="Side of the network's input in pixels; 64 is faster, 128 better.")
     ] = 128,
@@ -72,6 +84,9 @@ def demo(
     ] = None,
 ) -> None:
     """The main job on a phantom federation of 4 sites: some minutes on a laptop, no data and no GPU needed."""
+    from pfedsam.bundles import require_settings
+
+    require_settings("brain_lesion_mri", {"image_size": image_size, **DEMO_OVERRIDES})
     from pfedsam.federated.simulation import Simulation
 
     data = out / "phantom"

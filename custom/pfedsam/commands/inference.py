@@ -10,6 +10,7 @@ import typer
 from pfedsam.commands.console import LOOK, TRAIN, Admin, ModelBundle, Overrides, bar, console, literals, quiet_libraries
 from pfedsam.commands.evaluation import show_evaluation
 from pfedsam.errors import PFedSAMError
+from pfedsam.ranges import LARGEST_SEED, MOST_CASES
 
 app = typer.Typer()
 
@@ -47,6 +48,7 @@ def infer(
     <out>/<name>_<classes>; two images that would have one result are refused. What cannot be read is named at the end,
     the other images are done, and the exit code is 1. Research only, not for diagnostic use.
     """
+    overrides = literals(set_ or [])
     quiet_libraries()
     corners = _box(box)
     if corners is not None and len(images) != 1:
@@ -57,9 +59,7 @@ def infer(
         from pfedsam.inference.writers import check_results
         from pfedsam.state import described
 
-        predictor = Predictor(
-            model, bundle=bundle, overrides=literals(set_ or []), checkpoint=checkpoint, experts=not global_
-        )
+        predictor = Predictor(model, bundle=bundle, overrides=overrides, checkpoint=checkpoint, experts=not global_)
         predictor.open()
     console.print(described(model), highlight=False, soft_wrap=True)
     labels = class_names(find_bundle(predictor.bundle))
@@ -143,13 +143,13 @@ def export_model(
     It holds personal tensors, so it stays at the site. TorchScript and ONNX take images (B, 3, H, W) in [0, 1] as the
     bundle prepares them and give logits; their outputs are checked against the network's before they are kept.
     """
+    overrides = literals(set_ or [])
     quiet_libraries()
     with console.status("writing"):
         from pfedsam.inference import export
         from pfedsam.state import described
 
         console.print(described(model), highlight=False, soft_wrap=True)
-        overrides = literals(set_ or [])
         info = export.export_model(model, out, bundle, overrides)
         console.print(
             f"{out}: bundle {info['bundle']}, round {info.get('round')}, labels {info['labels']}", highlight=False
@@ -202,9 +202,12 @@ def personalize(
     bundle: Annotated[str, typer.Option(help="Name of an installed bundle.")] = "brain_lesion_mri",
     strategy: Annotated[str, typer.Option(help="Its final phase is what is trained.")] = "pfedsam",
     cases: Annotated[
-        int, typer.Option(min=1, help="Train on at most so many cases; 5 help where the global model finds some.")
+        int,
+        typer.Option(
+            min=1, max=MOST_CASES, help="Train on at most so many cases; 5 help where the global model finds some."
+        ),
     ] = 20,
-    seed: Annotated[int, typer.Option(help="Of the split and the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the split and the draws.")] = 0,
     checkpoint: Checkpoint = None,
     set_: Overrides = None,
 ) -> None:
@@ -212,12 +215,15 @@ def personalize(
 
     Trains on the site's training cases only and compares both models on its test cases. Nothing is sent.
     """
+    overrides = {"seed": seed, **literals(set_ or [])}
     quiet_libraries()
     with console.status("reading the site"):
+        from pfedsam.bundles import require_settings
+
+        file = find_overrides(strategy) | overrides
+        require_settings(bundle, file)
         from pfedsam.inference.personalize import fit_personal
 
-        overrides = {"seed": seed, **literals(set_ or [])}
-        file = find_overrides(strategy) | overrides
         path = fit_personal(bundle, site, global_model, out, strategy, file, cases, checkpoint)
     console.print(f"personal model: {path} (it stays here; use it with `pfedsam infer --model {path}`)")
     show_evaluation({site.name: (site, path)}, bundle, file, out, {})

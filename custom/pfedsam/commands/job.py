@@ -9,6 +9,7 @@ import typer
 
 from pfedsam.commands.console import Admin, Job, console
 from pfedsam.errors import PFedSAMError
+from pfedsam.ranges import MOST_ROUNDS, MOST_SITES
 
 app = typer.Typer(help="NVFlare jobs.", no_args_is_help=True)
 
@@ -22,8 +23,8 @@ def job_export(
         bool, typer.Option("--byoc", help="With our code in app/custom: for sites that allow code and lack ours.")
     ] = False,
     federation: Annotated[str | None, typer.Option(help="Name of the federation.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1)] = None,
-    min_clients: Annotated[int | None, typer.Option(min=1)] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, max=MOST_ROUNDS)] = None,
+    min_clients: Annotated[int | None, typer.Option(min=1, max=MOST_SITES)] = None,
     clip: Annotated[float | None, typer.Option(help="Clip each site's update to this L2 norm.")] = None,
     noise: Annotated[float, typer.Option(help="Gaussian noise, as a multiple of --clip; epsilon is printed.")] = 0.0,
     precision: Annotated[str, typer.Option(help="Of the payload: fp32, fp16 or int8 (with error feedback).")] = "fp32",
@@ -83,7 +84,7 @@ def job_resume(
     global_model: Annotated[
         Path, typer.Option(help="Its last global_model.safetensors, in <server's kit>/<job id>/app_server.")
     ],
-    rounds: Annotated[int, typer.Option(min=1, help="Of the whole federation.")],
+    rounds: Annotated[int, typer.Option(min=1, max=MOST_ROUNDS, help="Of the whole federation.")],
     out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("runs/jobs"),
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow it and fetch its result.")] = True,
 ) -> None:

@@ -60,6 +60,7 @@ def describe_bundle(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show the effective network of BUNDLE under a job's strategy: settings, parameters, bytes on the wire, cost."""
+    given = literals(set_ or [])
     with console.status("building the network"):
         from pfedsam.describe import describe
         from pfedsam.federated.jobs import find_job, plan_settings
@@ -67,13 +68,13 @@ def describe_bundle(
 
         plan = plan_settings(find_job(job))
         strategy = Strategy.of(plan["strategy"])
-        overrides = {**(plan.get("overrides") or {}), **literals(set_ or [])}
+        overrides = {**(plan.get("overrides") or {}), **given}
         found = describe(bundle, strategy.roles, overrides, copies=strategy.has_copy)
     if as_json:
         print(json.dumps({**found.to_dict(), "strategy": strategy.model_dump()}, indent=2))
         return
     _print_groups(bundle, found)
-    settings = Table("setting", "value", title="network and data (change with --set)")
+    settings = Table("setting", "value", title="network and data (change with --set, see pfedsam settings)")
     for key, value in found.settings.items():
         settings.add_row(key, str(value))
     settings.add_row("decoder share", f"{found.decoder_share} (from the strategy's groups and decoder_rank)")
@@ -91,6 +92,7 @@ def init_global(
     ] = None,
 ) -> None:
     """Write theta_0, the first global model, for a server without SAM weights (persistor setting `theta0`)."""
+    given = literals(set_ or [])
     with console.status("building the network"):
         from pfedsam.bundles import network_of
         from pfedsam.federated.jobs import find_job, plan_settings
@@ -100,7 +102,7 @@ def init_global(
 
         plan = plan_settings(find_job(job))
         roles = Strategy.of(plan["strategy"]).roles
-        overrides = {**(plan.get("overrides") or {}), **literals(set_ or [])}
+        overrides = {**(plan.get("overrides") or {}), **given}
         network = network_of(plan["bundle"], overrides, checkpoint=checkpoint)
         state = shared_state(network, roles)
         write_global_model(out, state, network.base_fingerprint, manifest(network, roles, "shared"))

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from pfedsam.commands.console import Job, Overrides, console, literals, quiet_libraries
 from pfedsam.errors import PFedSAMError
+from pfedsam.ranges import MOST_ROUNDS
 
 app = typer.Typer(help="A federation of real processes with mutual TLS on this machine.", no_args_is_help=True)
 
@@ -31,7 +32,7 @@ _CASES, _SHAPE = 4, (64, 64, 8)
 
 Runtime = Annotated[Path, typer.Option("--runtime", help="Folder of everything that is generated.")]
 Project = Annotated[Path, typer.Option(help="NVFlare project file.")]
-Port = Annotated[int | None, typer.Option(help="Of the server; by default the project's.")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Of the server; by default the project's.")]
 Data = Annotated[
     Path | None, typer.Option(help="Folder that holds the site folders, named as the sites; by default a phantom.")
 ]
@@ -45,10 +46,11 @@ def run(
     port: Port = None,
     data: Data = None,
     job: Job = "pfedsam",
-    rounds: Annotated[int, typer.Option(min=1)] = ROUNDS,
+    rounds: Annotated[int, typer.Option(min=1, max=MOST_ROUNDS)] = ROUNDS,
     set_: Overrides = None,
 ) -> None:
     """Everything from provisioning to the table. In the end, also after Ctrl-C or an error, nothing is left running."""
+    _check(job, _settings(set_, data is None))
     deployment = _deployment(runtime, project, port)
     deployment.require_free_port()
     sites = _up(deployment, data)
@@ -70,10 +72,11 @@ def up(runtime: Runtime = RUNTIME, project: Project = PROJECT, port: Port = None
 def submit(
     runtime: Runtime = RUNTIME,
     job: Job = "pfedsam",
-    rounds: Annotated[int, typer.Option(min=1)] = ROUNDS,
+    rounds: Annotated[int, typer.Option(min=1, max=MOST_ROUNDS)] = ROUNDS,
     set_: Overrides = None,
 ) -> None:
     """Submit a job to the running deployment, follow it, fetch its result."""
+    _check(job, _settings(set_, (runtime / "phantom").is_dir()))
     deployment = _deployment(runtime, runtime / "project.yml", None)
     _submit(deployment, job, rounds, set_, (runtime / "phantom").is_dir())
 
@@ -144,6 +147,14 @@ def _site_folders(deployment: Any, data: Path | None) -> dict[str, Path]:
 
 def _settings(set_: list[str] | None, phantom: bool) -> dict[str, Any]:
     return {**(SETTINGS if phantom else {}), **literals(set_ or [])}
+
+
+def _check(job: str, overrides: dict[str, Any]) -> None:
+    """Refuse wrong settings before anything is provisioned or started."""
+    from pfedsam.bundles import require_settings
+    from pfedsam.federated.jobs import find_job, plan_settings
+
+    require_settings(plan_settings(find_job(job))["bundle"], overrides)
 
 
 def _submit(deployment: Any, job: str, rounds: int, set_: list[str] | None, phantom: bool) -> None:

@@ -46,6 +46,15 @@ def init(
             min=1, help="Take part with at least so many sites; 3 by default: of two, each knows the other's."
         ),
     ] = None,
+    most_rounds: Annotated[
+        int | None, typer.Option(min=1, help="Of a job at this site; 1000 where nothing was said before.")
+    ] = None,
+    most_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of a round, and of the final phase; 100 where nothing was said before.")
+    ] = None,
+    most_hours: Annotated[
+        float | None, typer.Option(help="That a job may take at this site; 168 where nothing was said before.")
+    ] = None,
     byoc: Annotated[
         bool, typer.Option("--byoc", help="Let jobs carry code. No filter stops hostile code in the same process.")
     ] = False,
@@ -75,6 +84,9 @@ def init(
         "curves": curves,
         "least_validation_cases": least_validation_cases,
         "least_sites": least_sites,
+        "most_rounds": most_rounds,
+        "most_epochs": most_epochs,
+        "most_hours": most_hours,
     }
     given = {key: value for key, value in told.items() if value is not None}
     try:

@@ -38,13 +38,19 @@ def state_list(root: StateRoot = None, kit: Kit = None) -> None:
         table.add_column(column, no_wrap=column == "fingerprint", min_width=12 if column == "fingerprint" else None)
     for entry in entries:
         info = entry.info
-        dice = info.get("val_dice_personal")
-        final = {True: "yes", False: "no"}.get(info.get("final"), "")  # type: ignore[arg-type]
+        final = {"True": "yes", "False": "no"}.get(str(info.get("final")), "")
         best = told_dice(entry.best)
         kept = "" if best is None else f"{best:.3f} (round {entry.best.get('round')})"
-        shown = (str(info.get("round", "")), final, "" if dice is None else f"{dice:.3f}", kept, entry.problem)
+        shown = (str(info.get("round", "")), final, _dice(info.get("val_dice_personal")), kept, entry.problem)
         table.add_row(entry.federation, entry.site, entry.bundle, entry.fingerprint, *shown)
     console.print(table)
+
+
+def _dice(value: object) -> str:
+    """`?` for what is no number."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" if type(value) in (int, float) else "?"
 
 
 @app.command("export")

@@ -22,6 +22,7 @@ from pfedsam.data.labels import few
 from pfedsam.data.suffixes import NIFTI, SUFFIXES, case_name, visible
 from pfedsam.errors import PFedSAMError
 from pfedsam.files import write_atomically
+from pfedsam.settings import shown
 
 SECTIONS: tuple[str, ...] = ("training", "validation", "test")
 LAYOUT = f"Expected <site>/images/<case> and <site>/labels/<case>, each {'|'.join(SUFFIXES)} or a DICOM folder."
@@ -247,7 +248,7 @@ def _content(folder: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _wrong(folder, f"it is not readable JSON ({str(error).splitlines()[0]})") from None
     keys = (*SECTIONS, "patients")
     if not isinstance(content, dict) or not any(key in content for key in keys):
@@ -285,8 +286,12 @@ def _inside(folder: Path, section: str, relative: str) -> Path:
     path = Path(relative)
     if path.is_absolute() or ".." in path.parts:
         raise _wrong(folder, f"section '{section}' names '{relative}', which is not a path inside the site folder")
-    if not (folder / path).exists():
-        raise _wrong(folder, f"section '{section}' names the missing file '{relative}'")
+    try:
+        found = (folder / path).exists()
+    except (OSError, ValueError):  # too long for a name, or with a character that none has
+        found = False
+    if not found:
+        raise _wrong(folder, f"section '{section}' names the missing file {shown(relative)}")
     return folder / path
 
 

@@ -15,8 +15,10 @@ from typing import Any
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.provenance import defaults
+from pfedsam.evaluation.records import problem_of_record, warn_once
 from pfedsam.evaluation.runs import Run, Simulator, execute
 from pfedsam.files import append_line, read_lines
+from pfedsam.settings import shown
 
 RECORDS = "runs.jsonl"
 
@@ -70,8 +72,20 @@ class Comparison:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records in a file; of two with one key the last counts, what is no record (a line cut off) is left out."""
-    return list({record["key"]: record for record in read_lines(path) if "key" in record}.values())
+    """The records in a file; of two with one key the last counts, what is no record (a line cut off) is left out.
+
+    A record with a value that is none, such as a text as Dice, is left out, too, and a warning names it.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for record in read_lines(path):
+        if "key" not in record:
+            continue
+        problem = problem_of_record(record, whole=False)
+        if problem:
+            warn_once(f"{path}: the record {shown(record['key'])} is left out: {problem}")
+        else:
+            found[record["key"]] = record
+    return list(found.values())
 
 
 def compare(comparison: Comparison, workers: int, event: Callable[[str, int], None] | None = None) -> None:

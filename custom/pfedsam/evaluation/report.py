@@ -26,6 +26,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.compare import read_records
 from pfedsam.evaluation.plots import plots
 from pfedsam.evaluation.provenance import case_hash
+from pfedsam.evaluation.records import problem_of_results
 from pfedsam.evaluation.site import MODELS
 from pfedsam.evaluation.statistics import case_table
 from pfedsam.parameters import Roles
@@ -55,15 +56,15 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
         The file written.
 
     Raises:
-        PFedSAMError: E02 if the folder holds no finished run, E16 if `compare` holds no record of `local_only` with
-            test cases of this run.
+        PFedSAMError: E02 if the folder holds no finished run or no sound results, E16 if its job is none, or `compare`
+            holds no record of `local_only` with test cases of this run.
     """
     path = run / "results.json"
     if not path.is_file():
         raise PFedSAMError(
             "E02", f"{run} holds no results.json.", "Give the run folder of a finished demo or simulate."
         )
-    results = json.loads(path.read_text())
+    results = _read_results(path)
     alone = _worse_than_alone(results, compare, 1 if pictures else FEW_CASES) if compare else []
     plan, rounds = _plan(run)
     curves = read_curves(run)
@@ -95,6 +96,18 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     return out
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    remedy = "Evaluate the run again: call the command that made it once more."
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PFedSAMError("E02", f"{path} is not readable: {error}.", remedy) from None
+    problem = problem_of_results(results)
+    if problem:
+        raise PFedSAMError("E02", f"{path} holds no results: {problem}.", remedy)
+    return results
 
 
 def _code(text: str) -> Markup:
@@ -136,9 +149,13 @@ def _plan(run: Path) -> tuple[dict[str, Any], int | None]:
     path = run / "job" / "app" / "config" / "config_fed_server.json"
     if not path.is_file():
         return {}, None
-    config = json.loads(path.read_text())
-    plan = next(one["args"] for one in config["components"] if one["id"] == "plan")
-    return plan, config["start_round"] + config["num_rounds"]
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        plan = next(one["args"] for one in config["components"] if one["id"] == "plan")
+        return dict(plan), int(config["start_round"]) + int(config["num_rounds"])
+    except (OSError, ValueError, TypeError, KeyError, StopIteration) as error:
+        told = f"{path} is no configuration of ours ({type(error).__name__}: {error})"
+        raise PFedSAMError("E16", f"{told}.", "Bring it back, or take the job's folder away.") from None
 
 
 def _sent(run: Path, sites: Iterable[str]) -> pd.DataFrame:

@@ -32,7 +32,7 @@ from pfedsam.evaluation.provenance import (
 )
 from pfedsam.evaluation.site import CaseScore, evaluate_site
 from pfedsam.evaluation.unseen import unseen
-from pfedsam.strategies import StrategyFile, find_strategy, strategy_names
+from pfedsam.strategies import StrategyFile, find_strategy, strategy_name, strategy_names
 from pfedsam.training.federation import Federation, pooled_site, run_federation
 
 #: Trains a run in a folder by other means than this process: the model file of each site, and a note a round and site.
@@ -71,7 +71,12 @@ class Run:
     def name(self) -> str:
         """For people."""
         unseen = f", without {self.held_out}" if self.held_out else ""
-        return f"{self.strategy}, seed {self.seed}{unseen}{', simulator' if self.simulated else ''}"
+        return f"{self.label}, seed {self.seed}{unseen}{', simulator' if self.simulated else ''}"
+
+    @property
+    def label(self) -> str:
+        """The strategy's name, also where it is a file: for records, tables and logs."""
+        return strategy_name(self.strategy)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -94,7 +99,7 @@ class Run:
             can = [name for name in strategy_names() if find_strategy(name).kind != "ensemble"]
             raise PFedSAMError(
                 "E16",
-                f"'{self.strategy}' has no model for an unseen site: it is a vote of models.",
+                f"'{self.label}' has no model for an unseen site: it is a vote of models.",
                 f"Take any of {can}.",
             )
         if self.held_out and self.simulated:
@@ -117,7 +122,7 @@ class Run:
 
     def key(self) -> str:
         """Hash of all that the record depends on: a run with a record is not repeated."""
-        return f"{self.training_key()}-{hash_of([self.strategy, self.file.kind])[:8]}"
+        return f"{self.training_key()}-{hash_of([self.label, self.file.kind])[:8]}"
 
     def splits(self) -> dict[str, Split]:
         """The cases of each section of each site."""
@@ -189,7 +194,7 @@ def execute(
     card = run_card(run)  # of the code that trains, whatever is edited meanwhile
     folder_ = run.training_folder(out)
     folder_.mkdir(parents=True, exist_ok=True)
-    (folder_ / "run.json").write_text(json.dumps(asdict(run), indent=1) + "\n")
+    (folder_ / "run.json").write_text(json.dumps({**asdict(run), "strategy": run.label}, indent=1) + "\n")
     started = time.monotonic()
     with FileLock(folder_ / "lock"):
         federation = run.federation(out)
@@ -211,7 +216,7 @@ def execute(
     patients = {(site, c.name): c.patient for site, split in run.splits().items() for c in split["test"]}
     return {
         "key": run.key(),
-        "strategy": run.strategy,
+        "strategy": run.label,
         "kind": run.file.kind,
         "seed": run.seed,
         "held_out": run.held_out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -13,10 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
-from pfedsam.bundles import folder
+from pfedsam.bundles import checked_overrides, folder, installed_bundles
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.packing import Precision
+from pfedsam.federated.plan import Plan
 from pfedsam.files import write_like
+from pfedsam.ranges import MOST_ROUNDS, MOST_SECONDS, MOST_SITES
+from pfedsam.settings import shown
 from pfedsam.strategies import find_strategy
 from pfedsam.training.phases import Strategy
 
@@ -44,7 +48,18 @@ ENCRYPTED: dict[str, dict[str, Any]] = {
 }
 #: Tasks whose data are a global model.
 _MODEL_FOR = ("train", "validate", "configure")
-SERVER, CLIENT = "config_fed_server.json", "config_fed_client.json"
+SERVER, CLIENT, META = "config_fed_server.json", "config_fed_client.json", "meta.json"
+#: Numbers at the top of the server's configuration: least, most, unit. A job that was resumed may have no round left.
+SERVER_SETTINGS: dict[str, tuple[int, int, str]] = {
+    "num_rounds": (0, MOST_ROUNDS, "rounds"),
+    "start_round": (0, MOST_ROUNDS, "rounds"),
+    "min_clients": (1, MOST_SITES, "sites"),
+    "validation_timeout": (0, MOST_SECONDS, "seconds"),
+    "final_phase_timeout": (0, MOST_SECONDS, "seconds"),
+}
+#: Arguments of the workflows that are seconds; a text names a setting of the server.
+_SECONDS = ("wait_time_after_min_received", "train_timeout", "validation_timeout", "timeout", "task_check_period")
+_JOB = "Start from a job of this project (`pfedsam job make`)."
 
 
 @dataclass(frozen=True)
@@ -82,12 +97,14 @@ def find_job(name_or_path: str) -> Path:
     """A job folder by path, or the packaged job of that name.
 
     Raises:
-        PFedSAMError: E16 if there is none.
+        PFedSAMError: E16 if there is none, or its files are no job's.
     """
     for path in (Path(name_or_path), folder("jobs") / name_or_path):
-        if (path / "meta.json").is_file():
+        if (path / META).is_file():
+            read_json(path / META)
+            plan_settings(path)
             return path
-    known = sorted(path.parent.name for path in folder("jobs").glob("*/meta.json"))
+    known = sorted(path.parent.name for path in folder("jobs").glob(f"*/{META}"))
     raise PFedSAMError("E16", f"there is no job '{name_or_path}'.", f"Packaged jobs: {known}.")
 
 
@@ -111,21 +128,24 @@ def export_job(
         byoc: bring the code, bundles and strategies in `app/custom`, for sites that allow code in jobs and have the
             libraries of `app/custom/requirements.txt` but not this package, or another version of it.
         plan: arguments of the plan to set on both sides.
-        server: top-level settings of the server's configuration, for example `num_rounds`. With `min_clients` the plan
-            promises that no round has fewer sites, unless `plan` says something else of `least_sites`.
+        server: top-level settings of the server's configuration, for example `num_rounds`; see `SERVER_SETTINGS`. With
+            `min_clients` the plan promises that no round has fewer sites, unless `plan` says something else of
+            `least_sites`.
         persistor: arguments of the persistor to set.
         privacy: further filters, after ours at the sites and before the guard at the server.
 
     Raises:
         PFedSAMError: E16 if `out` is something else than a job folder, the job shall be locked and carry code, or be
-            encrypted where TenSEAL is not installed or something else than the mean is taken.
+            encrypted where TenSEAL is not installed or something else than the mean is taken; E16 or E18 if the plan or
+            a setting of the server is impossible. Nothing is written then.
     """
+    _check_settings(source, plan or {}, server or {})
     if locked and byoc:
         raise PFedSAMError("E16", "a locked job carries no code.", "Choose one of --locked and --byoc.")
     if privacy and privacy.encrypt:
         _check_encryption(source)
     if out.exists():
-        if not (out / "meta.json").is_file():
+        if not (out / META).is_file():
             raise PFedSAMError("E16", f"{out} exists and is no job folder.", "Choose another folder.")
         if out.resolve() == source.resolve():
             raise PFedSAMError("E16", f"{out} is the job that is copied.", "Choose another folder.")
@@ -138,11 +158,11 @@ def export_job(
     promised = {"least_sites": int(server["min_clients"])} if server and "min_clients" in server else {}
     for name in (SERVER, CLIENT):
         path = out / "app" / "config" / name
-        config = json.loads(path.read_text())
-        _component(config, "plan")["args"].update({**promised, **(plan or {})})
+        config = read_json(path)
+        _arguments(config, "plan").update({**promised, **(plan or {})})
         if name == SERVER:
             config.update(server or {})
-            _component(config, "persistor")["args"].update(persistor or {})
+            _arguments(config, "persistor").update(persistor or {})
         _add_filters(config, name, privacy or Privacy())
         path.write_text(json.dumps(config, indent=2) + "\n")
     return out
@@ -165,14 +185,14 @@ def make_job(strategy: str, out: Path, template: str = "pfedsam") -> Path:
     settings = file.checked()
     export_job(find_job(template), out, plan={"strategy": file.strategy, "overrides": file.overrides})
     path = out / "app" / "config" / SERVER
-    config = json.loads(path.read_text())
+    config = read_json(path)
     if settings.aggregation == "mean":
         _component(config, "aggregator").update(_MEAN)
     path.write_text(_pretty(config))
     client = path.with_name(CLIENT)
-    client.write_text(_pretty(json.loads(client.read_text())))
-    meta = json.loads((out / "meta.json").read_text())
-    (out / "meta.json").write_text(_pretty({**meta, "name": settings.name}))
+    client.write_text(_pretty(read_json(client)))
+    meta = read_json(out / META)
+    (out / META).write_text(_pretty({**meta, "name": settings.name}))
     return out
 
 
@@ -230,13 +250,21 @@ def _pretty(content: Mapping[str, Any]) -> str:
 
 
 def plan_settings(job: Path) -> dict[str, Any]:
-    """Arguments of a job's plan."""
-    return _component(json.loads((job / "app" / "config" / SERVER).read_text()), "plan")["args"]
+    """Arguments of a job's plan, among them `bundle` and `strategy` (E16 if it is no job of ours)."""
+    plan = _arguments(server_settings(job), "plan")
+    kinds: dict[str, tuple[type, ...]] = {"bundle": (str,), "strategy": (dict,), "overrides": (dict, type(None))}
+    for key, kind in kinds.items():
+        if not isinstance(plan.get(key), kind):
+            raise PFedSAMError("E16", f"{job}: {key} of the plan is {shown(plan.get(key))}.", _JOB)
+    return plan
 
 
 def server_settings(job: Path) -> dict[str, Any]:
-    """The server's configuration."""
-    return json.loads((job / "app" / "config" / SERVER).read_text())
+    """The server's configuration (E16 if it is none, or a setting of it is impossible)."""
+    path = job / "app" / "config" / SERVER
+    config = read_json(path)
+    _check_server(config, str(path))
+    return config
 
 
 def classes_of(job: Path) -> list[str]:
@@ -245,7 +273,7 @@ def classes_of(job: Path) -> list[str]:
 
     named: set[str] = set()
     for name in (SERVER, CLIENT):
-        _collect_paths(json.loads((job / "app" / "config" / name).read_text()), named)
+        _collect_paths(read_json(job / "app" / "config" / name), named)
     return sorted(named - set(DEFAULT_CLASS_ALLOW_LIST))
 
 
@@ -260,7 +288,7 @@ def needed_classes(side: str) -> list[str]:
         SERVER: {UNPACK, GUARD, *(one["path"] for one in ENCRYPTED.values())},
     }
     named: set[str] = set(of_privacy[side])
-    for job in folder("jobs").glob("*/meta.json"):
+    for job in folder("jobs").glob(f"*/{META}"):
         _collect_paths(json.loads((job.parent / "app" / "config" / side).read_text()), named)
     return sorted(named)
 
@@ -311,8 +339,71 @@ def _collect_paths(node: Any, named: set[str]) -> None:
             _collect_paths(value, named)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file of a job.
+
+    Raises:
+        PFedSAMError: E16 if the file is missing, not readable, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PFedSAMError("E16", f"{path} is not readable: {error}.", _JOB) from None
+    if not isinstance(content, dict):
+        raise PFedSAMError("E16", f"{path} is {shown(content)}, expected keys with values.", _JOB)
+    return content
+
+
 def _component(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    for component in config["components"]:
-        if component["id"] == name:
+    components = config.get("components")
+    for component in components if isinstance(components, list) else ():
+        if isinstance(component, dict) and component.get("id") == name:
             return component
-    raise PFedSAMError("E16", f"the job has no component '{name}'.", "Start from a job of this project.")
+    raise PFedSAMError("E16", f"the job has no component '{name}'.", _JOB)
+
+
+def _arguments(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Arguments of a component; they can be changed in place."""
+    found = _component(config, name).setdefault("args", {})
+    if not isinstance(found, dict):
+        raise PFedSAMError("E16", f"the arguments of the job's '{name}' are {shown(found)}.", _JOB)
+    return found
+
+
+def _check_settings(source: Path, plan: Mapping[str, Any], server: Mapping[str, Any]) -> None:
+    """Refuse a job that no site or server could run, before anything is written."""
+    config = {**server_settings(source), **server}
+    _check_server(config, str(source))
+    told = {**plan_settings(source), **plan}
+    names = sorted(set(inspect.signature(Plan.__init__).parameters) - {"self"})
+    wrong = set(told) ^ set(names)
+    if wrong - {"overrides"}:
+        raise PFedSAMError("E16", f"{source}: the plan has {sorted(told)}, expected {names}.", _JOB)
+    if "bundle" in plan or told["bundle"] in installed_bundles():
+        Plan(**told).checked()
+        return
+    # of a bundle that only those who run the job have, the rest can be checked
+    checked_overrides(told.get("overrides"))
+    Strategy.of(told["strategy"])
+
+
+def _check_server(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a setting of the server that is no whole number in its range."""
+    for key, (least, most, unit) in SERVER_SETTINGS.items():
+        value = config.get(key, least)
+        if type(value) is not int or not least <= value <= most:
+            raise _not_between(where, key, value, f"a whole number from {least} to {most} {unit}")
+    workflows = config.get("workflows")
+    for workflow in workflows if isinstance(workflows, list) else ():
+        arguments = workflow.get("args") if isinstance(workflow, dict) else None
+        if not isinstance(arguments, dict):
+            continue
+        for key in _SECONDS:
+            value = arguments.get(key, 0)
+            if not isinstance(value, str) and (type(value) not in (int, float) or not 0 <= value <= MOST_SECONDS):
+                raise _not_between(where, key, value, f"a number from 0 to {MOST_SECONDS} seconds")
+
+
+def _not_between(where: str, key: str, value: Any, expected: str) -> PFedSAMError:
+    told = f"{where}: {key} is {shown(value)}, expected {expected}."
+    return PFedSAMError("E16", told, "Correct the job, or give another number.")

@@ -28,10 +28,21 @@ from pfedsam.federated.literals import require_literal
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.federated.privacy import require_policy
 from pfedsam.federated.scalars import ListedScalars, phase_tag
-from pfedsam.federated.settings import require_agreed, site_folder, site_settings
+from pfedsam.federated.settings import (
+    SiteSettings,
+    TimeLimit,
+    require_agreed,
+    require_epochs,
+    require_round,
+    site_folder,
+    site_settings,
+)
 from pfedsam.state import BEST, SiteState, state_root
 from pfedsam.training.local import LocalTraining, RoundResult
+from pfedsam.training.phases import Strategy
 
+#: When a job has begun at the site, in its folder there.
+STARTED = "pfedsam_started"
 #: Tasks whose results must go through the outgoing filter.
 FILTERED_TASKS = (
     AppConstants.TASK_TRAIN,
@@ -122,6 +133,7 @@ class PFedSAMLearner(ModelLearner):
         strategy, site = plan.checked(), site_settings(self.fl_ctx)
         require_agreed(plan.federation, site)
         require_enough_sites(self.fl_ctx, plan, site.least_sites)
+        self._require_within(strategy, site)
         trained = outgoing_filters(self.fl_ctx, AppConstants.TASK_TRAIN)
         require_policy(trained, site.largest_clip, site.least_noise)
         self._set_threads(site.threads or self.threads)
@@ -140,11 +152,18 @@ class PFedSAMLearner(ModelLearner):
         simulated = self._is_simulated()
         self._scalars = self._find_scalars(simulated if site.curves is None else site.curves)
         self._enough_cases = len(self._local.validation_cases) >= site.least_validation_cases
-        self._local.trainer.should_stop = self.is_aborted
+        self._local.trainer.should_stop = lambda: self.is_aborted() or self._time.over()
         self.logger.info(
             f"{len(self._local.cases)} training and {len(self._local.validation_cases)} validation cases, "
             f"device {self._local.trainer.state.device}, {torch.get_num_threads()} thread(s)"
         )
+
+    def _require_within(self, strategy: Strategy, site: SiteSettings) -> None:
+        """Keep to the site's own limits on epochs, rounds and hours."""
+        require_epochs(strategy, site)
+        self._site = site
+        self._time = TimeLimit(Path(self.workspace.get_run_dir(self.job_id)) / STARTED, site.most_hours)
+        self._time.start()
 
     def _find_scalars(self, wanted: bool) -> ListedScalars:
         found = self.engine.get_component(self.scalars_id) if self.scalars_id and wanted else None
@@ -176,10 +195,13 @@ class PFedSAMLearner(ModelLearner):
         return None if before_training else FLModel(metrics={})
 
     def _train(self, model: FLModel) -> str | FLModel:
+        require_round(int(self.current_round), self._site)
+        self._time.require_left()
         self._local.receive(model.params, model.meta.get(FINGERPRINT_KEY))
         result = self._local.train(self.current_round)
         if self.is_aborted():
             return ReturnCode.TASK_ABORTED
+        self._time.require_left()  # a round that was stopped is not kept
         personal = self._local.personal_dice(self.current_round)
         self._save(final=False, val_dice_global=self._global_dice, val_dice_personal=personal)
         self._report(result)
@@ -201,6 +223,7 @@ class PFedSAMLearner(ModelLearner):
         result = self._local.finish(self.current_round)
         if self.is_aborted():
             return
+        self._time.require_left()
         after = self._local.validate(experts=True)["val_dice"]
         self._save(final=True, val_dice_global=before, val_dice_personal=after)
         self._report(result)
@@ -209,6 +232,7 @@ class PFedSAMLearner(ModelLearner):
         self.logger.info(f"final personal phase: global Dice {before:.3f}, personal Dice {after:.3f}")
 
     def _receive_and_validate(self, model: FLModel) -> float:
+        self._time.require_left()
         self._local.receive(model.params, model.meta.get(FINGERPRINT_KEY))
         self._global_dice = dice = self._local.validate(experts=False)["val_dice"]
         self._tells_dice = self._enough_cases and (self._is_simulated() or self._local.answers)

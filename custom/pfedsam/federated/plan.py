@@ -11,9 +11,10 @@ from typing import Any
 
 from nvflare.apis.fl_context import FLContext
 
-from pfedsam.bundles import checked_overrides, find_bundle, network_of
+from pfedsam.bundles import network_of, require_settings
 from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import COPY, Manifest, manifest
+from pfedsam.settings import shown
 from pfedsam.training.phases import Strategy
 
 PLAN_ID = "plan"
@@ -62,16 +63,16 @@ class Plan:
             PFedSAMError: E16 for a wrong federation name, bundle, strategy or number of sites, E18 for an override.
         """
         if not isinstance(self.federation, str) or not self.federation.replace("-", "_").isidentifier():
-            raise PFedSAMError("E16", f"federation name {self.federation!r}.", "Use letters, digits, '-' and '_'.")
+            told = f"federation name {shown(self.federation)}"
+            raise PFedSAMError("E16", f"{told}.", "Use letters, digits, '-' and '_'.")
         agreed = self.most_cases.values() if isinstance(self.most_cases, dict) else (self.most_cases,)
         if any(most is not None and (type(most) is not int or most < 1) for most in agreed):
             raise PFedSAMError(
-                "E16", f"most_cases is {self.most_cases!r}.", "Give whole numbers from 1, for all or by site."
+                "E16", f"most_cases is {shown(self.most_cases)}.", "Give whole numbers from 1, for all or by site."
             )
         if self.least_sites is not None and (type(self.least_sites) is not int or self.least_sites < 1):
-            raise PFedSAMError("E16", f"least_sites is {self.least_sites!r}.", "Give a whole number from 1 on.")
-        find_bundle(self.bundle)
-        checked_overrides(self.overrides)
+            raise PFedSAMError("E16", f"least_sites is {shown(self.least_sites)}.", "Give a whole number from 1 on.")
+        require_settings(self.bundle, self.overrides)
         return Strategy.of(self.strategy)
 
     def most_of(self, site: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,22 @@ from nvflare.apis.fl_context import FLContext
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pfedsam.errors import PFedSAMError
+from pfedsam.files import write_atomically
 from pfedsam.parameters import GROUPS
+from pfedsam.training.phases import Strategy
 
 SITE_SETTINGS = "pfedsam.json"
 #: Where a site takes the data root from if its settings have none.
 DATA_VARIABLE = "PFEDSAM_DATA"
 
 #: What `pfedsam site init` writes into a hospital's kit where neither it nor the person says something else.
-KIT_DEFAULTS: dict[str, Any] = {"least_validation_cases": 5, "least_sites": 3}
+KIT_DEFAULTS: dict[str, Any] = {
+    "least_validation_cases": 5,
+    "least_sites": 3,
+    "most_rounds": 1000,
+    "most_epochs": 100,
+    "most_hours": 168,
+}
 
 
 class SiteSettings(BaseModel):
@@ -40,6 +49,9 @@ class SiteSettings(BaseModel):
         least_validation_cases: with fewer validation cases no Dice leaves the site, in no result and no scalar.
         least_sites: in a federation of fewer sites this site does not take part, see `pfedsam.federated.least_sites`;
             None for any number.
+        most_rounds: of a job at this site; None for no limit.
+        most_epochs: of all phases of one round together, and of all final phases together; None for no limit.
+        most_hours: that a job may take at this site, from its first task on; None for no limit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,6 +69,9 @@ class SiteSettings(BaseModel):
     curves: bool | None = None
     least_validation_cases: int = Field(1, ge=1)
     least_sites: int | None = Field(None, ge=1)
+    most_rounds: int | None = Field(None, ge=1)
+    most_epochs: int | None = Field(None, ge=1)
+    most_hours: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
 def site_settings(fl_ctx: FLContext) -> SiteSettings:
@@ -103,6 +118,83 @@ def require_agreed(federation: str, settings: SiteSettings) -> None:
             f"the job is of federation '{federation}', this site has agreed to {list(settings.federations)}.",
             f"Ask who submitted it, or add the name to 'federations' in local/{SITE_SETTINGS}.",
         )
+
+
+def require_epochs(strategy: Strategy, settings: SiteSettings) -> None:
+    """Refuse a strategy that trains longer in a round, or after the last one, than the site allows.
+
+    Raises:
+        PFedSAMError: E26 naming both numbers.
+    """
+    for when, phases in (("a round", strategy.phases), ("the final phase", strategy.final)):
+        epochs = sum(phase.epochs for phase in phases)
+        if settings.most_epochs is not None and epochs > settings.most_epochs:
+            raise _too_much(f"{epochs} epochs in {when}", settings.most_epochs, "most_epochs")
+
+
+def require_round(number: int, settings: SiteSettings) -> None:
+    """Refuse a round, counted from 0, after the last one that the site allows.
+
+    Raises:
+        PFedSAMError: E26 naming both numbers.
+    """
+    if settings.most_rounds is not None and number >= settings.most_rounds:
+        raise _too_much(f"round {number + 1}", settings.most_rounds, "most_rounds")
+
+
+class TimeLimit:
+    """Hours that a job may take at the site. Its start is kept in a file: a learner may be built anew for each task.
+
+    Args:
+        file: of the job's folder at the site; `start` writes it.
+        hours: see `most_hours` of `SiteSettings`.
+    """
+
+    def __init__(self, file: Path, hours: float | None) -> None:
+        self.file, self.hours = file, hours
+        self._end: float | None = None
+
+    def start(self) -> None:
+        """Take the time of the job's first task, or note that it is now.
+
+        Raises:
+            PFedSAMError: E01 if the file cannot be written.
+        """
+        if self.hours is not None:
+            self._end = self._started() + self.hours * 3600
+
+    def over(self) -> bool:
+        """Whether the time is over."""
+        return self._end is not None and time.time() >= self._end
+
+    def require_left(self) -> None:
+        """Refuse to go on when the time is over.
+
+        Raises:
+            PFedSAMError: E26.
+        """
+        if self.over():
+            raise _too_much("more time", f"{self.hours:g} hours", "most_hours")
+
+    def _started(self) -> float:
+        """In seconds of the clock."""
+        try:
+            return float(self.file.read_text())
+        except (OSError, ValueError):
+            now = time.time()
+        try:
+            write_atomically(self.file, f"{now}".encode())
+        except OSError as error:
+            raise PFedSAMError("E01", f"{self.file} could not be written: {error}.", "Look at the disk.") from None
+        return now
+
+
+def _too_much(asked: str, allowed: Any, key: str) -> PFedSAMError:
+    return PFedSAMError(
+        "E26",
+        f"the job asks for {asked}, this site allows {allowed}.",
+        f"Ask who submitted it, or set another '{key}' in local/{SITE_SETTINGS} (see `pfedsam site init --help`).",
+    )
 
 
 def site_folder(data_root: str | None, site: str) -> Path:

@@ -10,6 +10,17 @@ from typing_extensions import Self
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import GROUPS, LAYER_NORM, Roles
+from pfedsam.ranges import MOST_EPOCHS, MOST_ROUNDS
+from pfedsam.settings import shown
+
+MOST_PHASES, LARGEST_RATE, LARGEST_FACTOR = 20, 10.0, 1000.0
+# a text or a truth value is no number
+Whole = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+Factor = Annotated[Number, Field(ge=0, le=LARGEST_FACTOR)]
+Rounds = Annotated[Whole, Field(ge=0, le=MOST_ROUNDS)]
+Name = Annotated[str, Field(max_length=100)]
 
 
 class _Settings(BaseModel):
@@ -23,13 +34,13 @@ class _Settings(BaseModel):
             PFedSAMError: E16 naming the first wrong key, its value and what was expected.
         """
         try:
-            return cls(**settings)
+            return cls.model_validate(settings)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or cls.__name__
             raise PFedSAMError(
                 "E16",
-                f"{cls.__name__.lower()} setting '{where}' = {first.get('input')!r}: {first['msg']}.",
+                f"{cls.__name__.lower()} setting '{where}' = {shown(first.get('input'))}: {first['msg']}.",
                 "The settings are described in pfedsam/training/phases.py.",
             ) from None
 
@@ -53,11 +64,11 @@ class Distillation(_Settings):
     """
 
     teacher: Literal["global", "personal"] = "global"
-    weight: float = Field(0.5, ge=0)
-    temperature: float = Field(2.0, gt=0)
-    band: float = Field(0.05, gt=0, lt=1)
-    warmup_rounds: int = Field(2, ge=0)
-    quality_gate: bool = True
+    weight: Factor = 0.5
+    temperature: Number = Field(2.0, gt=0, le=100)
+    band: Number = Field(0.05, gt=0, lt=1)
+    warmup_rounds: Rounds = 2
+    quality_gate: Switch = True
 
 
 class Phase(_Settings):
@@ -86,20 +97,20 @@ class Phase(_Settings):
             copy, theta as received (FedProx: Li et al., arXiv 1812.06127; Ditto: Li et al., arXiv 2012.04221).
     """
 
-    name: str
-    trains: tuple[Literal["shared", "personal", "copy"], ...] = Field(min_length=1)
-    experts: bool
-    epochs: int = Field(1, ge=0)
-    learning_rate: float = Field(1e-3, gt=0)
-    rates: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    keep_moments: bool = False
-    warmup_rounds: int = Field(0, ge=0)
-    decay: float = Field(1.0, gt=0, le=1)
-    inverse_time_decay: float = Field(0.0, ge=0)
+    name: Name
+    trains: tuple[Literal["shared", "personal", "copy"], ...] = Field(min_length=1, max_length=2)
+    experts: Switch
+    epochs: Whole = Field(1, ge=0, le=MOST_EPOCHS)
+    learning_rate: Number = Field(1e-3, gt=0, le=LARGEST_RATE)
+    rates: dict[str, Annotated[Number, Field(gt=0, le=LARGEST_FACTOR)]] = Field(default_factory=dict)
+    keep_moments: Switch = False
+    warmup_rounds: Rounds = 0
+    decay: Number = Field(1.0, gt=0, le=1)
+    inverse_time_decay: Factor = 0.0
     anneal: Literal["none", "cosine"] = "none"
     distillation: Distillation | None = None
-    balance: float = Field(0.01, ge=0)
-    proximal: float = Field(0.0, ge=0)
+    balance: Factor = 0.01
+    proximal: Factor = 0.0
 
     @field_validator("rates")
     @classmethod
@@ -139,13 +150,13 @@ class Strategy(_Settings):
             nothing that is sent tells it then.
     """
 
-    name: str = "pfedsam"
+    name: Name = "pfedsam"
     shared: tuple[str, ...] = ("lora_a", "lora_b", "decoder_subset")
     personal: tuple[str, ...] = ("experts",)
-    phases: tuple[Phase, ...] = ()
-    final: tuple[Phase, ...] = ()
-    interpolation: float = Field(1.0, gt=0, le=1)
-    validate_every: int = Field(1, ge=1)
+    phases: tuple[Phase, ...] = Field((), max_length=MOST_PHASES)
+    final: tuple[Phase, ...] = Field((), max_length=MOST_PHASES)
+    interpolation: Number = Field(1.0, gt=0, le=1)
+    validate_every: Whole = Field(1, ge=1, le=MOST_ROUNDS)
     aggregation: Literal["norm_clipped", "mean", "trimmed_mean", "median", "krum", "svd", "alternate"] = "norm_clipped"
     weights: Literal["cases", "uniform"] = "cases"
 
