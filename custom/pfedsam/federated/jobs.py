@@ -375,10 +375,14 @@ def _check_settings(source: Path, plan: Mapping[str, Any], server: Mapping[str, 
     config = {**server_settings(source), **server}
     _check_server(config, str(source))
     told = {**plan_settings(source), **plan}
-    names = sorted(set(inspect.signature(Plan.__init__).parameters) - {"self"})
-    wrong = set(told) ^ set(names)
-    if wrong - {"overrides"}:
-        raise PFedSAMError("E16", f"{source}: the plan has {sorted(told)}, expected {names}.", _JOB)
+    known = {name: one for name, one in inspect.signature(Plan.__init__).parameters.items() if name != "self"}
+    needed = {name for name, one in known.items() if one.default is one.empty}
+    if needed - set(told) or set(told) - set(known):
+        raise PFedSAMError(
+            "E16",
+            f"{source}: the plan has {sorted(told)}, expected {sorted(needed)} and no others than {sorted(known)}.",
+            _JOB,
+        )
     if "bundle" in plan or told["bundle"] in installed_bundles():
         Plan(**told).checked()
         return
