@@ -35,10 +35,13 @@ cases: $(STAMP)
 		test $$code -eq 0 || failed=1; printf '%-32s %s %s\n' "$$(basename "$$case")" $$code "$$(grep -aE 'RIGHT|WRONG|Error' .case.log | tail -n 1 | cut -c 1-160)"; \
 	done; rm -f .case.log; exit $$failed
 
-# Real data: make lgg LGG=<folder with the four site folders>
+# Real data: make lgg LGG=<folder with the four site folders>. It is only read: links to it are in LGG_DATA, with the split
+# of the README's table, which is even and written down (the default split goes by names and needs no file).
+LGG_DATA := runs/lgg-data
 lgg: $(STAMP)
 	@test -n "$(LGG)" || { echo "say where the data is: make lgg LGG=<folder>"; exit 2; }
-	$(BIN)/pfedsam simulate "$(LGG)" --federation lgg --strategy annealed --rounds 18 --seed 0 --out runs/lgg --validate-every 6 \
+	$(BIN)/pfedsam split "$(LGG)" --out $(LGG_DATA)
+	$(BIN)/pfedsam simulate $(LGG_DATA) --federation lgg --strategy annealed --rounds 18 --seed 0 --out runs/lgg --validate-every 6 \
 		--set image_size=64 --set batch_size=4 --set augmentations=2 \
 		--set positives_per_case=4 --set negatives_per_case=2 $(LGG_SETTINGS)
 
@@ -47,7 +50,8 @@ STRATEGIES := pfedsam,without_interpolation,one_adapter,fedavg_lora,fedavg_lora_
 SEEDS ?= 0,1,2
 bench-lgg: $(STAMP)
 	@test -n "$(LGG)" || { echo "say where the data is: make bench-lgg LGG=<folder>"; exit 2; }
-	$(BIN)/pfedsam compare "$(LGG)" --out runs/bench-lgg --records tests/benchmarks/results/lgg.jsonl \
+	$(BIN)/pfedsam split "$(LGG)" --out $(LGG_DATA)
+	$(BIN)/pfedsam compare $(LGG_DATA) --out runs/bench-lgg --records tests/benchmarks/results/lgg.jsonl \
 		--strategies $(STRATEGIES) --seeds $(SEEDS) --rounds 8 --set image_size=128 --set adapted_blocks=8 --set amp=true --set batch_size=4 \
 		--set augmentations=2 --set positives_per_case=2 --set negatives_per_case=1
 

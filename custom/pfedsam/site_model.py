@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from pfedsam.parameters import (
     trains_encoder,
     update_digest,
 )
+from pfedsam.seen import SEEN, Seen, patient_of
 
 #: Format version of the files that are written. Version 1 has the same layout and need not have a digest.
 SCHEMA = 2
@@ -48,7 +49,8 @@ class SiteModel:
         shared: the shared tensors that `personal` was trained beside.
         personal: the personal tensors.
         moments: of the personal optimiser (empty in an exported model).
-        info: `fingerprint`, `roles`, `round` and what else is told about the model; plain JSON values.
+        info: `fingerprint`, `roles`, `round`, `seen` (see `pfedsam.seen`) and what else is told about the model; plain
+            JSON values.
     """
 
     shared: dict[str, Tensor]
@@ -197,9 +199,27 @@ def _check_digest(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     )
 
 
-def save_alone(path: str, network: SegmentAnything, trainer: Any) -> None:
-    """What a bundle does at the end of a training without a federation."""
-    write(path, SiteModel.of(network, trainer.roles, epochs=trainer.state.epoch, round=None))
+def save_alone(
+    path: str,
+    network: SegmentAnything,
+    trainer: Any,
+    training: Sequence[Mapping[str, Any]] | None = None,
+    validation: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """What a bundle does at the end of a training without a federation.
+
+    Args:
+        path: file to write.
+        network: what was trained.
+        trainer: the bundle's.
+        training, validation: the bundle's lists of cases, whose patients the model keeps as seen; without the first it
+            does not say which patients it was trained on.
+    """
+    seen = {}
+    if training is not None:
+        known = Seen.nothing().add("training", map(patient_of, training))
+        seen[SEEN] = known.add("validation", map(patient_of, validation)).to_dict()
+    write(path, SiteModel.of(network, trainer.roles, epochs=trainer.state.epoch, round=None, **seen))
     print(f"model written to {path}")
 
 

@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from pfedsam.data.splitting import write_datalist
+
 AFFINE = np.diag([1.0, 1.0, 1.2, 1.0])
 FEW = 3
 
@@ -78,6 +80,8 @@ def main() -> None:
             (small / kind).mkdir(parents=True)
             for path in sorted((site / kind).iterdir())[:FEW]:
                 (small / kind / path.name).symlink_to(path)
+        write_datalist(site)
+        write_datalist(small)
         for name, words in (("files only (--quick)", ["--quick"]), ("with the first cases loaded", [])):
             few, all_of_them = cost(small, *words), cost(site, *words)
             each = (all_of_them["seconds"] - few["seconds"]) / (options.cases - FEW)

@@ -1,6 +1,7 @@
 """Settings of the strategies chosen on validation cases only: no test case is read.
 
-    python tests/benchmarks/choose_settings.py <folder with the site folders>
+    pfedsam split <folder with the site folders> --out runs/lgg-data
+    python tests/benchmarks/choose_settings.py runs/lgg-data
 
 Each choice is a strategy with a patch. It is trained as `pfedsam compare` trains it, on each fold, and the Dice on the
 validation cases of each site is noted for the global and the personal model. With the folder `--out` of a comparison,

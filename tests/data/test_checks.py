@@ -13,6 +13,8 @@ from rich.console import Console
 from pfedsam.data.check_report import print_report
 from pfedsam.data.checks import check_site
 from pfedsam.data.site_report import SiteReport, require_valid
+from pfedsam.data.sites import read_split
+from pfedsam.data.splitting import write_datalist
 from pfedsam.errors import PFedSAMError
 
 AFFINE = np.diag([2.0, 2.0, 5.0, 1.0])
@@ -38,6 +40,7 @@ def site(tmp_path: Path) -> Path:
         label[2:4, 2:5, 1:3] = 1
         save(tmp_path / "images" / f"case-{case}.nii.gz", rng.integers(0, 900, (8, 8, 4)).astype(np.int16))
         save(tmp_path / "labels" / f"case-{case}.nii.gz", label)
+    write_datalist(tmp_path)
     return tmp_path
 
 
@@ -52,6 +55,7 @@ def photographs(tmp_path: Path) -> Path:
         mask = np.zeros((6, 8), dtype=np.uint8)
         mask[1:3, 1:3] = 255
         Image.fromarray(mask).save(tmp_path / f"labels/eye-{case}.png")
+    write_datalist(tmp_path)
     return tmp_path
 
 
@@ -213,13 +217,32 @@ def test_every_fault_of_a_datalist_is_found(site):
     expect(report, "E08", "warning", "leaves out 2", "case-2")
 
 
+def test_cases_that_a_written_split_does_not_list_are_named_with_what_adds_them(site):
+    values = np.random.default_rng(9).integers(0, 900, (8, 8, 4))
+    save(site / "images" / "new.nii.gz", values.astype(np.int16))
+    save(site / "labels" / "new.nii.gz", (values > 800).astype(np.uint8))
+    report = check_site(site)
+    assert report.ok and [row.section for row in report.cases if row.name == "new"] == [""]
+    expect(report, "E08", "warning", "leaves out 1 case(s): new", f"pfedsam split {site}")
+    write_datalist(site)
+    assert not check_site(site).findings
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_sections_of_the_rows_are_those_of_the_fold_of_the_seed(site, seed):
+    split = read_split(site, seed)
+    expected = {case.name: section for section, cases in split.items() for case in cases}
+    assert {row.name: row.section for row in check_site(site, seed=seed).cases} == expected
+
+
 def test_too_few_cases_are_found(site):
     expect(check_site(site, minimum_cases=5), "E06", "error", str(site), "4 case(s)", "5")
+    (site / "datalist.json").unlink()
     for case in (0, 1):
         for kind in ("images", "labels"):
             (site / kind / f"case-{case}.nii.gz").unlink()
     report = check_site(site)
-    expect(report, "E06", "error", "2 patient(s)")
+    expect(report, "E06", "error", "2 patient(s)", f"pfedsam split {site}")
     assert len(report.errors) == 1
 
 

@@ -5,7 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
 
+from pfedsam.data.sections import section_by_key
 from pfedsam.data.sites import (
     SECTIONS,
     Case,
@@ -99,7 +102,7 @@ def test_two_images_of_one_case_are_refused(tmp_path):
         read_site(site)
 
 
-@pytest.mark.parametrize(("patients", "images", "folds"), [(3, 1, 3), (10, 1, 3), (7, 3, 3), (11, 2, 5)])
+@pytest.mark.parametrize(("patients", "images", "folds"), [(60, 1, 3), (40, 3, 3), (80, 2, 5)])
 def test_every_patient_is_tested_exactly_once_over_the_seeds_of_all_folds(patients, images, folds):
     cases = some_cases(patients, images)
     tested: Counter[str] = Counter()
@@ -110,16 +113,60 @@ def test_every_patient_is_tested_exactly_once_over_the_seeds_of_all_folds(patien
 
 @pytest.mark.parametrize("seed", range(6))
 def test_no_patient_is_in_two_sections_and_every_case_in_one(seed):
-    cases = some_cases(9, 2)
+    cases = some_cases(40, 2)
     split = split_site(cases, seed)
     sections = [{case.patient for case in split[section]} for section in SECTIONS]
-    assert all(sections) and sum(map(len, sections)) == 9
+    assert all(sections) and sum(map(len, sections)) == 40
     assert sorted(case.name for section in SECTIONS for case in split[section]) == sorted(case.name for case in cases)
-    assert len(sections[1]) == 1
+
+
+#: Sections of four names with the seeds 0 to 3.
+KNOWN = [
+    ["test", "training", "training", "test"],
+    ["training", "test", "training", "validation"],
+    ["training", "training", "test", "training"],
+    ["test", "training", "training", "test"],
+]
+NAMES = some.sets(some.text(max_size=10), max_size=30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(NAMES, NAMES, some.integers(0, 9), some.integers(2, 6), some.sampled_from([0.1, 0.2, 0.5]))
+def test_patients_that_come_or_go_move_nobody(names, others, seed, folds, fraction):
+    def sections(of: set[str]) -> dict[str, str]:
+        # many more, so that no section is empty
+        cases = [Case(name, Path("i"), None, name) for name in (*of, *(f"{n} of many" for n in range(300)))]
+        split = split_site(cases, seed, folds, fraction)
+        return {case.patient: section for section in SECTIONS for case in split[section]}
+
+    with_, without = sections(names | others), sections(names)
+    assert {name: with_[name] for name in without} == without
+
+
+def test_one_patient_more_moves_none_of_68(tmp_path):
+    site = make_site(tmp_path / "site", cases=68)
+    for seed in range(9):
+        before = {c.name: section for section, cases in read_split(site, seed).items() for c in cases}
+        for kind in ("images", "labels"):
+            (site / kind / "a-new-one.nii.gz").touch()
+        after = {c.name: section for section, cases in read_split(site, seed).items() for c in cases}
+        assert after.pop("a-new-one") in SECTIONS and after == before
+        for kind in ("images", "labels"):
+            (site / kind / "a-new-one.nii.gz").unlink()
+
+
+def test_the_rule_is_fixed_and_its_shares_are_as_asked():
+    """Known answers: another rule or key would move the patients of every site."""
+    names = ("TCGA_CS_4941", "case-1", "M\u00fcller", "")
+    assert [[section_by_key(name, seed) for seed in range(4)] for name in names] == KNOWN
+    for seed in range(3):
+        counts = Counter(section_by_key(f"patient {n}", seed) for n in range(3000))
+        assert counts["test"] == pytest.approx(1000, abs=100)
+        assert counts["validation"] == pytest.approx(400, abs=80)
 
 
 def test_the_split_depends_on_patients_and_seed_only():
-    cases = some_cases(9)
+    cases = some_cases(40)
     moved = [Case(case.name, Path("elsewhere") / case.image, None, case.patient) for case in reversed(cases)]
     names = [[[c.name for c in split_site(group, 1)[s]] for s in SECTIONS] for group in (cases, moved)]
     assert names[0] == names[1]
@@ -128,19 +175,20 @@ def test_the_split_depends_on_patients_and_seed_only():
     assert len({tuple(case.name for case in split_site(cases, 3 * k)["validation"]) for k in range(8)}) > 1
 
 
-def test_too_few_patients_are_refused():
-    with refused("E06", "2 patient(s)", "images"):
+def test_too_few_patients_are_refused_with_what_splits_them():
+    with refused("E06", "2 patient(s) in 'images'", "empty", "pfedsam split ."):
         split_site(some_cases(2, 4), 0)
-    with refused("E06", "4 patient(s)"):
-        split_site(some_cases(4), 0, folds=5)
-    with refused("E06"):
+    with refused("E06", "validation", "pfedsam split"):
+        split_site(some_cases(40), 0, validation_fraction=1e-9)
+    with refused("E06", "pfedsam split <site>"):
         split_site([], 0)
-    with refused("E16"):
-        split_site(some_cases(4), 0, folds=1)
+    for wrong in ({"folds": 1}, {"validation_fraction": 0}, {"validation_fraction": 1}):
+        with refused("E16"):
+            split_site(some_cases(4), 0, **wrong)
 
 
 def test_datalist_of_a_site_without_file_is_the_split_by_seed(tmp_path):
-    site = make_site(tmp_path / "site")
+    site = make_site(tmp_path / "site", cases=30)
     split = split_site(read_site(site), 1)
     for section in SECTIONS:
         entries = datalist(site, section, seed=1)
@@ -161,13 +209,13 @@ def test_datalist_file_decides_and_its_test_section_may_be_missing(tmp_path):
 
 
 def test_a_map_of_patients_alone_leaves_the_split_to_the_seed(tmp_path):
-    site = make_site(tmp_path / "site", cases=8)
-    write_datalist(site, {"patients": {f"case-{case}": f"P{case // 2}" for case in range(8)}})
+    site = make_site(tmp_path / "site", cases=60)
+    write_datalist(site, {"patients": {f"case-{case}": f"P{case // 2}" for case in range(60)}})
     assert listed_split(site) is None
     for seed in range(3):
         split = read_split(site, seed)
         seen = [{case.patient for case in split[section]} for section in SECTIONS]
-        assert sum(map(len, seen)) == 4
+        assert sum(map(len, seen)) == 30
 
 
 @pytest.mark.parametrize(
@@ -217,7 +265,7 @@ def test_a_listed_case_without_label_is_refused(tmp_path):
 
 
 def test_the_written_split_is_the_split_used_and_can_serve_as_datalist(tmp_path):
-    site = make_site(tmp_path / "site", cases=7)
+    site = make_site(tmp_path / "site", cases=30)
     before = sorted(path for path in site.rglob("*"))
     path = tmp_path / "state" / "split.json"
     content = write_split(site, path, seed=2, folds=3)

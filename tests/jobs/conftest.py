@@ -13,6 +13,7 @@ from scenarios import LEAKS, LOCKED_CLASSES, SECRET, TROUBLES, canary_of
 from simulated import FEDERATION, SOURCE, Job, Run, component, simulate
 
 from pfedsam.data.phantom import write_phantom
+from pfedsam.data.splitting import write_datalist
 from pfedsam.federated.jobs import allow_classes
 from pfedsam.site_model import read, write
 
@@ -120,6 +121,7 @@ def _mixed(first: Path, second: Path, out: Path) -> None:
         ):
             source = one if number < 3 else other
             shutil.copyfile(source, out / kind / source.name)
+    write_datalist(out)
 
 
 @pytest.fixture(scope="session")

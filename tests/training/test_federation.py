@@ -13,6 +13,7 @@ from torch import Tensor
 
 import pfedsam.training.federation as module
 from pfedsam.data.phantom import write_phantom
+from pfedsam.data.splitting import write_datalist
 from pfedsam.parameters import COPY, shared_state
 from pfedsam.site_model import read
 from pfedsam.strategies import find_strategy, strategy_names
@@ -84,6 +85,7 @@ def test_sites_weigh_as_the_strategy_says(data: Path, tmp_path: Path) -> None:
     for kind in ("images", "labels"):  # another number of cases than its neighbour
         for path in sorted((folder / "site-2" / kind).iterdir())[:2]:
             path.unlink()
+    assert len(write_datalist(folder / "site-2").absent) == 2
     means = {}
     for weights in ("cases", "uniform"):
         strategy = find_strategy("fedavg_lora").checked().model_copy(update={"weights": weights})

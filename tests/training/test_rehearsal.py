@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from pfedsam.bundle_tools.verify import tiny_site
 from pfedsam.bundles import BUNDLES_VARIABLE, find_bundle
 from pfedsam.cli import app
+from pfedsam.data.splitting import write_datalist
 from pfedsam.training import rehearsal
 
 
@@ -35,6 +36,7 @@ def test_pictures_train_in_both_kinds_of_bundle(tmp_path: Path, bundle: str, suf
         label = sum((values > level).astype(np.uint8) for level in (90, 140)[:classes])
         Image.fromarray(np.ascontiguousarray(image)).save(tmp_path / "s" / "images" / f"q{case}{suffix}")
         Image.fromarray(np.ascontiguousarray(label)).save(tmp_path / "s" / "labels" / f"q{case}{suffix}")
+    write_datalist(tmp_path / "s")
     code, text = validate(tmp_path / "s", "--bundle", bundle, "--set", "image_size=64")
     assert code == 0 and "the site can train" in text, text
     assert f"training: image (1, 3, 64, 64), label (1, {classes}, 64, 64)" in text and "validation: image" in text
@@ -83,6 +85,8 @@ def test_names_and_settings_that_a_configuration_might_misread(tmp_path: Path) -
     for kind in ("images", "labels"):
         for path in sorted((site / kind).iterdir()):
             path.rename(path.with_name(path.name.replace("tiny", "sub@1%'")))
+    (site / "datalist.json").unlink()
+    write_datalist(site)
     code, text = validate(site)
     assert code == 0 and "the site can train" in text, text
     done = CliRunner().invoke(app, ["validate", str(site), "--set", "field_of_view_mm=-5"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pfedsam.data.splitting import write_datalist
 from pfedsam.errors import PFedSAMError
 
 CONFIGS = ("train.json", "evaluate.json", "inference.json")
@@ -228,13 +229,13 @@ def _data(bundle: Bundle, scratch: Path) -> Path:
 
 
 def tiny_site(out: Path, classes: int, rgb: bool, cases: int = _TINY_CASES, seed: int = 0) -> Path:
-    """Write a site folder of tiny images: bright balls inside each other, class n the n-th from outside.
+    """Write a site folder of tiny images, and its split: bright balls inside each other, class n the n-th from outside.
 
     Args:
         out: the site folder.
         classes: number of label values beside 0.
         rgb: colour pictures (PNG); else volumes (NIfTI).
-        cases: number of images.
+        cases: number of images, at least 3.
         seed: same seed, same images.
     """
     import nibabel
@@ -261,6 +262,7 @@ def tiny_site(out: Path, classes: int, rgb: bool, cases: int = _TINY_CASES, seed
             affine = np.diag([4.0, 4.0, 5.0, 1.0])
             nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), affine), out / "images" / f"{name}.nii.gz")
             nibabel.save(nibabel.Nifti1Image(label, affine), out / "labels" / f"{name}.nii.gz")
+    write_datalist(out)
     return out
 
 

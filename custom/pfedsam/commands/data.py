@@ -1,4 +1,4 @@
-"""`pfedsam phantom` and `validate`: site folders."""
+"""`pfedsam phantom`, `validate`, `split` and `prepare`: site folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pfedsam.commands.console import DATA, Bundle, Overrides, bar, console, literals
+from pfedsam.commands.console import DATA, Bundle, Force, Overrides, bar, console, literals
 from pfedsam.ranges import LARGEST_SEED, MOST_CASES, MOST_SITES
 
 app = typer.Typer()
@@ -41,7 +41,7 @@ def validate(
     ] = None,
     minimum_cases: Annotated[int, typer.Option(min=1, help="Fewer cases are an error.")] = 3,
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the split, if there is no datalist.json.")
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the split; it chooses the test fold.")
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     quick: Annotated[
@@ -96,6 +96,36 @@ def _numbers(text: str) -> list[int]:
         return [int(value) for value in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"'{text}' is no list of numbers, as 0,1,2", param_hint="--labels") from None
+
+
+@app.command(rich_help_panel=DATA)
+def split(
+    data: Annotated[Path, typer.Argument(help="Site folder, or folder that holds site folders.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write site folders of links with their splits into this folder; DATA is only read."),
+    ] = None,
+    folds: Annotated[int | None, typer.Option(min=2, help="Folds of a first split; 3 by default.")] = None,
+    force: Force = False,
+) -> None:
+    """Write which case is for training, validation or test: <site>/datalist.json, even also for few patients.
+
+    Seed s tests fold s modulo their number; each patient is tested in one fold. Called again when there are new cases
+    it adds them: nobody who has a section moves, also in sections that you wrote. Cases of one patient stay together:
+    say whose they are first, {"patients": {"<case>": "<patient>"}}. The file as it was is kept as datalist.json.before.
+
+    A first split differs from the one by names that holds without a file: do it before anything is trained.
+    """
+    from pfedsam.data.sites import sites_in
+    from pfedsam.data.splitting import claim_links, link_site, write_datalist
+
+    sites = sites_in(data)
+    if out is not None:
+        claim_links(out, force)
+        sites = [link_site(site, out) for site in sites]
+    for site in sites:
+        written = write_datalist(site, folds)
+        console.print("\n".join(written.lines()), highlight=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel=DATA)

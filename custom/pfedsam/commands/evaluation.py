@@ -79,6 +79,8 @@ def show_evaluation(
             how: dict[str, Any] = {"overrides": overrides, "section": section, "site": site, "output_dir": out}
             found = evaluate_site(bundle, data, model, progress=advance.total, **how)
         evaluations.append(found)
+        for note in found.notes:
+            console.print(f"{site}: {note}", style="yellow", highlight=False)
         for name, example in found.examples.items():
             image = load_picture(example.image)
             case_picture(found, name, image, out / "pictures" / f"{site}-{name}.png")

@@ -19,7 +19,7 @@ from pfedsam.data.intensity import NO_WINDOW, window_is_empty
 from pfedsam.data.labels import black_and_white, few, found_values
 from pfedsam.data.pictures import Picture, load_picture
 from pfedsam.data.site_report import CaseRow, SiteReport
-from pfedsam.data.sites import LAYOUT, Case, Split, listed_split, no_label, read_site, split_site
+from pfedsam.data.sites import LAYOUT, Case, Split, emptied, listed_split, no_label, read_site, split_site
 from pfedsam.data.suffixes import SUFFIXES, case_name, visible
 from pfedsam.errors import PFedSAMError
 
@@ -44,7 +44,7 @@ def check_site(
         folder: site folder.
         labels: values that a label may hold.
         minimum_cases: fewest cases with a label.
-        seed: fold and draw of the split, where there is no datalist.
+        seed: fold of the split, and draw where there is no datalist.
         folds: number of folds.
         colour: whether the bundle takes colour pictures; else it takes volumes, and pictures as volumes of one slice.
         field_of_view: side in millimetres of the square that the bundle sees, None if it sees all of an image.
@@ -105,10 +105,10 @@ def _check_split(
     """The cases, with those that only the datalist names, and the section of each."""
     split: Split = {}
     try:
-        listed = listed_split(folder)
+        listed = listed_split(folder, seed)
         if listed is not None:
             split, problems = listed
-            for problem in problems:
+            for problem in problems or emptied(folder, split):
                 report.add_error(problem)
         else:
             split = split_site(cases, seed, folds)
@@ -123,7 +123,7 @@ def _check_split(
     unused = [case.name for case in cases if case.name not in section_of] if section_of else []
     if unused:
         text = f"'{folder / 'datalist.json'}' leaves out {len(unused)} case(s): {few(unused)}."
-        report.add("E08", "warning", "", text, "Add them to a section if they shall be used.")
+        report.add("E08", "warning", "", text, f"Add them with `pfedsam split {folder}` if they shall be used.")
     return sorted(by_name.values(), key=lambda case: case.name), section_of
 
 

@@ -6,14 +6,19 @@ It is what a fresh machine trains on. Everything follows from the seed; a phanto
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pfedsam.data.datalist_file import DATALIST
 from pfedsam.data.phantom_heads import VERSION, Volume, draw_case, scanners
+from pfedsam.data.sections import FOLDS
+from pfedsam.data.sites import Case
+from pfedsam.data.splitting import as_bytes, dealt_folds, write_datalist
+from pfedsam.data.suffixes import NIFTI
 from pfedsam.errors import PFedSAMError
 
 MARKER = "phantom.json"
@@ -30,7 +35,8 @@ def write_phantom(
     """Write site folders `<out>/site-1` ... of NIfTI images (int16) and labels (uint8, 1 = lesion).
 
     The marker `<out>/phantom.json` records the settings: with the same settings nothing is written again; with others
-    the old phantom's files are replaced. One case is one patient.
+    the old phantom's files are replaced. One case is one patient. A site of 3 cases or more gets a `datalist.json` of 3
+    folds (`pfedsam.data.splitting`), because sites are small; one that is there is left alone.
 
     Args:
         out: folder; made if it is missing.
@@ -61,6 +67,7 @@ def write_phantom(
     # through JSON, so that it equals what is read back
     content = json.loads(json.dumps({"settings": settings, "scanners": [asdict(scanner) for scanner in machines]}))
     if marker == content | {"complete": True} and all(folder.is_dir() for folder in folders):
+        _split(folders, cases)
         return folders
     _remove_old(out, marker)
     out.mkdir(parents=True, exist_ok=True)
@@ -73,8 +80,26 @@ def write_phantom(
             _save(folder / "labels" / name, label, affine)
             if progress:
                 progress(site * cases + case + 1, sites * cases)
+    _split(folders, cases)
     _write_marker(out, content | {"complete": True})
     return folders
+
+
+def _split(folders: Sequence[Path], cases: int) -> None:
+    """Write the split of each site that has none and is large enough for one."""
+    for folder in folders:
+        if cases >= FOLDS and not (folder / DATALIST).exists():
+            write_datalist(folder)
+
+
+def _own_split(out: Path, site: int, cases: int) -> Path | None:
+    """The split of a site of an earlier phantom, if it is as it was written."""
+    path = out / f"site-{site}" / DATALIST
+    if cases < FOLDS or not path.is_file():
+        return None
+    names = [_case_file(site, case).removesuffix(NIFTI[0]) for case in range(1, cases + 1)]
+    written = dealt_folds([Case(name, path, None, name) for name in sorted(names)])
+    return path if path.read_bytes() == as_bytes({"folds": written}) else None
 
 
 def _case_file(site: int, case: int) -> str:
@@ -114,6 +139,8 @@ def _remove_old(out: Path, marker: Mapping[str, Any]) -> None:
     """Remove what an earlier phantom wrote and nothing else."""
     settings = marker.get("settings", {"sites": 0, "cases": 0})
     for site in range(1, settings["sites"] + 1):
+        if (split := _own_split(out, site, settings["cases"])) is not None:
+            split.unlink()
         for kind in ("images", "labels"):
             for case in range(1, settings["cases"] + 1):
                 (out / f"site-{site}" / kind / _case_file(site, case)).unlink(missing_ok=True)

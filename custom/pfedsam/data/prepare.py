@@ -35,7 +35,9 @@ from PIL import Image
 from pfedsam.data.geometry import turned_onto
 from pfedsam.data.labels import black_and_white, few, found_values, whole_numbers
 from pfedsam.data.pictures import Picture, load_picture
+from pfedsam.data.sections import FOLDS
 from pfedsam.data.sites import files_by_name
+from pfedsam.data.splitting import write_datalist
 from pfedsam.data.suffixes import case_name, suffix_of, visible
 from pfedsam.errors import PFedSAMError
 
@@ -56,7 +58,10 @@ class Pair:
 
 
 def prepare(kind: str, source: Path, out: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, int]:
-    """Write site folders.
+    """Write site folders, each with a `datalist.json` of 3 folds (`pfedsam.data.splitting`), one image a patient.
+
+    A site of fewer than 3 images gets no split. Where several images are of one patient, replace the split: a
+    `datalist.json` with `patients` alone, then `pfedsam split`.
 
     Args:
         kind: a key of `KINDS`.
@@ -86,6 +91,9 @@ def prepare(kind: str, source: Path, out: Path, progress: Callable[[int, int], N
             if progress:
                 progress(number, len(pairs))
         counts = Counter(pair.site for pair in pairs)
+        for site, cases in counts.items():
+            if cases >= FOLDS:
+                write_datalist(Path(unfinished) / site)
         for site in counts:
             (Path(unfinished) / site).rename(out / site)
     return dict(counts)

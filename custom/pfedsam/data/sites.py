@@ -4,27 +4,28 @@
     <site>/labels/<case>                                               the same case name and formats, integer labels
     <site>/datalist.json                                               optional
 
-`datalist.json` holds the sections `training`, `validation` and, optionally, `test`: lists of case names or of
-`{"image": ..., "label": ..., "patient": ...}` with paths relative to the site. Its optional key `patients` maps case
-names to patients; with this key alone the cases are still split by seed. A patient is never in two sections.
+Without a written split the section of a patient follows from the patient's name and the seed alone, see
+`pfedsam.data.sections.section_by_key`: one patient more or less moves no other. With few patients a section may be
+empty; then, and wherever the numbers shall be even, `pfedsam split` writes a split and extends it for new patients.
+What the file holds: `pfedsam.data.datalist_file`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pfedsam.data.datalist_file import entry_name, listed_parts, read_content, wrong
 from pfedsam.data.labels import few
+from pfedsam.data.sections import FOLDS, SECTIONS, VALIDATION_FRACTION, section_by_key
 from pfedsam.data.suffixes import NIFTI, SUFFIXES, case_name, visible
 from pfedsam.errors import PFedSAMError
 from pfedsam.files import write_atomically
 from pfedsam.settings import shown
 
-SECTIONS: tuple[str, ...] = ("training", "validation", "test")
 LAYOUT = f"Expected <site>/images/<case> and <site>/labels/<case>, each {'|'.join(SUFFIXES)} or a DICOM folder."
 
 Split = dict[str, list["Case"]]
@@ -52,6 +53,20 @@ def site_names(data: Path) -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in data.glob("*/images") if path.is_dir()))
 
 
+def sites_in(data: Path) -> list[Path]:
+    """The site folders that a path means: itself, or those that it holds.
+
+    Raises:
+        PFedSAMError: E02 if there is none.
+    """
+    if (data / "images").is_dir():
+        return [data]
+    names = site_names(data)
+    if not names:
+        raise PFedSAMError("E02", f"'{data}' is no site folder and holds none.", LAYOUT)
+    return [data / name for name in names]
+
+
 def read_site(folder: str | Path, require_labels: bool = True) -> list[Case]:
     """The cases of a site folder, sorted by name.
 
@@ -68,7 +83,7 @@ def read_site(folder: str | Path, require_labels: bool = True) -> list[Case]:
     if not images.is_dir():
         missing = images if folder.is_dir() else folder
         raise PFedSAMError("E02", f"site folder '{folder}': there is no folder '{missing}'.", LAYOUT)
-    patients = _content(folder).get("patients", {})
+    patients = read_content(folder).get("patients", {})
     labels = files_by_name(folder / "labels", "labels")
     cases = {
         name: Case(name, path, labels.get(name), str(patients.get(name, name)))
@@ -105,103 +120,160 @@ def result_name(metadata: Mapping[str, Any], saver: Any) -> dict[str, Any]:
     return {"subject": f"{case_name(path) or path.name}{NIFTI[0]}", "idx": metadata.get("patch_index")}
 
 
-def split_site(cases: Sequence[Case], seed: int, folds: int = 3, validation_fraction: float = 0.2) -> Split:
-    """Split cases by patient into training, validation and test.
-
-    One fixed permutation of the patients, which follows from their names alone, is dealt out to `folds` folds; fold
-    `seed % folds` is the test section. So the seeds 0 to folds - 1 test every patient exactly once. `seed` also
-    chooses the validation patients among the others.
+def split_site(
+    cases: Sequence[Case], seed: int, folds: int = FOLDS, validation_fraction: float = VALIDATION_FRACTION
+) -> Split:
+    """Split cases by patient into training, validation and test, each patient by its name alone.
 
     Args:
         cases: the cases of one site.
-        seed: fold and draw.
+        seed: fold and draw, see `pfedsam.data.sections.section_by_key`.
         folds: number of folds, at least 2.
-        validation_fraction: share of the patients outside the test fold, rounded, at least one patient.
+        validation_fraction: expected share of the patients outside the test fold, between 0 and 1.
 
     Raises:
-        PFedSAMError: E06 if there are fewer than 3 patients or fewer than folds; E16 if a setting makes no sense.
+        PFedSAMError: E06 if a section is empty, as it may be with few patients; E16 if a setting makes no sense.
     """
-    if folds < 2 or not 0 <= validation_fraction < 1:
-        raise PFedSAMError(
-            "E16",
-            f"cannot split into {folds} folds with a validation fraction of {validation_fraction}.",
-            "Use at least 2 folds and a fraction from 0 to below 1.",
-        )
-    patients = sorted({case.patient for case in cases}, key=_hash)
-    if len(patients) < max(3, folds):
-        where = f" in '{cases[0].image.parent}'" if cases else ""
-        raise PFedSAMError(
-            "E06",
-            f"{len(patients)} patient(s){where}, a split into {folds} folds needs at least {max(3, folds)}.",
-            "Add cases, or write a datalist.json with the sections training and validation.",
-        )
-    tested = set(patients[seed % folds :: folds])
-    others = sorted((patient for patient in patients if patient not in tested), key=lambda p: _hash(f"{seed}|{p}"))
-    # at least one patient is left to train on
-    held_out = set(others[: min(max(1, round(validation_fraction * len(others))), max(1, len(others) - 1))])
     split: Split = {section: [] for section in SECTIONS}
     for case in sorted(cases, key=lambda case: case.name):
-        section = "test" if case.patient in tested else "validation" if case.patient in held_out else "training"
-        split[section].append(case)
-    if not split["training"]:
+        split[section_by_key(case.patient, seed, folds, validation_fraction)].append(case)
+    empty = [section for section, members in split.items() if not members]
+    if empty:
+        patients = len({case.patient for case in cases})
+        images = f" in '{cases[0].image.parent}'" if cases else ""
+        site = str(cases[0].image.parent.parent) if cases else "<site>"
         raise PFedSAMError(
-            "E06", f"no patient of {len(patients)} is left to train on with {folds} folds.", "Use more folds or cases."
+            "E06",
+            f"{patients} patient(s){images} leave {' and '.join(empty)} empty with seed {seed} and {folds} folds.",
+            f"Write an even split with `pfedsam split {site}`, or add cases.",
         )
     return split
 
 
-def read_split(folder: str | Path, seed: int = 0, folds: int = 3) -> Split:
-    """The split of a site: by its `datalist.json` if that has sections, else by `split_site`.
+def read_split(folder: str | Path, seed: int = 0, folds: int = FOLDS) -> Split:
+    """The split of a site: by its `datalist.json` if that has sections or folds, else by `split_site`.
 
     Raises:
         PFedSAMError: as `read_site` and `split_site`, and E08 for the first thing wrong in `datalist.json`.
     """
     folder = Path(folder)
-    split = listed_split(folder)
+    split = listed_split(folder, seed)
     if split is None:
         return split_site(read_site(folder), seed, folds)
     sections, problems = split
-    if problems:
-        raise problems[0]
+    for problem in problems or emptied(folder, sections):
+        raise problem
     for case in (case for cases in sections.values() for case in cases):
         _require_label(folder, case)
     return sections
 
 
-def listed_split(folder: str | Path) -> tuple[Split, list[PFedSAMError]] | None:
-    """The sections of `datalist.json` with everything that is wrong in them, or None if there are no sections.
+def listed_split(
+    folder: str | Path, seed: int = 0, content: dict[str, Any] | None = None
+) -> tuple[Split, list[PFedSAMError]] | None:
+    """The sections of `datalist.json` with everything that is wrong in it, or None if there are no sections.
+
+    Args:
+        folder: site folder.
+        seed: chooses the fold, if there are folds. What is wrong in the others is told, too.
+        content: of the file, if it shall be another than what is there.
 
     Raises:
         PFedSAMError: E08 if the file is not readable; E02 or E09 as `read_site`.
     """
     folder = Path(folder)
-    content = _content(folder)
-    if not any(section in content for section in SECTIONS):
+    content = read_content(folder) if content is None else content
+    parts = listed_parts(content)
+    if not parts:
         return None
-    known = {case.name: case for case in read_site(folder, require_labels=False)} if _has_names(content) else {}
-    patients, labels = content.get("patients", {}), files_by_name(folder / "labels", "labels")
-    sections: Split = {section: [] for section in SECTIONS}
-    problems: list[PFedSAMError] = []
-    for section in SECTIONS:
-        entries = content.get(section, [] if section == "test" else None)
-        if not isinstance(entries, list) or (not entries and section != "test"):
-            problems.append(_wrong(folder, f"section '{section}' is missing or empty"))
-            continue
-        for entry in entries:
-            try:
-                sections[section].append(_listed_case(folder, section, entry, known, labels, patients))
-            except PFedSAMError as error:
-                problems.append(error)
-    return sections, [*problems, *_overlaps(folder, sections)]
+    named = any(_has_names(part) for part in parts.values())
+    known = {case.name: case for case in read_site(folder, require_labels=False)} if named else {}
+    listing = _Listing(folder, content, known, files_by_name(folder / "labels", "labels"))
+    read = [listing.read(part, told) for told, part in parts.items()]
+    problems = [*(problem for _, found in read for problem in found), *_differing(folder, parts)]
+    # what is wrong in all folds is told once
+    return read[seed % len(read)][0], list({error.message: error for error in problems}.values())
 
 
-def datalist(folder: str | Path, section: str, seed: int = 0, folds: int = 3) -> list[dict[str, str]]:
+def emptied(folder: str | Path, sections: Split) -> list[PFedSAMError]:
+    """The error of a listed split that cannot train because all images of a section are absent; else none.
+
+    It is apart from what is wrong in the file: other folds can train, and `pfedsam split` can extend it.
+    """
+    empty = [section for section in ("training", "validation") if not sections[section]]
+    what = f"the images of all cases for {' and '.join(empty)} are absent"
+    remedy = f"Restore them, take another seed, or add patients and call `pfedsam split {folder}`."
+    return [wrong(Path(folder), what, remedy)] if empty else []
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What the entries of sections are looked up in: the content of `datalist.json`, cases and labels by name."""
+
+    folder: Path
+    content: Mapping[str, Any]
+    known: Mapping[str, Case]
+    labels: Mapping[str, Path]
+
+    def read(self, part: Mapping[str, Any], told: str) -> tuple[Split, list[PFedSAMError]]:
+        """The sections of a part, and what is wrong in them; `told` names the part."""
+        absent = set(self.content.get("absent", []))
+        sections: Split = {section: [] for section in SECTIONS}
+        problems: list[PFedSAMError] = []
+        for section in SECTIONS:
+            entries = part.get(section, [] if section == "test" else None)
+            if not isinstance(entries, list) or (not entries and section != "test"):
+                problems.append(wrong(self.folder, f"section '{section}'{told} is missing or empty"))
+                continue
+            for entry in entries:
+                if entry_name(entry) in absent:
+                    continue
+                try:
+                    sections[section].append(self._case(section, entry))
+                except PFedSAMError as error:
+                    problems.append(error)
+        return sections, [*problems, *_overlaps(self.folder, sections)]
+
+    def _case(self, section: str, entry: Any) -> Case:
+        """The case of one entry of a section, a name or a dictionary."""
+        folder, patients = self.folder, self.content.get("patients", {})
+        if isinstance(entry, str):
+            if entry not in self.known:
+                what = f"section '{section}' names the unknown case '{entry}'"
+                raise wrong(folder, what, f"Restore it, or let `pfedsam split {folder}` keep it out.")
+            return self.known[entry]
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+            what = f"section '{section}' holds {entry!r}, neither a case name nor a dictionary with 'image'"
+            raise wrong(folder, what)
+        image = _inside(folder, section, entry["image"])
+        name = case_name(image)
+        if name is None:
+            raise wrong(folder, f"section '{section}' names '{entry['image']}', no image of a known format")
+        listed = entry.get("label")
+        label = _inside(folder, section, listed) if isinstance(listed, str) else self.labels.get(name)
+        return Case(name, image, label, str(entry.get("patient", patients.get(name, name))))
+
+
+def _differing(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> Iterator[PFedSAMError]:
+    """Folds that list other cases than the first."""
+    names = {
+        told: {entry_name(entry) for section in SECTIONS for entry in part.get(section, [])}
+        for told, part in parts.items()
+        if all(isinstance(part.get(section, []), list) for section in SECTIONS)
+    }
+    first = next(iter(names.values()), set())
+    for told, found in names.items():
+        if found != first:
+            yield wrong(folder, f"the sections{told} list other cases than the first ({few(sorted(found ^ first))})")
+
+
+def datalist(folder: str | Path, section: str, seed: int = 0, folds: int = FOLDS) -> list[dict[str, str]]:
     """One section of a site as MONAI data dictionaries.
 
     Args:
         folder: site folder.
         section: `training`, `validation` or `test`; a `datalist.json` without `test` gives an empty list.
-        seed: fold and draw where there is no datalist.
+        seed: fold, and draw where there is no datalist.
         folds: number of folds where there is no datalist.
 
     Returns:
@@ -218,7 +290,7 @@ def datalist(folder: str | Path, section: str, seed: int = 0, folds: int = 3) ->
     ]
 
 
-def write_split(folder: str | Path, path: str | Path, seed: int = 0, folds: int = 3) -> dict[str, Any]:
+def write_split(folder: str | Path, path: str | Path, seed: int = 0, folds: int = FOLDS) -> dict[str, Any]:
     """Write the split of a site as readable JSON: case names of each section, seed, folds and where it comes from.
 
     It names cases, so it stays at the site.
@@ -241,57 +313,21 @@ def write_split(folder: str | Path, path: str | Path, seed: int = 0, folds: int 
     return content
 
 
-def _content(folder: Path) -> dict[str, Any]:
-    """What `datalist.json` holds, {} if there is none."""
-    path = folder / "datalist.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _wrong(folder, f"it is not readable JSON ({str(error).splitlines()[0]})") from None
-    keys = (*SECTIONS, "patients")
-    if not isinstance(content, dict) or not any(key in content for key in keys):
-        raise _wrong(folder, f"it has none of the keys {list(keys)}")
-    if not isinstance(content.get("patients", {}), dict):
-        raise _wrong(folder, "'patients' does not map case names to patients")
-    return content
-
-
-def _has_names(content: dict[str, Any]) -> bool:
+def _has_names(content: Mapping[str, Any]) -> bool:
     entries = [content.get(section) for section in SECTIONS]
     return any(isinstance(entry, str) for items in entries if isinstance(items, list) for entry in items)
-
-
-def _listed_case(
-    folder: Path, section: str, entry: Any, known: dict[str, Case], labels: dict[str, Path], patients: dict[str, Any]
-) -> Case:
-    """The case of one entry of a section, a name or a dictionary."""
-    if isinstance(entry, str):
-        if entry not in known:
-            raise _wrong(folder, f"section '{section}' names the unknown case '{entry}'")
-        return known[entry]
-    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-        raise _wrong(folder, f"section '{section}' holds {entry!r}, neither a case name nor a dictionary with 'image'")
-    image = _inside(folder, section, entry["image"])
-    name = case_name(image)
-    if name is None:
-        raise _wrong(folder, f"section '{section}' names '{entry['image']}', no image of a known format")
-    listed = entry.get("label")
-    label = _inside(folder, section, listed) if isinstance(listed, str) else labels.get(name)
-    return replace(Case(name, image, label, name), patient=str(entry.get("patient", patients.get(name, name))))
 
 
 def _inside(folder: Path, section: str, relative: str) -> Path:
     path = Path(relative)
     if path.is_absolute() or ".." in path.parts:
-        raise _wrong(folder, f"section '{section}' names '{relative}', which is not a path inside the site folder")
+        raise wrong(folder, f"section '{section}' names '{relative}', which is not a path inside the site folder")
     try:
         found = (folder / path).exists()
     except (OSError, ValueError):  # too long for a name, or with a character that none has
         found = False
     if not found:
-        raise _wrong(folder, f"section '{section}' names the missing file {shown(relative)}")
+        raise wrong(folder, f"section '{section}' names the missing file {shown(relative)}")
     return folder / path
 
 
@@ -302,7 +338,7 @@ def _overlaps(folder: Path, sections: Split) -> Iterator[PFedSAMError]:
     for section, cases in sections.items():
         for case in cases:
             if case.name in section_of_case:
-                yield _wrong(
+                yield wrong(
                     folder, f"case '{case.name}' is listed twice ('{section_of_case[case.name]}' and '{section}')"
                 )
             section_of_case[case.name] = section
@@ -311,7 +347,7 @@ def _overlaps(folder: Path, sections: Split) -> Iterator[PFedSAMError]:
                 found.append(section)
     for patient, found in sections_of.items():
         if len(found) > 1:
-            yield _wrong(folder, f"patient '{patient}' is in the sections {found}")
+            yield wrong(folder, f"patient '{patient}' is in the sections {found}")
 
 
 def files_by_name(folder: Path, kind: str) -> dict[str, Path]:
@@ -345,13 +381,3 @@ def no_label(folder: Path, case: Case) -> PFedSAMError:
         f"case '{case.name}' has no label: looked for {looked} in '{folder / 'labels'}'.",
         "Add the label or take the image away.",
     )
-
-
-def _wrong(folder: Path, what: str) -> PFedSAMError:
-    return PFedSAMError(
-        "E08", f"'{folder / 'datalist.json'}': {what}.", "Correct the file, or remove it to split by seed."
-    )
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

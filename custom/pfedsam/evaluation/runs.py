@@ -264,6 +264,7 @@ def _test(run: Run, models: Mapping[str, Path], store: Path, out: Path, tell: Ca
             ensemble=others,
             feature_store=store,
             output_dir=out / "evaluation",
+            refuse_seen=True,
         )
         scores += found.scores
         tell(f"{run.name}: tested on {site}, Dice {found.mean('personal'):.3f}")

@@ -15,13 +15,18 @@ from monai.data.utils import affine_to_spacing
 from torch import Tensor, nn
 
 from pfedsam.bundles import find_bundle, local_settings
+from pfedsam.data.labels import few
 from pfedsam.errors import PFedSAMError, first_of_ours
 from pfedsam.evaluation.metrics import case_metrics
 from pfedsam.networks.sam import SegmentAnything
+from pfedsam.seen import Seen, patient_of
 from pfedsam.site_model import SiteModel, read
 from pfedsam.training.feature_store import store_settings
+from pfedsam.training.left_out import leave_out
 
 MODELS = ("global", "personal")
+#: What became of a patient in a section, in words.
+_SEEN_IN = {"training": "trained on", "validation": "used for validation"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class SiteEvaluation:
     site: str
     scores: list[CaseScore]
     examples: dict[str, CasePrediction] = field(default_factory=dict)
+    #: Cases that were left out, with the section in which the model has seen their patients.
+    excluded: dict[str, str] = field(default_factory=dict)
+    #: What a person should know of the numbers; they name cases, so they stay at the site.
+    notes: list[str] = field(default_factory=list)
 
     def dice_of(self, case: str, model: str) -> float:
         """Mean Dice of a model on one case."""
@@ -96,9 +105,12 @@ def evaluate_site(
     ensemble: Sequence[str | Path] = (),
     feature_store: str | Path | None = None,
     output_dir: str | Path = "runs",
+    refuse_seen: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> SiteEvaluation:
     """Evaluate both models in a site's model file.
+
+    Test cases of patients that the model has seen are left out, see `pfedsam.seen`; in another section they are not.
 
     Args:
         bundle: name of an installed bundle.
@@ -108,13 +120,16 @@ def evaluate_site(
         section: of the split.
         site: name for the scores; the folder's name by default.
         models: which of the two models.
-        ensemble: more model files of the same network: their probabilities are averaged with the first's.
+        ensemble: more model files of the same network: their probabilities are averaged with the first's. They are
+            other sites' models: what they have seen is not asked, as two sites may have patients of one name.
         feature_store: see `pfedsam.training.local.LocalTraining`.
         output_dir: where the bundle may write.
+        refuse_seen: refuse a section with cases to leave out: for numbers that must be of all its cases.
         progress: called with (done, total) after each case and model.
 
     Raises:
-        PFedSAMError: E06 if the section has no case, E11 to E13 if the model does not fit, and what the data raise.
+        PFedSAMError: E06 if the section has no case, E08 if no case is left or `refuse_seen` refuses, E11 to E13 if
+            the model does not fit, and what the data raise.
     """
     site = site or Path(folder).name
     settings = {**store_settings(feature_store), **local_settings(overrides)}
@@ -126,9 +141,13 @@ def evaluate_site(
         kept = [read(file) for file in (model_file, *ensemble)]
     except Exception as error:
         raise first_of_ours(error) or error from error
-    total = len(models) * len(evaluator.data_loader)
-    if not total:
+    if not len(evaluator.data_loader):
         raise PFedSAMError("E06", f"{folder} has no {section} case.", "Name some in datalist.json, or remove it.")
+    known = seen_cases(kept[0], listed, site)
+    excluded = known if section == "test" else {}
+    _require_unseen(folder, excluded, 1 if refuse_seen else len(listed))
+    leave_out(evaluator, listed, [number for number, item in enumerate(listed) if str(item["case"]) in excluded])
+    total = len(models) * len(evaluator.data_loader)
     images = {str(item["case"]): Path(item["image"]) for item in listed}
     found: dict[str, CasePrediction] = {}
     scores: list[CaseScore] = []
@@ -149,7 +168,41 @@ def evaluate_site(
         kept[0].use(network, personal)
         with evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep):
             evaluator.run()
-    return SiteEvaluation(site, scores, _examples(scores, found))
+    return SiteEvaluation(site, scores, _examples(scores, found), excluded, _notes(kept[0], section, known))
+
+
+def seen_cases(model: SiteModel, listed: Sequence[Mapping[str, Any]], site: str) -> dict[str, str]:
+    """The cases of a list whose patients a model has seen, with the section; none if it does not tell."""
+    seen = Seen.of(model.info)
+    found = {} if seen is None else {str(one["case"]): seen.section_of(patient_of(one), site) for one in listed}
+    return {case: section for case, section in found.items() if section is not None}
+
+
+def _require_unseen(folder: str | Path, excluded: Mapping[str, str], too_many: int) -> None:
+    if excluded and len(excluded) >= too_many:
+        raise PFedSAMError(
+            "E08",
+            f"{len(excluded)} test case(s) of '{folder}' are of patients that the model was trained or validated on: "
+            f"{few(excluded)}.",
+            "Test on the split that it was trained with (seed, datalist.json), or on new patients.",
+        )
+
+
+def _notes(model: SiteModel, section: str, known: Mapping[str, str]) -> list[str]:
+    """What a person should know of the numbers, as sentences."""
+    seen = Seen.of(model.info)
+    notes = []
+    if seen is None:
+        notes.append("the model does not say which patients it was trained on")
+    elif not seen.whole:
+        notes.append("the model goes on from one that did not say which patients it was trained on")
+    for what, told in _SEEN_IN.items():
+        cases = [case for case, found in known.items() if found == what]
+        if cases and section == "test":
+            notes.append(f"left out, {len(cases)} test case(s) of patients that were {told}: {', '.join(cases)}")
+        elif cases:
+            notes.append(f"{len(cases)} of the {section} cases are of patients that were {told}: no test of the model")
+    return notes
 
 
 class Ensemble(nn.Module):

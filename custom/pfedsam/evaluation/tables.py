@@ -15,6 +15,7 @@ CAPTION = (
     "Dice of the global and the personal model over whole volumes of the test cases; * the worst site; failed: cases "
     "with a class not found at all (global, personal); MB: sent by the site in a round"
 )
+EXCLUDED = "; n of m cases: the others' patients were trained on or used for validation, they are left out"
 
 
 def results(evaluations: Sequence[SiteEvaluation], sent: Mapping[str, Mapping[int, int]]) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def results(evaluations: Sequence[SiteEvaluation], sent: Mapping[str, Mapping[in
     sites = {
         one.site: {
             "cases": len(one.scores) // len(MODELS),
+            "excluded": len(one.excluded),
             **{f"dice_{model}": one.mean(model) for model in MODELS},
             **{f"failures_{model}": one.failures(model) for model in MODELS},
             "bytes_per_round": int(np.mean(list(sent[one.site].values()))) if sent.get(one.site) else 0,
@@ -43,7 +45,8 @@ def results(evaluations: Sequence[SiteEvaluation], sent: Mapping[str, Mapping[in
 
 def site_table(found: Mapping[str, Any], title: str) -> Table:
     """The table of `results`: the worst site of each model is marked in words."""
-    table = Table(title=title, caption=CAPTION)
+    excluded = any(site.get("excluded") for site in found["sites"].values())
+    table = Table(title=title, caption=CAPTION + (EXCLUDED if excluded else ""))
     for name, justify in (
         ("site", "left"),
         ("cases", "right"),
@@ -58,7 +61,7 @@ def site_table(found: Mapping[str, Any], title: str) -> Table:
         marks = {m: " *" if site[f"dice_{m}"] == found[f"worst_{m}"] else "  " for m in MODELS}
         table.add_row(
             name,
-            str(site["cases"]),
+            f"{site['cases']} of {site['cases'] + site['excluded']}" if site.get("excluded") else str(site["cases"]),
             *(f"{site[f'dice_{m}']:.3f}{marks[m]}" for m in MODELS),
             f"{site['dice_personal'] - site['dice_global']:+.3f}",
             f"{site['failures_global']}, {site['failures_personal']}",

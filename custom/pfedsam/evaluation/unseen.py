@@ -111,6 +111,7 @@ def _scores(
         models=tuple(names),
         feature_store=federation.settings["feature_store"],
         output_dir=output,
+        refuse_seen=True,
     )
     told = ", ".join(f"{name} {found.mean(model):.3f}" for model, name in names.items())
     tell(f"{run.name}: {site} unseen, Dice {told}")

@@ -28,6 +28,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.files import append_line, read_lines, read_safetensors, write_atomically
 from pfedsam.networks.adaptation import EXPERT_SETTINGS
 from pfedsam.parameters import shared_state
+from pfedsam.seen import POOL
 from pfedsam.site_model import SiteModel, read, write
 from pfedsam.training.aggregation import aggregate
 from pfedsam.training.local import LocalTraining, RoundResult
@@ -261,15 +262,17 @@ def pooled_site(sites: Mapping[str, Path], out: Path, seed: int, folds: int) -> 
         folds: of the split.
 
     Returns:
-        `out`. Cases are named `<site>__<case>`.
+        `out`. Cases are named `<site>__<case>`, patients `<site>__<patient>`.
     """
     from pfedsam.data.sites import SECTIONS, read_split
 
     listed: dict[str, Sequence[Any]] = {section: [] for section in SECTIONS}
+    patients = {}
     for name, folder in sites.items():
         for section, cases in read_split(folder, seed, folds).items():
             for case in cases:
-                new = f"{name}__{case.name}"
+                new = f"{name}{POOL}{case.name}"
+                patients[new] = f"{name}{POOL}{case.patient}"
                 assert case.label is not None
                 for kind, path in (("images", case.image), ("labels", case.label)):
                     link = out / kind / path.name.replace(case.name, new, 1)
@@ -277,5 +280,5 @@ def pooled_site(sites: Mapping[str, Path], out: Path, seed: int, folds: int) -> 
                     link.unlink(missing_ok=True)  # the data may lie elsewhere now
                     link.symlink_to(path.resolve())
                 listed[section] = [*listed[section], new]
-    (out / "datalist.json").write_text(json.dumps(listed, indent=1) + "\n")
+    (out / "datalist.json").write_text(json.dumps({**listed, "patients": patients}, indent=1) + "\n")
     return out

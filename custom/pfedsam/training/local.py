@@ -35,8 +35,10 @@ from pfedsam.parameters import (
     shared_state,
     trains_encoder,
 )
+from pfedsam.seen import SEEN, Seen, patient_of
 from pfedsam.site_model import SiteModel
 from pfedsam.training.feature_store import store_settings
+from pfedsam.training.left_out import leave_out
 from pfedsam.training.phases import Phase, Strategy
 from pfedsam.training.trainer import PhaseReport, PhaseTrainer, reset
 
@@ -99,6 +101,7 @@ class LocalTraining:
         self.trainer: PhaseTrainer
         self._received: dict[str, Tensor] = {}
         self._copy: dict[str, Tensor] = {}
+        self._seen = Seen.nothing()
         self._global_dice: float | None = None
         self._answered: list[bool] = []
 
@@ -169,13 +172,47 @@ class LocalTraining:
         self._received = received
 
     def restore(self, model: SiteModel) -> None:
-        """Take back the personal part and its optimiser's moments."""
+        """Take back the personal part, its optimiser's moments and what it has seen.
+
+        Validation cases of patients that the model was trained on, in an earlier job with another split, are named in
+        the log and left out: their Dice would be too high. To train on what was validated on before is fine, as nothing
+        is measured on it any more.
+
+        Raises:
+            PFedSAMError: E08 if no validation case is left, E13 if tensors do not fit.
+        """
+        self._remember(model)
         own = {name: tensor for name, tensor in model.personal.items() if not name.startswith(COPY)}
         load_personal_state(self.network, self.strategy.roles, own)
         if model.copy:
             check_state(model.copy, manifest(self.network, self.strategy.roles, "shared"), code="E13", what="own copy")
         self._copy = model.copy
         self.trainer.load_moments(model.moments)
+
+    def _remember(self, model: SiteModel) -> None:
+        """Go on from what a saved model has seen."""
+        known = Seen.of(model.info)
+        if known is None:
+            logger.warning("the saved model does not say which patients it was trained on")
+        self._seen = known or Seen.nothing(whole=False)
+        trained = [
+            number
+            for number, item in enumerate(self.validation_cases)
+            if self._seen.section_of(patient_of(item)) == "training"
+        ]
+        if not trained:
+            return
+        if len(trained) == len(self.validation_cases):
+            raise PFedSAMError(
+                "E08",
+                f"all {len(trained)} validation cases of '{self.folder}' are of patients that the saved model was "
+                "trained on.",
+                "Use the split that it was trained with (seed, datalist.json), or add cases.",
+            )
+        names = ", ".join(str(self.validation_cases[number].get("case")) for number in trained)
+        logger.warning("validation without %d case(s) that the saved model was trained on: %s", len(trained), names)
+        self.validation_cases = leave_out(self.evaluator, self.validation_cases, trained)
+        self._global_dice = None
 
     def validate(self, experts: bool) -> dict[str, float]:
         """Mean Dice over the validation cases, as volumes, of the global (experts off) or the personal model.
@@ -301,7 +338,9 @@ class LocalTraining:
 
     def model(self, **info: Any) -> SiteModel:
         """The personal part with the shared part *as received*: the pair that was trained together."""
-        told = {"bundle": self.bundle, "strategy": self.strategy.name, "overrides": dict(self.overrides or {}), **info}
+        seen = self._seen.add("validation", map(patient_of, self.validation_cases)).to_dict()
+        about = {"bundle": self.bundle, "strategy": self.strategy.name, "overrides": dict(self.overrides or {})}
+        told = {**about, SEEN: seen, **info}
         model = SiteModel.of(self.network, self.strategy.roles, **told)
         model.shared, model.moments = dict(self._received), self.trainer.moments()
         model.personal = self._personal()
@@ -329,6 +368,7 @@ class LocalTraining:
 
     def _run(self, phases: tuple[Phase, ...], round_number: int) -> RoundResult:
         result = RoundResult({}, {})
+        self._seen = self._seen.add("training", map(patient_of, self.cases))
         for number, phase in enumerate(phases):
             for layer in self.network.expert_layers().values():
                 layer.forget_usage()
