@@ -2,15 +2,26 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from pfedsam.cli import main
 from pfedsam.data.phantom import write_phantom
+from pfedsam.errors import PFedSAMError
+from pfedsam.evaluation.report import write_report
+from pfedsam.federated.simulation import Simulation, _put_states_back, begin_anew, require_same_run
+from pfedsam.federated.simulation import run as simulate
 
 TINY = ("--set", "backbone=vit_test", "--set", "image_size=64", "--set", "batch_size=4")
 
@@ -53,7 +64,95 @@ def test_a_finished_simulation_is_not_repeated_and_a_longer_one_goes_on(run: Pat
     assert longer.returncode == 0, longer.stdout + longer.stderr
     log = (run / "simulator.log").read_text()
     assert "Round 2 started" in log and "Round 1 started" not in log
-    assert "personal state of round 2 taken" in log
+    # the state before the final phase: that of a run which was to have three rounds from the beginning
+    assert "personal state of round 1 taken" in log
+    for entry in Simulation(data, run).states().values():
+        assert (entry.info["round"], entry.info["final"]) == (3, True)
+
+
+def test_a_run_answers_no_other_question(run: Path, data: Path):
+    """As a person would ask it: another seed has other test cases, on which this model was trained."""
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    other = pfedsam("simulate", str(data), "--out", str(run), "--seed", "1", *TINY, home=run.parent)
+    assert other.returncode == 1 and "Traceback" not in other.stderr
+    for words in ("E25", "setting seed: 0 then, 1 now", "another section of the split", "--out", "--fresh"):
+        assert words in other.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def simulation(run: Path, data: Path, **changes: Any) -> Simulation:
+    """The run of the fixture."""
+    overrides = {"seed": 0, "backbone": "vit_test", "image_size": 64, "batch_size": 4}
+    return replace(Simulation(data, run, overrides=overrides, rounds=3), **changes)
+
+
+@pytest.fixture
+def own(run: Path, data: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of the run and of its data, to change."""
+    return shutil.copytree(run, tmp_path / "run"), shutil.copytree(data, tmp_path / "data")
+
+
+def test_a_run_is_refused_for_other_data_strategy_rounds_or_sites_and_says_why(own: tuple[Path, Path]):
+    require_same_run(simulation(*own))
+    changes = {
+        "setting batch_size: 4 then, 2 now": {"overrides": {**simulation(*own).overrides, "batch_size": 2}},
+        "setting experts: 4 then, 2 now": {"overrides": {**simulation(*own).overrides, "experts": 2}},
+        'bundle: "brain_lesion_mri" then, "prostate_mri" now': {"bundle": "prostate_mri"},
+        "strategy validate_every: none then, 2 now": {"strategy": {"validate_every": 2}},
+        "rounds, 1 are asked for": {"rounds": 1},
+    }
+    for words, change in changes.items():
+        with pytest.raises(PFedSAMError, match=r"E25.*--fresh") as refused:
+            require_same_run(simulation(*own, **change))
+        assert words in str(refused.value)
+    label = next((own[1] / "site-2" / "labels").iterdir())
+    label.write_bytes(label.read_bytes() + b"\0")
+    with pytest.raises(PFedSAMError, match=r"E25.*site-2: 1 case\(s\) have another image or label \(s2-case"):
+        simulate(simulation(*own))
+
+
+def test_a_run_of_an_earlier_version_is_refused_until_it_is_moved_aside(own: tuple[Path, Path]):
+    (own[0] / "run.json").unlink()
+    with pytest.raises(PFedSAMError, match=r"E25.*earlier version.*--fresh"):
+        require_same_run(simulation(*own))
+    aside = begin_anew(simulation(*own))
+    assert aside is not None and (aside / "global_model.safetensors").is_file() and (aside / "state").is_dir()
+    require_same_run(simulation(*own))
+    assert simulation(*own).states() == {} and simulation(*own).rounds_done == 0
+    assert write_report(aside).is_file()
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(own: tuple[Path, Path]):
+    with FileLock(own[0] / "run.lock"), pytest.raises(PFedSAMError, match="E14"):
+        simulate(simulation(*own))
+
+
+@pytest.mark.parametrize("done", [0, 1, 3])
+def test_a_run_goes_on_from_the_states_of_its_last_whole_round(done: int, own: tuple[Path, Path]):
+    one = simulation(*own)
+    if done == 1:  # both states of a site are of later rounds
+        with pytest.raises(PFedSAMError, match=r"E25.*no state of round 0.*--fresh"):
+            _put_states_back(one, done)
+        return
+    _put_states_back(one, done)
+    found = {site: (entry.info["round"], entry.info["final"]) for site, entry in one.states().items()}
+    assert found == ({"site-1": (2, False), "site-2": (2, False)} if done else {})
+
+
+def test_a_folder_is_named_by_the_time_and_the_command_to_go_on_is_told(data: Path, tmp_path: Path):
+    """Stopped early: the command is told before anything is trained."""
+    command = [sys.executable, "-m", "pfedsam.cli", "simulate", str(data), "--rounds", "1", *TINY]
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    assert process.stdout is not None
+    told = next(line for line in process.stdout if "it goes on with" in line)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    (out,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"simulation-\d{8}-\d{6}", out.name)
+    again = shlex.split(told.split("goes on with: ")[1])
+    assert again == ["pfedsam", *command[3:], "--out", f"runs/{out.name}"]
+    assert process.stdout.read().splitlines()[-1] == f"stopped by SIGTERM. To go on: {shlex.join(again)}"
 
 
 def test_state_is_listed_exported_and_deleted(run: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,9 +13,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from filelock import FileLock
+from leftovers import left_of
 
 from pfedsam import bundles
 from pfedsam.bundles import network_of
@@ -54,25 +57,38 @@ def run(data: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(data, out, *more), capture_output=True, text=True, timeout=400)
 
 
-def stopped(data: Path, out: Path, by: signal.Signals) -> int:
-    """Start a comparison, stop it in its second round or later, and give its exit code."""
-    process = subprocess.Popen(
-        command(data, out),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # a shell without job control leaves Ctrl-C ignored in what it starts in the background
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+def stopped(data: Path, out: Path, by: signal.Signals, early: bool = False) -> subprocess.CompletedProcess[str]:
+    """Start a comparison and stop it: in its second round or later, or `early`, when it has just started a worker.
+
+    Also sees that nothing of it is left: at once, or, where it could not see to it itself, within seconds.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    said = out.with_name(f"{out.name}.txt")
+    with said.open("w") as file:
+        process = subprocess.Popen(
+            command(data, out),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # a shell without job control leaves Ctrl-C ignored in what it starts in the background
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    above = psutil.Process(process.pid)
     limit = time.monotonic() + 300
     try:
-        while not list(out.glob("rounds/*/global.safetensors")):
-            assert process.poll() is None, "it ended before a round was done"
+        while not (_workers(above) if early else list(out.glob("rounds/*/global.safetensors"))):
+            assert process.poll() is None, said.read_text()
             assert time.monotonic() < limit
             time.sleep(0.05)
+        below = above.children(recursive=True)
     finally:
         process.send_signal(by)
         code = process.wait(60)
-    return code
+    assert left_of(below, 20 if by == signal.SIGKILL else 2) == []
+    return subprocess.CompletedProcess(process.args, code, said.read_text())
+
+
+def _workers(process: psutil.Process) -> list[psutil.Process]:
+    return [one for one in process.children() if any("spawn_main" in word for word in one.cmdline())]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +97,6 @@ def killed_and_resumed(data: Path, tmp_path_factory: pytest.TempPathFactory):
     out = tmp_path_factory.mktemp("killed")
     stopped(data, out, signal.SIGKILL)
     before = {path.parent.name: path.read_bytes() for path in out.glob("rounds/*/history.jsonl")}
-    time.sleep(8)  # the orphans end with their next event
     done = run(data, out)
     return out, before, done
 
@@ -102,7 +117,7 @@ def test_a_killed_comparison_goes_on_with_the_next_round(killed_and_resumed) -> 
 
 
 def test_ctrl_c_ends_all_its_processes_at_once_and_keeps_what_was_done(data: Path, tmp_path: Path) -> None:
-    assert stopped(data, tmp_path, signal.SIGINT) != 0
+    assert stopped(data, tmp_path, signal.SIGINT).returncode == 128 + signal.SIGINT
     (notes,) = tmp_path.glob("rounds/*/history.jsonl")
     before = notes.read_bytes()
     time.sleep(3)
@@ -114,6 +129,41 @@ def test_ctrl_c_ends_all_its_processes_at_once_and_keeps_what_was_done(data: Pat
     assert done.returncode == 0, done.stderr
     assert notes.read_bytes().startswith(before)
     assert [one["strategy"] for one in read_records(tmp_path / "runs.jsonl")] == ["fedavg_lora"]
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM], ids=lambda one: one.name)
+def test_workers_that_only_begin_end_with_what_has_started_them(by: signal.Signals, data: Path, tmp_path: Path) -> None:
+    stopped(data, tmp_path / "out", by, early=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda one: one.name)
+def test_every_signal_ends_a_comparison_and_its_last_line_says_how_to_go_on(
+    by: signal.Signals, data: Path, tmp_path: Path
+) -> None:
+    done = stopped(data, tmp_path / "out", by)
+    assert done.returncode == 128 + by
+    last = done.stdout.splitlines()[-1]
+    assert last == f"stopped by {by.name}. To go on: {shlex.join(['pfedsam', *command(data, tmp_path / 'out')[3:]])}"
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM], ids=lambda one: one.name)
+def test_the_simulator_of_a_comparison_ends_with_it(by: signal.Signals, data: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(data, tmp_path, "pfedsam", "--nvflare"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    above = psutil.Process(process.pid)
+    limit = time.monotonic() + 300
+    while not (sites := [one for one in above.children(recursive=True) if "simulator_worker" in str(one.cmdline())]):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.2)
+    below = above.children(recursive=True)
+    assert set(sites) <= set(below)
+    process.send_signal(by)
+    process.wait(60)
+    assert left_of(below, 20 if by == signal.SIGKILL else 2) == []
 
 
 @pytest.mark.slow
@@ -234,6 +284,30 @@ def test_a_record_of_other_defaults_or_inputs_is_named(data: Path, tmp_path: Pat
     assert noted({**run_card(one), "defaults": "others"}) == {"defaults": ["local_only, seed 0"]}
     assert noted({**run_card(one), "inputs": "others"}) == {"inputs": ["local_only, seed 0"]}
     assert comparison.missing() == []
+    assert noted({**run_card(one), "bundle": "another"}) == {"bundle": ["local_only, seed 0"]}
+    assert replace(comparison, fresh=True).missing() == [one]
+    assert noted(run_card(one)) == {} and replace(comparison, fresh=True).missing() == []
+
+
+def test_records_of_other_images_are_refused_before_anything_runs_and_named_before_a_table(
+    killed_and_resumed, data: Path, tmp_path: Path
+) -> None:
+    out, *_ = killed_and_resumed
+    changed = shutil.copytree(data, tmp_path / "data")
+    label = next((changed / "site-2" / "labels").iterdir())
+    label.write_bytes(label.read_bytes() + b"\0")
+    records = shutil.copy(out / "runs.jsonl", tmp_path / "runs.jsonl")
+    before = records.read_bytes()
+    told = ("fedavg_lora,pfedsam", "--records", str(records))
+    refused = run(changed, tmp_path / "out", *told)
+    assert refused.returncode == 1 and refused.stdout == ""
+    for words in ("E25", "2 record(s) are of other images, labels", "--fresh", "--records", "--table"):
+        assert words in refused.stderr
+    assert records.read_bytes() == before and not (tmp_path / "out").exists()
+    shown = run(changed, tmp_path / "out", *told, "--table")
+    assert shown.returncode == 1
+    assert 0 < shown.stdout.find("2 record(s) are of other images") < shown.stdout.find("Strategies on the test cases")
+    assert "2 record(s) are of other images" in (tmp_path / "out" / "tables.md").read_text()
 
 
 def test_other_content_or_weights_are_another_training(data: Path, tmp_path: Path, monkeypatch) -> None:

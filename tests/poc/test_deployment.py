@@ -296,10 +296,18 @@ def test_make_poc_s_command_leaves_nothing_running(tmp_path: Path, phantom: list
     root = tmp_path / "runtime" / "states"
     states = sorted(str(path.relative_to(root)) for path in tmp_path.rglob("state.safetensors"))
     assert [state.split("/")[:3] for state in states] == [[s, "poc", s] for s in ("hospital-a", "hospital-b")]
+    # another job does not go on from these states, and nothing is started for it
+    before = {path: path.read_bytes() for path in (tmp_path / "runtime").rglob("*.safetensors")}
+    other = subprocess.run([*command, "--set", "experts=2"], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert other.returncode == 1 and "E25" in other.stderr and "setting experts: 4 then, 2 now" in other.stderr
+    assert "starting" not in other.stdout and {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_the_middle_of_make_poc_stops_everything(tmp_path: Path, phantom: list[Path]) -> None:
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda one: one.name)
+def test_every_signal_in_the_middle_of_make_poc_stops_everything(
+    by: signal.Signals, tmp_path: Path, phantom: list[Path]
+) -> None:
     port, said = free_port(), tmp_path / "said.txt"
     how: dict[str, Any] = {
         "cwd": tmp_path,
@@ -313,12 +321,13 @@ def test_ctrl_c_in_the_middle_of_make_poc_stops_everything(tmp_path: Path, phant
     try:
         wait_for(lambda: "round 0" in said.read_text() or process.poll() is not None, 180)
         time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=120) != 0
+        process.send_signal(by)
+        assert process.wait(timeout=120) == 128 + by
     finally:
         process.kill()
     text = said.read_text()
     assert "nothing is left running" in text and "Traceback" not in text, text
+    assert text.splitlines()[-1].startswith(f"stopped by {by.name}. To start again: pfedsam poc run ")
     deployment = Deployment(tmp_path / "runtime", PROJECT, port)
     assert deployment.processes() == []
     deployment.require_free_port()

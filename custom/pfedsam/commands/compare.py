@@ -8,15 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from pfedsam.commands.console import LOOK, Bundle, Overrides, bar, console, literals
+from pfedsam.commands.console import LOOK, Bundle, Force, Overrides, bar, claim_folder, console, literals
+from pfedsam.commands.interrupts import command_again, ends_in_order
 from pfedsam.errors import PFedSAMError
 from pfedsam.ranges import LARGEST_SEED, MOST_ROUNDS, MOST_WORKERS
+from pfedsam.run_folder import is_comparison
 
 app = typer.Typer()
 
 #: What is another one now, by its name in `Comparison.outdated`.
 OUTDATED = {
     "defaults": "defaults of the bundle than it has now",
+    "bundle": "configuration of the bundle than it has now",
     "inputs": "images, labels or base weights than there are now",
 }
 DEFAULT = "local_only,fedavg_lora,fedavg_lora_ft,feddpa,pfedsam"
@@ -45,13 +48,18 @@ def compare(
     reference: Annotated[str, typer.Option(help="Strategy that the others are tested against.")] = "pfedsam",
     records: Annotated[Path | None, typer.Option(help="File of the records; by default <out>/runs.jsonl.")] = None,
     table_only: Annotated[bool, typer.Option("--table", help="Run nothing, show the records that are there.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Run again what has a record of other data, weights or bundle than now.")
+    ] = False,
+    force: Force = False,
     list_: Annotated[bool, typer.Option("--list", help="List the strategies and ablations, and stop.")] = False,
     set_: Overrides = None,
 ) -> None:
     """Compare strategies on the sites in DATA: train, test once at the end, tables with intervals and tests.
 
     Every run is one JSON line in <out>/runs.jsonl. Stopped (also by force), it goes on where it was. Learning rates and
-    epochs are in the strategies' files, so that every strategy gets the same passes over the images in a round.
+    epochs are in the strategies' files, so that every strategy gets the same passes over the images in a round. Records
+    of other images, labels, base weights or another bundle than there are now are refused, or run again (--fresh).
     """
     from pfedsam.strategies import ablation_names, find_strategy, strategy_name, strategy_names
 
@@ -66,32 +74,50 @@ def compare(
     overrides = literals(set_ or [])
     with console.status("loading libraries"):
         from pfedsam.evaluation.compare import Comparison
-        from pfedsam.evaluation.compare import compare as run_all
 
         runs = _runs(data, names, seeds, rounds, bundle, validate_every, unseen, nvflare, overrides)
-        comparison = Comparison(runs, out, records)
+        comparison = Comparison(runs, out, records, fresh=fresh)
         if nvflare:
             from pfedsam.federated.compared import run_simulated
 
             comparison.simulator = run_simulated
-        missing = comparison.missing()
-    workers = workers or os.cpu_count() or 1
+        outdated, missing = _outdated(comparison), comparison.missing()
+    if outdated and not (fresh or table_only):
+        told = f"{comparison.record_file} does not tell of what is here now: {'; '.join(outdated)}."
+        remedy = "--fresh runs them again, another --records keeps both, --table shows the old ones."
+        raise PFedSAMError("E25", told, remedy)
+    claim_folder(out, "comparison", is_comparison, force)
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} done before; records: {comparison.record_file}")
     if missing and not table_only:
-        with bar(f"{len(missing)} runs", sum(run.events() for run in missing)) as advance:
-            done = 0
-
-            def event(line: str, count: int) -> None:
-                nonlocal done
-                done += count
-                advance(done, line)
-
-            run_all(comparison, workers, event)
+        with ends_in_order(f"To go on: {command_again(out, without=())}"):
+            _run(comparison, missing, workers or os.cpu_count() or 1)
     show_comparison(comparison, strategy_name(reference))
-    if comparison.failed:
-        for name, problem in comparison.failed.items():
-            console.print(f"failed: {name}: {problem}", style="red", highlight=False)
+    for name, problem in comparison.failed.items():
+        console.print(f"failed: {name}: {problem}", style="red", highlight=False)
+    if comparison.failed or (outdated and table_only):
         raise typer.Exit(1)
+
+
+def _run(comparison: Any, missing: list[Any], workers: int) -> None:
+    from pfedsam.evaluation.compare import compare as run_all
+
+    with bar(f"{len(missing)} runs", sum(run.events() for run in missing)) as advance:
+        done = 0
+
+        def event(line: str, count: int) -> None:
+            nonlocal done
+            done += count
+            advance(done, line)
+
+        run_all(comparison, workers, event)
+
+
+def _outdated(comparison: Any) -> list[str]:
+    """What is wrong with records of something else than there is now, one sentence for each reason."""
+    return [
+        f"{len(names)} record(s) are of other {OUTDATED[what]} ({'; '.join(names)})"
+        for what, names in comparison.outdated().items()
+    ]
 
 
 def _runs(
@@ -164,16 +190,17 @@ def show_comparison(comparison: Any, reference: str) -> None:
             records.append(record)
     missing = [run.name for run in comparison.missing()]
     if records:
+        outdated = _outdated(comparison)
+        for line in outdated:
+            console.print(line, style="red", highlight=False, soft_wrap=True)
         for table in tables(records, reference, console.width):
             console.print(table)
-        for what, names in comparison.outdated().items():
-            told = f"{len(names)} record(s) are of other {OUTDATED[what]}"
-            console.print(f"{told}: {'; '.join(names)}. To run them again, give another --records.", style="yellow")
         for line in warnings(records):
             console.print(line, style="yellow", highlight=False)
         comparison.out.mkdir(parents=True, exist_ok=True)
         file = comparison.out / "tables.md"
-        file.write_text(markdown(records, reference, missing))
+        warned = "".join(f"**{line}**\n\n" for line in outdated)
+        file.write_text(warned + markdown(records, reference, missing))
         console.print(f"the same as Markdown: {file}")
     if missing:
         console.print(f"missing: {len(missing)} run(s): {'; '.join(missing)}", style="yellow", highlight=False)

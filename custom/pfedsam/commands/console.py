@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.table import Column
 
 from pfedsam.errors import PFedSAMError
+from pfedsam.run_folder import claim_run
 
 #: Paths and names may hold brackets: a text is printed as it is, unless a call asks for markup.
 console = Console(markup=False)
@@ -46,6 +47,9 @@ Overrides = Annotated[
 ]
 Admin = Annotated[Path, typer.Option(help="Startup kit of an administrator.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace or write into what is there already, whosever it is.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Begin anew: what an earlier run has left in the folder is moved aside.")
+]
 StateRoot = Annotated[Path | None, typer.Option(help="State root; by default as in training.")]
 
 
@@ -67,6 +71,12 @@ def literals(pairs: list[str]) -> dict[str, Any]:
         except (ValueError, RecursionError):
             literals[key] = value
     return checked(literals)
+
+
+def claim_folder(folder: Path, what: str, laid_out: Callable[[Path], bool], force: bool) -> None:
+    """Mark a folder as ours before a command writes into it; see `pfedsam.run_folder.claim_run`."""
+    if claim_run(folder, what, laid_out, force):
+        console.print(f"{folder} was made by an earlier version; it is marked as ours now", soft_wrap=True)
 
 
 def quiet_libraries() -> None:

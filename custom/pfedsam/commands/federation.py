@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import signal
-import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pfedsam.commands.console import TRAIN, Job, Overrides, RunFolder, bar, console, literals
+from pfedsam.commands.console import (
+    TRAIN,
+    Force,
+    Fresh,
+    Job,
+    Overrides,
+    RunFolder,
+    bar,
+    claim_folder,
+    console,
+    literals,
+)
 from pfedsam.commands.data import make_phantom
 from pfedsam.commands.evaluation import report, show_evaluation
+from pfedsam.commands.interrupts import command_again, ends_in_order
 from pfedsam.ranges import LARGEST_SEED, MOST_ROUNDS
+from pfedsam.run_folder import is_simulation
 
 app = typer.Typer()
 
@@ -33,7 +45,10 @@ DEMO_OVERRIDES: dict[str, Any] = {
 @app.command(rich_help_panel=TRAIN)
 def simulate(
     data: Annotated[Path, typer.Argument(help="Folder that holds the site folders.")],
-    out: RunFolder = Path("runs/simulation"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder; a run that was stopped goes on in it. By default runs/simulation-<time>."),
+    ] = None,
     job: Job = "pfedsam",
     strategy: Annotated[
         str | None, typer.Option(help="Strategy, ablation or .json file, not the job's (`pfedsam compare --list`).")
@@ -51,9 +66,15 @@ def simulate(
     validate_every: Annotated[
         int | None, typer.Option(min=1, max=MOST_ROUNDS, help="Validate every so many rounds only.")
     ] = None,
+    fresh: Fresh = False,
+    force: Force = False,
     set_: Overrides = None,
 ) -> None:
-    """Simulate a federation of the site folders in DATA with NVFlare, and show what each site gained."""
+    """Simulate a federation of the site folders in DATA with NVFlare, and show what each site gained.
+
+    In a folder that holds a run, it goes on with that run, or evaluates it again, if all that decides the result is the
+    same; else it says what differs, and stops.
+    """
     overrides = {"seed": seed, **literals(set_ or [])}
     from pfedsam.bundles import require_settings
     from pfedsam.federated.jobs import find_job, make_job, plan_settings
@@ -62,14 +83,20 @@ def simulate(
 
     plan = plan_settings(find_job(job))
     file = None if strategy is None else find_strategy(strategy)
+    if file is not None and file.kind != "federated":
+        raise typer.BadParameter(f"'{strategy}' needs no server: use `pfedsam compare`", param_hint="--strategy")
     brought = (plan.get("overrides") or {}) if file is None else file.overrides
     require_settings(bundle or plan["bundle"], {**brought, **overrides})
-    if file is not None:
-        if file.kind != "federated":
-            raise typer.BadParameter(f"'{strategy}' needs no server: use `pfedsam compare`", param_hint="--strategy")
-        job = str(make_job(str(strategy), out / "template", job))
     every = {} if validate_every is None else {"validate_every": validate_every}
-    federate(Simulation(data, out, job, federation, bundle, rounds, overrides, every))
+    out = out or Path(f"runs/simulation-{time.strftime('%Y%m%d-%H%M%S')}")
+    with ends_in_order(f"To go on: {command_again(out)}"):
+        made = str(out / "template") if strategy else job
+        simulation = Simulation(data, out, made, federation, bundle, rounds, overrides, every)
+        _ = simulation.sites  # there is nothing to write without them
+        claim_folder(out, "simulation", is_simulation, force)
+        if strategy:
+            make_job(strategy, out / "template", job)
+        federate(simulation, fresh)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -82,21 +109,32 @@ def demo(
     amp: Annotated[
         bool | None, typer.Option(help="bfloat16 autocast; by default where the processor or GPU has bfloat16.")
     ] = None,
+    fresh: Fresh = False,
+    force: Force = False,
 ) -> None:
     """The main job on a phantom federation of 4 sites: some minutes on a laptop, no data and no GPU needed."""
     from pfedsam.bundles import require_settings
 
     require_settings("brain_lesion_mri", {"image_size": image_size, **DEMO_OVERRIDES})
-    from pfedsam.federated.simulation import Simulation
+    with ends_in_order(f"To go on: {command_again()}"):
+        claim_folder(out, "demo", is_simulation, force)
+        _demo(out, seed, image_size, amp, fresh)
+    console.print("Next, with data of your own, one folder for each site, <data>/<site>/images and labels:")
+    console.print("  pfedsam validate <data>/<site>\n  pfedsam simulate <data> --out runs/mine")
+
+
+def _demo(out: Path, seed: int, image_size: int, amp: bool | None, fresh: bool) -> None:
+    from pfedsam.federated.simulation import Simulation, require_same_run
 
     data = out / "phantom"
-    make_phantom(data, 4, DEMO_CASES, DEMO_SHAPE, seed)
     reduced = _has_bfloat16() if amp is None else amp
     overrides = {"seed": seed, "image_size": image_size, "amp": reduced, **DEMO_OVERRIDES}
     strategy = {"validate_every": 2}
-    federate(Simulation(data, out, "pfedsam", "phantom-demo", None, DEMO_ROUNDS, overrides, strategy))
-    console.print("Next, with data of your own, one folder for each site, <data>/<site>/images and labels:")
-    console.print("  pfedsam validate <data>/<site>\n  pfedsam simulate <data> --out runs/mine")
+    simulation = Simulation(data, out, "pfedsam", "phantom-demo", None, DEMO_ROUNDS, overrides, strategy)
+    if not fresh:
+        require_same_run(simulation, data=False)  # before the phantom of another seed replaces its data
+    make_phantom(data, 4, DEMO_CASES, DEMO_SHAPE, seed)
+    federate(simulation, fresh)
 
 
 def _has_bfloat16() -> bool:
@@ -111,22 +149,28 @@ def _has_bfloat16() -> bool:
     return bool(abilities.get("avx512_bf16"))
 
 
-def federate(simulation: Any) -> None:
-    """Run a simulation, or what is left of it, with progress, then show what each site gained."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without the processes that it has started
+def federate(simulation: Any, fresh: bool = False) -> None:
+    """Run a simulation, or what is left of it, with progress, then show what each site gained.
+
+    Args:
+        simulation: a `pfedsam.federated.simulation.Simulation`.
+        fresh: move a run that is in its folder aside first.
+    """
     with console.status("loading libraries"):
-        from pfedsam.federated.jobs import find_job, plan_settings, server_settings
-        from pfedsam.federated.simulation import expected_events, run, sent_bytes
+        from pfedsam.federated.simulation import begin_anew, expected_events, require_same_run, run, sent_bytes
 
     out: Path = simulation.out
-    out.mkdir(parents=True, exist_ok=True)
-    job = find_job(simulation.job)
-    rounds = simulation.rounds or server_settings(job)["num_rounds"]
+    if fresh and (aside := begin_anew(simulation)):
+        console.print(f"the run that was here is now in {aside}", highlight=False, soft_wrap=True)
+    with console.status("reading settings and data"):
+        require_same_run(simulation)
+    rounds = simulation.rounds_in_all
     console.print(
         f"{len(simulation.sites)} sites, {rounds} rounds, then the final personal phase; log: {out}/simulator.log"
     )
+    console.print(f"if it is stopped, it goes on with: {command_again(out)}", highlight=False, soft_wrap=True)
     done = 0
-    with bar("starting", expected_events(simulation, rounds)) as advance:
+    with bar("starting", expected_events(simulation)) as advance:
 
         def event(line: str) -> None:
             nonlocal done
@@ -137,7 +181,6 @@ def federate(simulation: Any) -> None:
             console.print("this federation has finished before; its sites are evaluated again")
     states = simulation.states()
     models = {site: (simulation.data / site, states[site].file) for site in simulation.sites}
-    bundle = simulation.bundle or plan_settings(job)["bundle"]
-    show_evaluation(models, bundle, simulation.settings, out, sent_bytes(simulation))
+    show_evaluation(models, simulation.plan["bundle"], simulation.settings, out, sent_bytes(simulation))
     report(out)
     console.print(f"personal state: {simulation.state_root} (pfedsam state list --root {simulation.state_root})")

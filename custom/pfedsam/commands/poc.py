@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from pfedsam.commands.console import Job, Overrides, console, literals, quiet_libraries
+from pfedsam.commands.console import Force, Fresh, Job, Overrides, console, literals, quiet_libraries
+from pfedsam.commands.interrupts import command_again, ends_in_order
 from pfedsam.errors import PFedSAMError
 from pfedsam.ranges import MOST_ROUNDS
+from pfedsam.run_folder import move_aside
 
 app = typer.Typer(help="A federation of real processes with mutual TLS on this machine.", no_args_is_help=True)
 
@@ -47,24 +49,36 @@ def run(
     data: Data = None,
     job: Job = "pfedsam",
     rounds: Annotated[int, typer.Option(min=1, max=MOST_ROUNDS)] = ROUNDS,
+    fresh: Fresh = False,
+    force: Force = False,
     set_: Overrides = None,
 ) -> None:
     """Everything from provisioning to the table. In the end, also after Ctrl-C or an error, nothing is left running."""
-    _check(job, _settings(set_, data is None))
-    deployment = _deployment(runtime, project, port)
-    deployment.require_free_port()
-    sites = _up(deployment, data)
-    try:
-        _submit(deployment, job, rounds, set_, data is None)
-    finally:
-        _down(deployment)
-    _show(deployment, sites, job, _settings(set_, data is None))
+    settings = _settings(set_, data is None)
+    _check(job, settings)
+    with ends_in_order(f"To start again: {command_again()}"):
+        deployment = _deployment(runtime, project, port)
+        deployment.require_free_port()
+        _claim(deployment, force)
+        sites = _site_folders(deployment, data)
+        _require_same_job(deployment, job, settings, sites, fresh)
+        try:
+            _up(deployment, sites)
+            _submit(deployment, job, rounds, settings, sites)
+        finally:
+            _down(deployment)
+        _show(deployment, sites, job, settings)
 
 
 @app.command("up")
-def up(runtime: Runtime = RUNTIME, project: Project = PROJECT, port: Port = None, data: Data = None) -> None:
+def up(
+    runtime: Runtime = RUNTIME, project: Project = PROJECT, port: Port = None, data: Data = None, force: Force = False
+) -> None:
     """Provision the project, write each site's policy, start server and sites."""
-    _up(_deployment(runtime, project, port), data)
+    with ends_in_order(f"To start again: {command_again()}"):
+        deployment = _deployment(runtime, project, port)
+        _claim(deployment, force)
+        _up(deployment, _site_folders(deployment, data))
     console.print("Next: pfedsam poc submit; in the end: pfedsam poc down")
 
 
@@ -73,12 +87,17 @@ def submit(
     runtime: Runtime = RUNTIME,
     job: Job = "pfedsam",
     rounds: Annotated[int, typer.Option(min=1, max=MOST_ROUNDS)] = ROUNDS,
+    fresh: Fresh = False,
     set_: Overrides = None,
 ) -> None:
     """Submit a job to the running deployment, follow it, fetch its result."""
     _check(job, _settings(set_, (runtime / "phantom").is_dir()))
     deployment = _deployment(runtime, runtime / "project.yml", None)
-    _submit(deployment, job, rounds, set_, (runtime / "phantom").is_dir())
+    sites = deployment.data()
+    phantom = any((runtime / "phantom").resolve() in folder.parents for folder in sites.values())
+    settings = _settings(set_, phantom)
+    _require_same_job(deployment, job, settings, sites, fresh)
+    _submit(deployment, job, rounds, settings, sites)
 
 
 @app.command("status")
@@ -112,12 +131,16 @@ def _deployment(runtime: Path, project: Path, port: int | None) -> Any:
     return Deployment(runtime, project, port)
 
 
-def _up(deployment: Any, data: Path | None) -> dict[str, Path]:
+def _claim(deployment: Any, force: bool) -> None:
+    if deployment.claim(force):
+        console.print(f"{deployment.root} was made by an earlier version; it is marked as ours now", soft_wrap=True)
+
+
+def _up(deployment: Any, sites: dict[str, Path]) -> None:
     from pfedsam.federated.admin import connect
 
     deployment.stop()
     deployment.require_free_port()
-    sites = _site_folders(deployment, data)
     with console.status("provisioning"):
         deployment.provision()
         deployment.init(sites, {"federations": [FEDERATION], "least_sites": LEAST_SITES})
@@ -131,7 +154,6 @@ def _up(deployment: Any, data: Path | None) -> dict[str, Path]:
         _down(deployment)
         raise
     console.print(f"running: server on port {deployment.port}, {len(deployment.sites)} sites, mutual TLS")
-    return sites
 
 
 def _site_folders(deployment: Any, data: Path | None) -> dict[str, Path]:
@@ -157,15 +179,44 @@ def _check(job: str, overrides: dict[str, Any]) -> None:
     require_settings(plan_settings(find_job(job))["bundle"], overrides)
 
 
-def _submit(deployment: Any, job: str, rounds: int, set_: list[str] | None, phantom: bool) -> None:
+def _terms(deployment: Any, job: str, settings: dict[str, Any], sites: dict[str, Path]) -> dict[str, Any]:
+    """What decides the result of a job here."""
+    from pfedsam.federated.job_terms import job_terms
+    from pfedsam.federated.jobs import find_job, plan_settings
+    from pfedsam.run_terms import kept_terms, terms_of, with_data
+
+    folder = find_job(job)
+    plan = {**plan_settings(folder), "federation": FEDERATION, "overrides": settings}
+    return with_data(terms_of(plan, job_terms(folder)), sites, kept_terms(deployment.root))
+
+
+def _require_same_job(deployment: Any, job: str, settings: dict[str, Any], sites: dict[str, Path], fresh: bool) -> None:
+    """Let a job only go on from the states of an earlier one if all but the rounds is the same, and say so."""
+    from pfedsam.run_terms import kept_terms, require_same
+    from pfedsam.state import list_states
+
+    if fresh and (aside := move_aside(deployment.root)):
+        console.print(f"states and results of earlier jobs are now in {aside}", highlight=False, soft_wrap=True)
+    with console.status("reading settings and data"):
+        if not any(list_states(deployment.state_root(site)) for site in deployment.sites):
+            return
+        remedy = "Give another --runtime, or --fresh, which moves those states aside."
+        now = _terms(deployment, job, settings, sites)["terms"]
+        require_same(f"the job whose states are in {deployment.root}", kept_terms(deployment.root), now, remedy)
+    console.print("the sites go on from their states of an earlier job with the same settings and data; not: --fresh")
+
+
+def _submit(deployment: Any, job: str, rounds: int, settings: dict[str, Any], sites: dict[str, Path]) -> None:
     from pfedsam.federated.admin import connect, fetch, follow, submit
     from pfedsam.federated.jobs import export_job, find_job
+    from pfedsam.run_terms import keep_terms
 
+    keep_terms(deployment.root, _terms(deployment, job, settings, sites))
     folder = export_job(
         find_job(job),
         deployment.root / "job",
         locked=True,
-        plan={"federation": FEDERATION, "overrides": _settings(set_, phantom)},
+        plan={"federation": FEDERATION, "overrides": settings},
         server={"num_rounds": rounds, "min_clients": len(deployment.sites)},
     )
     with connect(deployment.admin()) as session:

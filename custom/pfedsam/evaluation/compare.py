@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,9 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
+from pfedsam.children import begin, terminal_signals_held
 from pfedsam.errors import PFedSAMError
-from pfedsam.evaluation.provenance import defaults
+from pfedsam.evaluation.provenance import bundle_hash, defaults
 from pfedsam.evaluation.records import problem_of_record, warn_once
 from pfedsam.evaluation.runs import Run, Simulator, execute
 from pfedsam.files import append_line, read_lines
@@ -32,6 +34,7 @@ class Comparison:
         out: folder of trainings, features and logs.
         file: of the records, one JSON line each; by default `runs.jsonl` in `out`.
         simulator: a function of a module that trains the runs that ask for NVFlare's simulator.
+        fresh: run again what has a record of something else than there is now, see `outdated`.
         failed: error text by the name of the run.
     """
 
@@ -39,6 +42,7 @@ class Comparison:
     out: Path
     file: Path | None = None
     simulator: Simulator | None = None
+    fresh: bool = False
     failed: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -52,18 +56,23 @@ class Comparison:
         return [record for record in read_records(self.record_file) if record["key"] in keys]
 
     def missing(self) -> list[Run]:
-        """Runs without a record."""
+        """Runs without a record, and with `fresh` those whose record is outdated."""
         done = {record["key"] for record in read_records(self.record_file)}
-        return [run for run in self.runs if run.key() not in done]
+        again = {name for names in self.outdated().values() for name in names} if self.fresh else ()
+        return [run for run in self.runs if run.key() not in done or run.name in again]
 
     def outdated(self) -> dict[str, list[str]]:
         """Names of the runs whose record is of something else than there is now, by what that is.
 
-        `defaults`: settings of the bundle that the run does not override; `inputs`: images, labels or base weights. A
-        record that does not tell them is in none.
+        `defaults`: settings of the bundle that the run does not override; `bundle`: what else is in its configuration;
+        `inputs`: images, labels or base weights. A record that does not tell them is in none.
         """
         cards = {record["key"]: record["card"] for record in self.records()}
-        now: dict[str, Callable[[Run], str]] = {"defaults": lambda run: defaults(run.bundle), "inputs": Run.inputs}
+        now: dict[str, Callable[[Run], str]] = {
+            "defaults": lambda run: defaults(run.bundle),
+            "bundle": lambda run: bundle_hash(run.bundle),
+            "inputs": Run.inputs,
+        }
         found = {
             what: [run.name for run in self.runs if cards.get(run.key(), {}).get(what) not in (None, ask(run))]
             for what, ask in now.items()
@@ -100,18 +109,20 @@ def compare(comparison: Comparison, workers: int, event: Callable[[str, int], No
     waiting = comparison.missing()
     comparison.out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    messages: Any = context.Queue()
+    with terminal_signals_held():  # also from the process that counts Python's semaphores
+        messages: Any = context.Queue()
     running: dict[int, tuple[Any, Run, int]] = {}
     number = 0
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 run = waiting.pop(_next(comparison, waiting, running))
-                told = (number, run, str(comparison.out), messages, comparison.simulator)
+                told = pickle.dumps((_work, (number, run, str(comparison.out), comparison.simulator)))
                 # NVFlare's simulator starts processes of its own, which a daemon may not
-                process = context.Process(target=_work, args=told, daemon=not run.simulator)
-                process.start()
-                running[number] = (process, run, run.events())
+                process = context.Process(target=begin, args=(told, messages), daemon=not run.simulator)
+                with terminal_signals_held():
+                    process.start()
+                    running[number] = (process, run, run.events())
                 number += 1
             for index, kind, content in _messages(messages, running):
                 process, run, left = running[index]
@@ -150,8 +161,8 @@ def _messages(messages: Any, running: dict[int, tuple[Any, Run, int]]) -> Iterat
                 yield index, "failure", f"its process ended with exit code {process.exitcode} (memory?)"
 
 
-def _work(index: int, run: Run, out: str, messages: Any, simulator: Simulator | None) -> None:
-    """A process of its own for one run. It ends by itself when its parent is gone."""
+def _work(index: int, run: Run, out: str, simulator: Simulator | None, messages: Any) -> None:
+    """A process of its own for one run, see `pfedsam.children.begin`."""
     import logging
 
     import torch
@@ -164,9 +175,7 @@ def _work(index: int, run: Run, out: str, messages: Any, simulator: Simulator | 
         messages.cancel_join_thread()  # nobody reads them
         sys.exit(1)  # with the processes that it waits for
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     signal.signal(signal.SIGTERM, leave)
-    parent = os.getppid()
     torch.set_num_threads(1)
     _keep_freed_memory()
     logging.disable(logging.WARNING)
@@ -176,8 +185,6 @@ def _work(index: int, run: Run, out: str, messages: Any, simulator: Simulator | 
     os.dup2(1, 2)
 
     def event(line: str) -> None:
-        if os.getppid() != parent:
-            leave()
         messages.put((index, "event", line))
 
     try:

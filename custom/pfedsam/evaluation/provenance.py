@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pfedsam.bundles import folder, settings_of
+from pfedsam.bundles import OVERRIDES, find_bundle, folder, settings_of
 from pfedsam.data.sites import Split
 from pfedsam.networks.backbones import get_backbone
 from pfedsam.networks.weights import CHECKPOINTS, file_digest
@@ -81,6 +81,15 @@ def defaults(bundle: str) -> str:
     return hash_of({key: value for key, value in settings.items() if key not in (*INDIFFERENT, *LATER, "checkpoint")})[
         :16
     ]
+
+
+def bundle_hash(name: str) -> str:
+    """Hash of what a bundle does in training and evaluation; its settings are told by name, see `defaults`."""
+    root = find_bundle(name)
+    configs = {one: json.loads((root / "configs" / one).read_text()) for one in ("train.json", "evaluate.json")}
+    told = {one: {k: v for k, v in content.items() if k not in OVERRIDES} for one, content in configs.items()}
+    scripts = {str(path.relative_to(root)): file_digest(path) for path in sorted((root / "scripts").rglob("*.py"))}
+    return hash_of([told, scripts])[:16]
 
 
 def machine() -> str:

@@ -21,6 +21,7 @@ from pfedsam.data.sites import Split, read_split
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.provenance import (
     INDIFFERENT,
+    bundle_hash,
     case_hash,
     commit,
     content_hash,
@@ -158,8 +159,8 @@ class Run:
         return hash_of([told, weights_checksum(self.bundle, self.settings)])[:16]
 
     def _beside_the_key(self) -> str:
-        """Hash of what the training depends on beside its key: the bundle's defaults, the content of the inputs."""
-        return hash_of([defaults(self.bundle), self.inputs()])[:8]
+        """Hash of what the training depends on beside its key: the bundle as it is, the content of the inputs."""
+        return hash_of([defaults(self.bundle), bundle_hash(self.bundle), self.inputs()])[:8]
 
     def shared_folder(self, out: Path) -> Path:
         """The folder whose training other runs share: that of the rounds, or of the whole."""
@@ -194,7 +195,7 @@ def execute(
     card = run_card(run)  # of the code that trains, whatever is edited meanwhile
     folder_ = run.training_folder(out)
     folder_.mkdir(parents=True, exist_ok=True)
-    (folder_ / "run.json").write_text(json.dumps({**asdict(run), "strategy": run.label}, indent=1) + "\n")
+    (folder_ / "training.json").write_text(json.dumps({**asdict(run), "strategy": run.label}, indent=1) + "\n")
     started = time.monotonic()
     with FileLock(folder_ / "lock"):
         federation = run.federation(out)
@@ -234,11 +235,12 @@ def execute(
 
 
 def run_card(run: Run) -> dict[str, str]:
-    """What a reader needs to run it again: code, configuration, the bundle's defaults, inputs, split, machine."""
+    """What a reader needs to run it again: code, configuration, bundle and its defaults, inputs, split, machine."""
     return {
         "code": f"{pfedsam.__version__} {commit()}".strip(),
         "configuration": run.training_key(),
         "defaults": defaults(run.bundle),
+        "bundle": bundle_hash(run.bundle),
         "inputs": run.inputs(),
         "split": run.split_hash(),
         "machine": machine(),

@@ -22,8 +22,11 @@ from nvflare.fuel.flare_api.flare_api import Session
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.kits import init_kit
-from pfedsam.federated.settings import SiteSettings
+from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings, read_settings, site_folder
+from pfedsam.run_folder import claim_run, is_deployment
 
+#: What the marker of a deployment's folder says.
+RUNTIME = "poc"
 _GRACE_SECONDS = 10
 OUTCOME_VARIABLE = "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT"
 #: Less memory at a server with many sites (`tests/benchmarks/bench_sites.py`). By default NVFlare allocates a chunk of
@@ -91,12 +94,42 @@ class Deployment:
         """What a process printed."""
         return self.root / "logs" / f"{name}.log"
 
-    def provision(self) -> None:
-        """Make the startup kits anew.
+    def data(self) -> dict[str, Path]:
+        """The site folder of each site, by its own policy.
 
         Raises:
-            PFedSAMError: E22 with NVFlare's last line if it fails.
+            PFedSAMError: E01 if a policy names none, E02 if there is none.
         """
+        found = {}
+        for site in self.sites:
+            path = self.kit(site) / "local" / SITE_SETTINGS
+            root = read_settings(path).data_root
+            if root is None:
+                raise PFedSAMError("E01", f"{path} names no data.", "Start with `pfedsam poc up`.")
+            found[site] = site_folder(root, site)
+        return found
+
+    def claim(self, force: bool = False) -> bool:
+        """Mark the folder as ours, or see that it is.
+
+        Args:
+            force: take a folder of somebody else, too.
+
+        Returns:
+            Whether an earlier version made it, which knew no marker.
+
+        Raises:
+            PFedSAMError: E24 if it is somebody else's: root keys of a federation may lie there.
+        """
+        return claim_run(self.root, RUNTIME, is_deployment, force)
+
+    def provision(self) -> None:
+        """Make the startup kits anew, in a folder that is ours.
+
+        Raises:
+            PFedSAMError: E24 as `claim`, E22 with NVFlare's last line if it fails.
+        """
+        self.claim()
         shutil.rmtree(self.root / "kits", ignore_errors=True)
         for name in ("home", "logs"):
             (self.root / name).mkdir(parents=True, exist_ok=True)

@@ -1,28 +1,39 @@
-"""A federation on one machine: NVFlare's simulator on a folder of site folders, resumable, then the evaluation."""
+"""A federation on one machine: NVFlare's simulator on a folder of site folders, resumable, then the evaluation.
+
+What decides the result is kept in the run folder, see `pfedsam.run_terms`: a run only goes on, and only answers, where
+that is the same.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from pfedsam.children import end, supervised
 from pfedsam.data.sites import site_names
 from pfedsam.errors import PFedSAMError
+from pfedsam.federated.job_terms import job_terms
 from pfedsam.federated.jobs import export_job, find_job, plan_settings, server_settings
 from pfedsam.federated.records import NEWS
 from pfedsam.files import write_atomically
 from pfedsam.global_model import round_of
-from pfedsam.run_folder import EARLIER, RUN, SENT_FILE, WORKSPACE, bytes_by_round, starts
-from pfedsam.state import ROOT_VARIABLE, StateEntry, newest_states
+from pfedsam.run_folder import EARLIER, RUN, SENT_FILE, WORKSPACE, bytes_by_round, move_aside, starts
+from pfedsam.run_terms import keep_terms, kept_terms, require_same, terms_of, with_data
+from pfedsam.site_model import read
+from pfedsam.state import CURRENT, PREVIOUS, ROOT_VARIABLE, StateEntry, newest_states
 
 _PROBLEM = re.compile(r"\b(E\d\d): (.*)")
+_ANOTHER = "Give another --out, or --fresh, which moves the old run aside."
 
 
 @dataclass(frozen=True)
@@ -76,9 +87,30 @@ class Simulation:
         return self.out / WORKSPACE
 
     @property
+    def plan(self) -> dict[str, Any]:
+        """The job's plan with what replaces its own."""
+        plan = plan_settings(find_job(self.job))
+        return {
+            "federation": self.federation,
+            "bundle": self.bundle or plan["bundle"],
+            "overrides": {**(plan.get("overrides") or {}), **self.overrides},
+            "strategy": {**plan["strategy"], **self.strategy},
+        }
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All overrides of the bundle: the job's own, and `overrides` on top."""
-        return {**(plan_settings(find_job(self.job)).get("overrides") or {}), **self.overrides}
+        return self.plan["overrides"]
+
+    @property
+    def rounds_in_all(self) -> int:
+        """Rounds of the federation: `rounds`, or the job's own."""
+        return self.rounds or int(server_settings(find_job(self.job))["num_rounds"])
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds behind the last global model that is kept."""
+        return round_of(self.global_model) + 1 if self.global_model.exists() else 0
 
     @property
     def state_root(self) -> Path:
@@ -95,6 +127,33 @@ class Simulation:
         return newest_states(self.state_root, self.federation)
 
 
+def require_same_run(simulation: Simulation, data: bool = True) -> dict[str, Any]:
+    """Make sure that what is in the run folder is a part of this very run, or nothing.
+
+    Args:
+        simulation: what is to be run.
+        data: False to compare the settings only, before the data are there.
+
+    Returns:
+        What is to be kept with the run, see `pfedsam.run_terms`; the terms alone without `data`.
+
+    Raises:
+        PFedSAMError: E25 if it is another run, E02 to E09 as `read_split`, E16 or E18 for wrong settings.
+    """
+    kept = kept_terms(simulation.out)
+    terms = terms_of(simulation.plan, job_terms(find_job(simulation.job)))
+    content = with_data(terms, {site: simulation.data / site for site in simulation.sites}, kept) if data else terms
+    models = [path for path in (simulation.global_model, _newest_global_model(simulation)) if path.exists()]
+    if not models and not simulation.states():
+        return content  # nothing has come of what was begun here
+    require_same(f"the run in {simulation.out}", kept, content["terms"] if data else terms, _ANOTHER)
+    done = max([round_of(path) + 1 for path in models], default=0)
+    if done > simulation.rounds_in_all:
+        told = f"the run in {simulation.out} has done {done} rounds, {simulation.rounds_in_all} are asked for."
+        raise PFedSAMError("E25", told, _ANOTHER)
+    return content
+
+
 def run(simulation: Simulation, event: Callable[[str], None] | None = None) -> bool:
     """Run the federation, or what is left of it.
 
@@ -106,25 +165,51 @@ def run(simulation: Simulation, event: Callable[[str], None] | None = None) -> b
         False if everything was done before.
 
     Raises:
-        PFedSAMError: with the code and line of the first site that failed.
+        PFedSAMError: E25 if the folder holds another run, E14 if another process works in it; else with the code and
+            line of the first site that failed.
     """
-    source = find_job(simulation.job)
-    rounds = simulation.rounds or int(server_settings(source)["num_rounds"])
+    with _alone(simulation.out):
+        return _run(simulation, event)
+
+
+def begin_anew(simulation: Simulation) -> Path | None:
+    """Move the run that is in the folder aside; returns where it is then, None if there was none.
+
+    Raises:
+        PFedSAMError: E14 if another process works in it.
+    """
+    with _alone(simulation.out):
+        return move_aside(simulation.out)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / "run.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        told = f"another simulation runs in {out}."
+        raise PFedSAMError("E14", told, "Wait for it, or give another --out.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run(simulation: Simulation, event: Callable[[str], None] | None) -> bool:
+    keep_terms(simulation.out, require_same_run(simulation))
+    rounds = simulation.rounds_in_all
     _harvest(simulation)
-    done = round_of(simulation.global_model) + 1 if simulation.global_model.exists() else 0
+    done = simulation.rounds_done
     if done >= rounds and _finished(simulation, rounds):
         return False
     _keep_start(simulation)
-    plan = plan_settings(source)
+    _put_states_back(simulation, done)
     job = export_job(
-        source,
+        find_job(simulation.job),
         simulation.out / "job",
-        plan={
-            "federation": simulation.federation,
-            "bundle": simulation.bundle or plan["bundle"],
-            "overrides": simulation.settings,
-            "strategy": {**plan["strategy"], **simulation.strategy},
-        },
+        plan=simulation.plan,
         server={"num_rounds": rounds - done, "start_round": done, "min_clients": len(simulation.sites)},
         persistor={"source_ckpt_file_full_name": simulation.global_model.name} if done else {},
     )
@@ -140,12 +225,12 @@ def run(simulation: Simulation, event: Callable[[str], None] | None = None) -> b
     return True
 
 
-def expected_events(simulation: Simulation, rounds: int) -> int:
+def expected_events(simulation: Simulation) -> int:
     """How many events `run` reports for a whole run."""
-    strategy = {**plan_settings(find_job(simulation.job))["strategy"], **simulation.strategy}
-    done = round_of(simulation.global_model) + 1 if simulation.global_model.exists() else 0
+    strategy = simulation.plan["strategy"]
     a_round = 1 + len(strategy["phases"])
-    return len(simulation.sites) * ((rounds - done) * a_round + len(strategy.get("final", ())) + 1)
+    left = max(0, simulation.rounds_in_all - simulation.rounds_done)
+    return len(simulation.sites) * (left * a_round + len(strategy.get("final", ())) + 1)
 
 
 def sent_bytes(simulation: Simulation) -> dict[str, dict[int, int]]:
@@ -170,9 +255,9 @@ def _simulate(simulation: Simulation, job: Path, log: Path, event: Callable[[str
     }
     with (
         log.open("w", buffering=1) as file,
-        # a group of its own, so that it ends with all the processes that it starts
+        # a session of its own: Ctrl-C in the terminal is for us, who then end it with all that it has started
         subprocess.Popen(
-            command,
+            supervised(command),
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -181,14 +266,14 @@ def _simulate(simulation: Simulation, job: Path, log: Path, event: Callable[[str
             start_new_session=True,
         ) as process,
     ):
-        assert process.stdout is not None
         try:
+            assert process.stdout is not None
             for line in process.stdout:
                 file.write(line)
                 if event and (news := NEWS.search(line)):
                     event(news.group(1).strip())
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            end(process)
             raise
 
 
@@ -202,10 +287,13 @@ def _first_problem(simulation: Simulation) -> PFedSAMError | None:
     return None
 
 
+def _newest_global_model(simulation: Simulation) -> Path:
+    return simulation.workspace / "server" / RUN / "app_server" / "global_model.safetensors"
+
+
 def _harvest(simulation: Simulation) -> None:
     """Keep the last global model before the simulator empties its workspace."""
-    newest = simulation.workspace / "server" / RUN / "app_server" / "global_model.safetensors"
-    kept = simulation.global_model
+    newest, kept = _newest_global_model(simulation), simulation.global_model
     if newest.exists() and (not kept.exists() or round_of(newest) > round_of(kept)):
         write_atomically(kept, newest.read_bytes())
 
@@ -221,6 +309,41 @@ def _keep_start(simulation: Simulation) -> None:
         target = kept / path.relative_to(workspace)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
+
+
+def _put_states_back(simulation: Simulation, done: int) -> None:
+    """Give each site the state that it had after the last round that is in the global model.
+
+    A site may be one step ahead: it has trained a round that the others have not, or fitted the final phase. Trained
+    again from there, its personal part would be another than that of a run that was never stopped.
+
+    Raises:
+        PFedSAMError: E25 if a site has kept no such state.
+    """
+    states = simulation.states()
+    for site in simulation.sites:
+        entry = states.get(site)
+        if entry and not done:  # of a first round that has no global model
+            for name in (CURRENT, PREVIOUS):
+                (entry.folder / name).unlink(missing_ok=True)
+        elif done and not (entry and _takes_back(entry, done - 1)):
+            told = f"{site} in {simulation.out} has kept no state of round {done - 1}, with which the run goes on."
+            raise PFedSAMError("E25", told, _ANOTHER)
+
+
+def _takes_back(entry: StateEntry, number: int) -> bool:
+    """Whether a site has the state of a round; if it is the one before the last, it is made the last."""
+    if _is_of_round(entry.info, number):
+        return True
+    previous = entry.folder / PREVIOUS
+    if not (previous.exists() and _is_of_round(read(previous).info, number)):
+        return False
+    write_atomically(entry.folder / CURRENT, previous.read_bytes())
+    return True
+
+
+def _is_of_round(info: Mapping[str, Any], number: int) -> bool:
+    return info.get("round") == number and not info.get("final")
 
 
 def _finished(simulation: Simulation, rounds: int) -> bool:
