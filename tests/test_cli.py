@@ -215,6 +215,20 @@ def test_what_a_command_writes_is_closed_to_other_users(tmp_path: Path):
     assert len(written) > 6 and [path for path in written if path.stat().st_mode & 0o077] == []
 
 
+def test_a_phantom_that_is_there_stays_and_another_is_refused(data: Path, tmp_path: Path):
+    def again(cases: int, *more: str) -> subprocess.CompletedProcess[str]:
+        words = ("--sites", "2", "--cases", str(cases), "--slices", "4", "--size", "16")
+        return pfedsam("phantom", str(tmp_path / "out"), *words, *more, home=tmp_path)
+
+    assert again(3).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.nii.gz")}
+    same, other = again(3), again(4)
+    assert same.returncode == 0 and "nothing was written" in same.stdout
+    assert other.returncode == 1 and "E24" in other.stderr and "cases 3, not 4" in other.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.nii.gz")} == before
+    assert again(4, "--force").returncode == 0
+
+
 def test_validate_tells_good_from_bad_by_its_exit_code(data: Path, tmp_path: Path):
     good = pfedsam("validate", str(data / "site-1"), "--json", home=tmp_path)
     assert good.returncode == 0 and json.loads(good.stdout)

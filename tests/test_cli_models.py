@@ -114,6 +114,15 @@ def test_first_global_model_is_what_a_server_builds_itself(tmp_path):
         assert tensor.equal(network.state_dict()[name])
 
 
+def test_a_first_global_model_replaces_a_file_by_force_only(tmp_path):
+    out = tmp_path / "theta0.safetensors"
+    out.write_text("mine")
+    done = CliRunner().invoke(app, ["init-global", str(out), *TINY])
+    assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E24" and out.read_text() == "mine"
+    told("init-global", str(out), *TINY, "--force")
+    assert out.read_bytes() != b"mine"
+
+
 def test_weights_that_are_missing_are_an_error_that_says_where_to_get_them(tmp_path):
     done = CliRunner().invoke(app, ["init-global", str(tmp_path / "a"), "--set", "backbone=vit_b"])
     assert isinstance(done.exception, PFedSAMError) and "pfedsam models download sam_vit_b" in str(done.exception)

@@ -15,7 +15,18 @@ from pfedsam import state as module
 from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import COPY
 from pfedsam.site_model import SiteModel, read, write
-from pfedsam.state import BEST, CURRENT, LOCK, PREVIOUS, SiteState, delete_state, described, list_states, state_root
+from pfedsam.state import (
+    BEST,
+    CURRENT,
+    LOCK,
+    PREVIOUS,
+    SiteState,
+    delete_state,
+    described,
+    list_states,
+    newest_states,
+    state_root,
+)
 from pfedsam.strategies import find_strategy
 
 FINGERPRINT = "ab" * 32
@@ -482,6 +493,40 @@ def test_a_file_is_described_by_its_kind_round_and_dice(opened, tmp_path):
     write(tmp_path / "mine.safetensors", SiteModel({}, {}, {}, {"roles": ROLES, "round": None}))
     assert "model of a training alone, validation Dice not known" in described(tmp_path / "mine.safetensors")
     assert code_of(described, tmp_path / "none") == "E13"
+
+
+def farther(root: Path, fingerprint: str, **info: object) -> Path:
+    """A state on disk, and its file."""
+    found = model(1, fingerprint)
+    found.info |= info
+    path = root / "federation" / "site-1" / f"brain-{fingerprint[:12]}" / CURRENT
+    write(path, found)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"round": 3, "final": True}, {"round": 4, "final": False}),
+        ({"round": 3, "final": False}, {"round": 3, "final": True}),
+        ({"round": None}, {"round": 0}),
+        ({"round": "9", "final": "yes"}, {"round": 0}),
+    ],
+)
+def test_the_newest_state_has_come_farthest_whatever_the_clock_says(tmp_path, old, new):
+    first, second = (farther(tmp_path, letters * 32, **told) for letters, told in (("ab", old), ("cd", new)))
+    for early, late in ((first, second), (second, first)):
+        os.utime(early, (1, 1))
+        os.utime(late, (2, 2))
+        assert newest_states(tmp_path, "federation")["site-1"].file == second
+
+
+def test_of_states_that_have_come_as_far_the_last_by_the_clock_counts(tmp_path):
+    first, second = (farther(tmp_path, letters * 32, round=2) for letters in ("ab", "cd"))
+    for early, late in ((first, second), (second, first)):
+        os.utime(early, (1, 1))
+        os.utime(late, (2, 2))
+        assert newest_states(tmp_path, "federation")["site-1"].file == late
 
 
 # list and delete ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,105 @@ def test_brackets_in_a_path_are_printed_as_they_are(tmp_path: Path) -> None:
     assert "lgg" in run("list", "--root", root).output
     said = run("delete", "lgg", "north", "--yes", "--root", root).output
     assert "[srv]/[/red]" in said
+
+
+NOT_KNOWN = "is not known"
+
+
+@pytest.mark.parametrize("named", ["--root", "--kit"])
+def test_a_root_that_is_named_and_not_there_is_no_proof_that_nothing_is_kept(root: Path, kit: Path, named: str) -> None:
+    where = (named, kit if named == "--kit" else root)
+    for words in (("list",), ("delete", "lgg", "north", "--yes"), ("export", "lgg", "north", root / "out")):
+        said = refused(*words, *where)
+        assert "E13" in said and str(root) in said and NOT_KNOWN in said, said
+    root.write_text("a file")
+    assert "is no folder" in refused("list", *where)
+
+
+@pytest.fixture
+def not_allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of a user who is not the administrator, to whom modes mean nothing; this process is that user."""
+    # what is imported first by somebody who may not read the sources would fail for another reason
+    run("list"), run("--help")
+    administrator = os.geteuid() == 0
+    if administrator:
+        os.seteuid(NOBODY)
+    try:
+        with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+            monkeypatch.setenv(ROOT_VARIABLE, folder)
+            yield Path(folder)
+            for path in (Path(folder), *(Path(folder) / one for one in CLOSED.values())):
+                if path.exists():
+                    path.chmod(0o700)
+    finally:
+        if administrator:
+            os.seteuid(0)
+
+
+#: User without rights, on every Linux.
+NOBODY = 65534
+CLOSED = {
+    "federation": Path("lgg"),
+    "site": Path("lgg") / "north",
+    "state": Path("lgg") / "north" / f"b-{FIRST}",
+}
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o400, 0o100])
+@pytest.mark.parametrize("closed", ["root", *CLOSED])
+def test_a_folder_that_may_not_be_looked_into_is_named_and_is_no_proof_of_deletion(
+    not_allowed: Path, closed: str, mode: int
+) -> None:
+    keep(not_allowed)
+    folder = not_allowed / CLOSED.get(closed, ".")
+    folder.chmod(mode)
+    for words in (("list",), ("delete", "lgg", "north", "--yes"), ("delete", "lgg", "other", "--yes")):
+        for where in ((), ("--root", not_allowed)):
+            said = refused(*words, *where)
+            assert "E13" in said and str(folder) in said and NOT_KNOWN in said, said
+    folder.chmod(0o700)
+    assert FIRST in run("list").output
+
+
+@pytest.mark.parametrize("place", [".", "lgg", "lgg/north"])
+def test_a_link_to_a_disk_that_is_not_there_is_no_proof_of_deletion(root: Path, tmp_path: Path, place: str) -> None:
+    keep(root)
+    (root / place).resolve().rename(tmp_path / "unmounted")
+    (root / place).resolve().symlink_to(tmp_path / "not there")
+    said = refused("delete", "lgg", "north", "--yes", "--root", root)
+    assert "E13" in said and str((root / place).absolute()) in said and NOT_KNOWN in said
+
+
+@pytest.mark.parametrize("closed", ["federation", "site", "state"])
+def test_a_state_that_may_not_be_deleted_is_an_error_that_says_so(not_allowed: Path, closed: str) -> None:
+    folder = keep(not_allowed)
+    (not_allowed / CLOSED[closed]).chmod(0o500)
+    said = refused("delete", "lgg", "north", "--yes")
+    assert "E13" in said and str(folder) in said and "not deleted, or not all of it" in said and "owner" in said
+    assert folder.exists() or closed == "federation"
+
+
+@pytest.mark.parametrize("value", ["0.9", "[bold]", [1], {"a": 1}, True, None, 10**30, "x" * 300])
+def test_whatever_a_state_tells_of_itself_is_listed(root: Path, value: object) -> None:
+    file = keep(root) / CURRENT
+    model = read(file)
+    for key in ("val_dice_personal", "final", "round"):
+        model.info[key] = value
+    write(file, model)
+    done = run("list", "--root", root)
+    assert done.exit_code == 0 and FIRST in done.output
+    # Dice, final, round
+    assert done.output.count(str(value)[:9]) == 3 or value in (True, None)
+
+
+def test_a_file_that_is_there_is_not_replaced_by_an_export_and_a_state_never(root: Path, tmp_path: Path) -> None:
+    folder, out = keep(root), tmp_path / "thesis.doc"
+    out.write_text("mine")
+    assert "E24" in refused("export", "lgg", "north", out, "--root", root) and out.read_text() == "mine"
+    whole = (folder / CURRENT).read_bytes()
+    assert "E24" in refused("export", "lgg", "north", folder / CURRENT, "--root", root, "--force")
+    assert (folder / CURRENT).read_bytes() == whole
+    assert run("export", "lgg", "north", out, "--root", root, "--force").exit_code == 0 and read(out).moments == {}
 
 
 def test_make_poc_shows_the_state_that_was_written_last(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,26 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def when_whole(out: str | Path) -> Iterator[Path]:
+    """A path for a library to write a file or a folder to: it takes the place of `out` if nothing was raised.
+
+    It has the name of `out`, in a hidden folder beside it that goes in any case. A folder that was there before is
+    removed when the new one is in its place; a file is replaced in one step.
+
+    Raises:
+        OSError: if it cannot be written; what was there before is intact then.
+    """
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        path = Path(scratch) / out.name
+        yield path
+        if path.is_dir() and out.is_dir():
+            os.replace(out, Path(scratch) / "before")
+        os.replace(path, out)
 
 
 def write_like(path: str | Path, data: bytes, like: Path) -> None:

@@ -35,9 +35,9 @@ from pfedsam.parameters import (
 )
 from pfedsam.seen import SEEN, Seen, patient_of
 
-#: Format version of the files that are written. Version 1 has the same layout and need not have a digest.
+#: Format version of the files. Version 1 had the same layout and no digest: damage in it cannot be seen.
 SCHEMA = 2
-_KNOWN = ("1", "2")
+_WITHOUT_DIGEST = "1"
 _PARTS = ("shared", "personal", "moments")
 
 
@@ -140,8 +140,14 @@ def read(path: str | Path) -> SiteModel:
         schema, info = metadata.get("schema"), json.loads(metadata.get("info", "null"))
     except ValueError as error:
         raise PFedSAMError("E13", f"{path} is not readable: {error}.", remedy) from None
-    if schema not in _KNOWN or not isinstance(info, dict) or not isinstance(info.get("roles"), dict):
-        raise PFedSAMError("E13", f"{path} has schema {schema}, expected one of {', '.join(_KNOWN)}.", remedy)
+    if schema == _WITHOUT_DIGEST:
+        raise PFedSAMError(
+            "E13",
+            f"{path} is of schema 1, which has no digest (expected {SCHEMA}): damage in it would not be seen.",
+            "A state: take another federation name, or `pfedsam state delete` it. A model: train it again.",
+        )
+    if schema != str(SCHEMA) or not isinstance(info, dict) or not isinstance(info.get("roles"), dict):
+        raise PFedSAMError("E13", f"{path} has schema {schema}, expected {SCHEMA} with roles.", remedy)
     _check_digest(path, tensors, metadata)
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     for name, tensor in tensors.items():
@@ -190,7 +196,7 @@ def _digest(info: str, tensors: Mapping[str, Tensor]) -> str:
 
 def _check_digest(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     expected, found = metadata.get("sha256"), _digest(metadata["info"], tensors)
-    if found == expected or (expected is None and metadata["schema"] == "1"):
+    if found == expected:
         return
     raise PFedSAMError(
         "E13",

@@ -7,6 +7,7 @@ federation, not by the job, so that a job submitted again finds it. Folders have
 from __future__ import annotations
 
 import errno
+import fnmatch
 import logging
 import os
 import shutil
@@ -284,19 +285,59 @@ class StateEntry:
 
 
 def list_states(root: Path) -> list[StateEntry]:
-    """All states under a root, sorted by federation, site and bundle; also those that no job can go on from."""
-    folders = {path.parent for pattern in _HOLD_TENSORS for path in root.glob(f"*/*/*/{pattern}")}
-    return [_entry(folder) for folder in sorted(folders)]
+    """All states under a root, sorted by federation, site and bundle; also those that no job can go on from.
+
+    Raises:
+        PFedSAMError: E13 if a folder may not be looked into: whether it holds a state is not known then.
+    """
+    sites = (site for federation in _content(root) for site in _content(federation))
+    folders = (folder for site in sites for folder in _content(site))
+    return [_entry(folder) for folder in sorted(folders) if _holds_tensors(folder)]
 
 
 def newest_states(root: Path, federation: str) -> dict[str, StateEntry]:
-    """The readable state of each site that was written last: another backbone or image size has one of its own."""
+    """The readable state of each site that has come farthest: another backbone or image size has one of its own.
+
+    The round counts, then whether the final phase is done. Only where both are equal the clock decides: a copy of a
+    backup is new by the clock.
+    """
     readable = [one for one in list_states(root) if one.federation == federation and one.info]
-    return {one.site: one for one in sorted(readable, key=lambda one: one.file.stat().st_mtime)}
+    return {one.site: one for one in sorted(readable, key=_progress)}
+
+
+def _progress(entry: StateEntry) -> tuple[int, bool, float]:
+    number = entry.info.get("round")
+    return number if type(number) is int else -1, entry.info.get("final") is True, entry.file.stat().st_mtime
+
+
+def _content(folder: Path) -> list[Path]:
+    """What lies in a folder; nothing if it is none."""
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        # a link to a disk that is not there hides what it holds
+        if isinstance(error, NotADirectoryError) or (isinstance(error, FileNotFoundError) and not folder.is_symlink()):
+            return []
+        raise _hidden(folder, error) from None
+
+
+def _holds_tensors(folder: Path) -> bool:
+    return any(fnmatch.fnmatchcase(path.name, pattern) for path in _content(folder) for pattern in _HOLD_TENSORS)
+
+
+def _hidden(folder: Path, error: OSError) -> PFedSAMError:
+    return PFedSAMError(
+        "E13",
+        f"{folder} cannot be looked into ({error.strerror}), so what states it holds is not known.",
+        "Call it as the user that the site runs as, or as the administrator of the machine.",
+    )
 
 
 def _entry(folder: Path) -> StateEntry:
-    path, model, error = _last(folder)
+    try:
+        path, model, error = _last(folder)
+    except OSError as denied:
+        raise _hidden(folder, denied) from None
     problem = error.message if error else ""
     if model is None and error is None:
         problem = f"{folder} holds nothing but a write that was interrupted."
@@ -312,14 +353,20 @@ def delete_state(entry: StateEntry) -> None:
     """Delete a state for good, with the one before it.
 
     Raises:
-        PFedSAMError: E14 if a job works on it.
+        PFedSAMError: E14 if a job works on it, E13 if it could not be deleted, or not all of it.
     """
     lock = FileLock(entry.folder / LOCK, timeout=0)
     try:
         with lock:
             shutil.rmtree(entry.folder)
+        for folder in (entry.folder.parent, entry.folder.parent.parent):
+            if not any(folder.iterdir()):
+                folder.rmdir()
     except Timeout:
         raise PFedSAMError("E14", f"a job works on {entry.folder}.", "Abort the job first.") from None
-    for folder in (entry.folder.parent, entry.folder.parent.parent):
-        if not any(folder.iterdir()):
-            folder.rmdir()
+    except OSError as error:
+        raise PFedSAMError(
+            "E13",
+            f"{entry.folder} is not deleted, or not all of it: {error}.",
+            f"{_remedy(error)} Then delete it again.",
+        ) from None

@@ -180,6 +180,7 @@ def write_job(folder: Path, sites: int) -> None:
         folder / "job",
         plan={"bundle": BUNDLE},
         server={"min_clients": sites, "num_rounds": ROUNDS},
+        force=True,
     )
     config, custom = job / "app" / "config", job / "app" / "custom"
     server = json.loads((config / SERVER).read_text())

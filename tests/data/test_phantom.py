@@ -91,18 +91,22 @@ def test_the_first_cases_do_not_depend_on_the_number_of_cases(phantom, tmp_path)
     assert (volumes(fewer[0])[0][0] == volumes(phantom[0])[0][0]).all()
 
 
-def test_an_equal_phantom_is_not_written_again_and_another_replaces_it(tmp_path):
+def test_an_equal_phantom_is_not_written_again_and_another_replaces_it_when_it_is_told_to(tmp_path):
     calls: list[tuple[int, int]] = []
 
-    def write(sites: int, cases: int) -> None:
-        write_phantom(tmp_path, sites, cases, (16, 16, 4), progress=lambda done, total: calls.append((done, total)))
+    def write(sites: int, cases: int, force: bool = False) -> None:
+        write_phantom(tmp_path, sites, cases, (16, 16, 4), 0, lambda done, total: calls.append((done, total)), force)
 
     write(2, 2)
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
     write(2, 2)
     assert len(calls) == 4
     (tmp_path / "site-1" / "datalist.json").write_text("{}")
-    write(1, 1)
+    before = contents(tmp_path)
+    with pytest.raises(PFedSAMError, match=r"E24.*sites 2, not 1, cases 2, not 1.*--force"):
+        write(1, 1)
+    assert contents(tmp_path) == before and len(calls) == 4
+    write(1, 1, force=True)
     assert len(calls) == 5
     assert sorted(contents(tmp_path)) == [
         "phantom.json",

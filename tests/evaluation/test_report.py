@@ -372,6 +372,18 @@ def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+def test_a_page_takes_the_place_of_another_file_by_force_only(run: Path, tmp_path: Path) -> None:
+    there = tmp_path / "thesis.html"
+    there.write_text("mine")
+    done = CliRunner().invoke(app, ["report", str(run), "--out", str(there)])
+    assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E24" and there.read_text() == "mine"
+    results = run / "results.json"
+    done = CliRunner().invoke(app, ["report", str(run), "--out", str(results), "--force"])
+    assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E24" and json.loads(results.read_text())
+    done = CliRunner().invoke(app, ["report", str(run), "--out", str(there), "--force"])
+    assert done.exit_code == 0 and there.read_text().rstrip().endswith("</html>")
+
+
 def test_a_run_without_curves_or_job_has_a_page(run: Path, tmp_path: Path) -> None:
     shutil.copy(run / "results.json", tmp_path)
     assert "site-1" in write_report(tmp_path).read_text()

@@ -132,6 +132,15 @@ def test_limits_of_a_job_are_set_where_nothing_was_said_and_then_stay(fresh: Pat
     assert again(fresh) == {} and content(fresh, SITE_SETTINGS)["most_rounds"] == 20
 
 
+def test_what_was_there_first_is_kept_however_often_a_kit_is_made_ready(kit: Path) -> None:
+    first = (kit / "local" / SITE_SETTINGS).read_bytes()
+    for number in range(3):
+        again(kit, threads=10 + number)
+    kept = [kit / "local" / f"{SITE_SETTINGS}.before{end}" for end in ("", "-2", "-3")]
+    assert kept[0].read_bytes() == first
+    assert [json.loads(path.read_text())["threads"] for path in kept[1:]] == [10, 11]
+
+
 def test_a_group_that_does_not_exist_is_refused_and_nothing_is_written(fresh: Path) -> None:
     before = sorted((fresh / "local").iterdir())
     with pytest.raises(PFedSAMError, match=r"E01.*expert_weights"):

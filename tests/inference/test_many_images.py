@@ -47,6 +47,38 @@ def test_a_result_never_overwrites_an_image_that_was_given(tmp_path: Path) -> No
         check_results([first, Path(str(first))], tmp_path / "out", ["lesion"])
 
 
+def test_a_result_that_is_there_is_replaced_by_force_only(model: Path, tmp_path: Path) -> None:
+    """A person may have corrected it. Nothing is computed, and no other image is done either."""
+    scans = [nifti(tmp_path / f"scan{n}.nii.gz", VALUES + n) for n in range(2)]
+    corrected = tmp_path / "scan1_lesion.nii.gz"
+    corrected.write_bytes(b"corrected by hand")
+    done = infer(model, tmp_path, *scans)
+    assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E24"
+    assert str(corrected) in str(done.exception) and "--force" in str(done.exception)
+    assert corrected.read_bytes() == b"corrected by hand" and not (tmp_path / "scan0_lesion.nii.gz").exists()
+    done = infer(model, tmp_path, *scans, extra=("--force",))
+    assert done.exit_code == 0 and nibabel.load(corrected).shape == VALUES.shape
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("there", ["x_lesion_overlay.png", "x_lesion_probability.nii.gz", "x_lesion.dcm"])
+def test_a_file_in_the_place_of_a_result_is_in_the_way_where_that_result_is_asked_for(
+    tmp_path: Path, there: str
+) -> None:
+    image, ending = tmp_path / "x.nii.gz", there.removeprefix("x_lesion")
+    (tmp_path / there).symlink_to("nothing")
+    check_results([image], tmp_path, ["lesion"])
+    with pytest.raises(PFedSAMError, match=rf"E24.*{there}"):
+        check_results([image], tmp_path, ["lesion"], more=[ending])
+    check_results([image], tmp_path, ["lesion"], True, [ending])
+
+
+def test_force_does_not_let_a_result_overwrite_an_image_that_was_given(tmp_path: Path) -> None:
+    first, second = tmp_path / "x.nii.gz", tmp_path / "x_lesion.nii.gz"
+    with pytest.raises(PFedSAMError, match="E09"):
+        check_results([first, second], tmp_path, ["lesion"], force=True)
+
+
 @pytest.mark.parametrize("name", ["patient7.nii.gz", "1.2.840.7"])
 def test_a_result_has_the_name_that_was_given(tmp_path: Path, name: str) -> None:
     """Not that of a link's target, and all of a file without suffix that is named by a UID."""

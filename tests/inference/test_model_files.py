@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import segment_anything
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+import pfedsam
 from pfedsam.bundles import network_of
 from pfedsam.cli import app
 from pfedsam.errors import PFedSAMError
@@ -115,11 +118,24 @@ def test_two_thousand_corrupted_files(model: Path, tmp_path: Path) -> None:
     assert refused > 1000
 
 
-def test_torchscript_and_onnx_equal_the_network(model: Path, tmp_path: Path) -> None:
+def require_no_place_of_this_machine(out: Path) -> None:
+    """No folder that our, torch's or the tests' sources lie in, not packed either, nor a word of a stack trace."""
+    data = out.read_bytes()
+    sources = (pfedsam.__file__, torch.__file__, segment_anything.__file__, __file__)
+    folders = {str(Path(str(one)).resolve().parent) for one in sources} | {str(out.parent), str(Path.cwd())}
+    for word in (*folders, f"{Path.home()}/", "site-packages", "stack_trace", "sam.py:", "debug_pkl"):
+        assert word.encode() not in data, word
+    if zipfile.is_zipfile(out):
+        assert all(one.compress_type == zipfile.ZIP_STORED for one in zipfile.ZipFile(out).infolist())
+
+
+def test_torchscript_and_onnx_equal_the_network_and_say_nothing_of_this_machine(model: Path, tmp_path: Path) -> None:
     network = personal_network(model)
     assert export_torchscript(network, tmp_path / "model.pt") <= 1e-4
+    require_no_place_of_this_machine(tmp_path / "model.pt")
     pytest.importorskip("onnxscript")
     assert export_onnx(network, tmp_path / "model.onnx") <= 1e-4
+    require_no_place_of_this_machine(tmp_path / "model.onnx")
     image = torch.rand(4, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(image), network(image), rtol=0, atol=1e-4)
@@ -170,6 +186,33 @@ def test_no_path_of_this_machine_is_in_an_exported_model(
     told = export_model(model, tmp_path / "out")
     assert "checkpoint" not in told["settings"] and told["settings"]["image_size"] == 64
     assert b"/srv/hospital" not in (tmp_path / "out").read_bytes()
+
+
+@pytest.mark.parametrize("option", [None, "--torchscript", "--onnx"])
+def test_a_file_that_is_there_is_replaced_by_force_only_and_before_anything_is_written(
+    model: Path, tmp_path: Path, option: str | None
+) -> None:
+    out, there = tmp_path / "model.safetensors", tmp_path / "thesis.doc"
+    there.write_text("mine")
+    words = ["export-model", str(model), *([str(there)] if option is None else [str(out), option, str(there)])]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E24"
+    assert there.read_text() == "mine" and not out.exists()
+    if option != "--onnx":
+        assert CliRunner().invoke(app, [*words, "--force"]).exit_code == 0 and there.read_bytes() != b"mine"
+
+
+def test_a_model_is_never_written_onto_the_one_that_is_read_nor_onto_another_result(
+    model: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "state.safetensors"
+    own.write_bytes(model.read_bytes())
+    for words in ([str(own)], [str(tmp_path / "a"), "--torchscript", str(tmp_path / "a")]):
+        done = CliRunner().invoke(app, ["export-model", str(own), *words, "--force"])
+        assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E24"
+    assert own.read_bytes() == model.read_bytes() and not (tmp_path / "a").exists()
+    done = CliRunner().invoke(app, ["pull", "job", str(own), str(own), "--admin", str(tmp_path), "--force"])
+    assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E24"
 
 
 @pytest.mark.parametrize(

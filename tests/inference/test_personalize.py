@@ -15,12 +15,33 @@ from pfedsam.cli import app
 from pfedsam.commands.federation import DEMO_OVERRIDES
 from pfedsam.data.phantom import write_phantom
 from pfedsam.errors import PFedSAMError
+from pfedsam.ownership import claim
 
 
 def test_a_site_whose_labels_the_bundle_does_not_know_is_refused(tmp_path: Path) -> None:
     site = tiny_site(tmp_path / "site", 2, rgb=False)
     done = CliRunner().invoke(app, ["personalize", str(site), "--global", str(tmp_path / "none.safetensors")])
     assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E07"
+
+
+@pytest.mark.parametrize("command", ["personalize", "evaluate"])
+def test_a_folder_of_somebody_else_is_used_by_force_only(command: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results.json").write_text("mine")
+    words = {"personalize": [command, "site", "--global", "none"], "evaluate": [command, "site", "none"]}[command]
+    done = CliRunner().invoke(app, [*words, "--out", str(out)])
+    assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E24"
+    assert [path.name for path in out.iterdir()] == ["results.json"]
+    done = CliRunner().invoke(app, [*words, "--out", str(out), "--force"])
+    assert isinstance(done.exception, PFedSAMError) and done.exception.code in ("E02", "E13")
+
+
+def test_a_personal_model_that_is_there_is_replaced_by_force_only(tmp_path: Path) -> None:
+    claim(tmp_path / "out", "personal model")
+    (tmp_path / "out" / "model.safetensors").write_text("weeks of training")
+    done = CliRunner().invoke(app, ["personalize", "site", "--global", "none", "--out", str(tmp_path / "out")])
+    assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E24"
 
 
 #: With the present rates and one adapted block the global model finds nothing at the most shifted site (Dice 0.002),

@@ -71,7 +71,7 @@ class Federation:
         server = {"num_rounds": rounds, "min_clients": min_clients}
         server |= {"validation_timeout": 15, "final_phase_timeout": 20}
         how: dict[str, Any] = {"server": server, "privacy": privacy}
-        job = export_job(find_job("pfedsam"), self.folder / name, locked=not code, **how)
+        job = export_job(find_job("pfedsam"), self.folder / name, locked=not code, force=True, **how)
         for side in (SERVER, CLIENT):  # by hand: a wrong plan is the sites' to refuse, too
             change_config(job, side, lambda c: plan_arguments(c).update(told))
         for file in code:

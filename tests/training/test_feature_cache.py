@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import types
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -134,6 +139,101 @@ def test_file_of_a_cache_has_no_name(tmp_path):
 def test_nothing_is_written_before_the_first_feature(tmp_path):
     FeatureCache(1.0, str(tmp_path / "cache"))
     assert not list(tmp_path.iterdir())
+
+
+# files that runs share ----------------------------------------------------------------------------------------------
+
+
+class Network:
+    """What a store asks of a network."""
+
+    def __init__(self, weights: str = "ab" * 32) -> None:
+        self.weights, self.seen = weights, 0
+
+    def trunk_fingerprint(self) -> str:
+        return self.weights
+
+    def trunk(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
+        return 2 * images
+
+
+def stored(folder: Path, network: Network, *numbers: int) -> Tensor:
+    """Features by a store that has just been opened, as in the next run."""
+    return FeatureStore(str(folder)).features(network.trunk, images(*numbers), numbers)
+
+
+def cut(path: Path, _: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def zero(path: Path, _: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+
+
+def flip(path: Path, _: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-60] ^= 1
+    path.write_bytes(data)
+
+
+def without_digest(path: Path, _: Path) -> None:
+    np.save(path, np.ones((2, 3, 4), np.float32))
+
+
+def other_shape(path: Path, _: Path) -> None:
+    np.save(path, np.ones((7, 7), np.float32))
+
+
+def anothers(path: Path, other: Path) -> None:
+    shutil.copy(other, path)
+
+
+def folder_in_its_place(path: Path, _: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [cut, zero, flip, without_digest, other_shape, anothers, folder_in_its_place])
+def test_a_torn_or_foreign_file_in_the_store_is_computed_anew(tmp_path, damage):
+    network = Network()
+    assert torch.equal(stored(tmp_path, network, 1, 2, 3), 2 * images(1, 2, 3)) and network.seen == 3
+    assert torch.equal(stored(tmp_path, network, 1, 2, 3), 2 * images(1, 2, 3)) and network.seen == 3
+    files = sorted(tmp_path.rglob("*.npy"))
+    damage(files[0], files[1])
+    for _ in range(2):
+        assert torch.equal(stored(tmp_path, network, 1, 2, 3), 2 * images(1, 2, 3))
+    # what cannot be replaced is computed each time
+    assert network.seen == (5 if damage is folder_in_its_place else 4)
+
+
+def test_features_of_another_trunk_are_not_taken(tmp_path):
+    first, second = Network("ab" * 32), Network("cd" * 32)
+    stored(tmp_path, first, 1)
+    (file,) = tmp_path.rglob("*.npy")
+    moved = tmp_path / second.weights[:16] / file.parent.name / file.name
+    moved.parent.mkdir(parents=True)
+    shutil.copy(file, moved)
+    stored(tmp_path, second, 1)
+    assert second.seen == 1
+
+
+def test_features_of_another_shape_in_the_store_are_all_computed_anew(tmp_path):
+    """Whole files, of a network that has changed under the same fingerprint."""
+    network = Network()
+    stored(tmp_path, network, 1, 2)
+    network.trunk = types.MethodType(lambda self, batch: batch[..., :2], network)  # type: ignore[method-assign]
+    for numbers in ((1, 3), (1, 2, 3)):
+        assert torch.equal(stored(tmp_path, network, *numbers), images(*numbers)[..., :2])
+
+
+def test_a_store_that_cannot_be_written_costs_time_and_no_run(tmp_path, caplog):
+    (tmp_path / "store").write_text("a file")
+    network = Network()
+    for seen in (2, 4):
+        assert torch.equal(stored(tmp_path / "store", network, 1, 2), 2 * images(1, 2)) and network.seen == seen
+    assert caplog.text.count("features cannot be stored") == 2  # once in each run
 
 
 # volumes --------------------------------------------------------------------------------------------------------------

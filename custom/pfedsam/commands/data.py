@@ -25,9 +25,14 @@ def phantom(
     size: Annotated[int, typer.Option(min=16, max=2048, help="In-plane voxels of a side.")] = 96,
     slices: Annotated[int, typer.Option(min=4, max=2048, help="Slices of a case.")] = 20,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Same seed, same volumes.")] = 0,
+    force: Force = False,
 ) -> None:
-    """Write a phantom federation: head volumes with lesions as NIfTI, each site with its own scanner."""
-    folders = make_phantom(out, sites, cases, (size, size, slices), seed)
+    """Write a phantom federation: head volumes with lesions as NIfTI, each site with its own scanner.
+
+    A phantom with the same settings that is there already stays as it is. Another one is replaced with --force only, a
+    folder of anything else never.
+    """
+    folders = make_phantom(out, sites, cases, (size, size, slices), seed, force)
     console.print(f"{len(folders)} site folders with {cases} cases each in {out}")
     console.print(f"Next: pfedsam validate {out / 'site-1'}    or: pfedsam simulate {out} --out runs/simulation")
 
@@ -155,10 +160,22 @@ def prepare(
     console.print(f"Next: pfedsam validate {out / next(iter(counts))}{bundle}", highlight=False)
 
 
-def make_phantom(out: Path, sites: int, cases: int, shape: tuple[int, int, int], seed: int) -> list[Path]:
+def make_phantom(
+    out: Path, sites: int, cases: int, shape: tuple[int, int, int], seed: int, force: bool = False
+) -> list[Path]:
     """Write a phantom federation with a progress bar; returns the site folders."""
     with console.status("loading libraries"):
         from pfedsam.data.phantom import write_phantom
 
+    written = 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal written
+        written = done
+        advance(done)
+
     with bar("writing phantom cases", sites * cases) as advance:
-        return write_phantom(out, sites, cases, shape, seed, progress=lambda done, total: advance(done))
+        folders = write_phantom(out, sites, cases, shape, seed, show, force)
+    if not written:
+        console.print(f"this phantom is there already: nothing was written to {out}", highlight=False)
+    return folders

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pfedsam.commands.console import LOOK, ModelBundle, Overrides, bar, console, literals, quiet_libraries
+from pfedsam.commands.console import LOOK, Force, ModelBundle, Overrides, bar, console, literals, quiet_libraries
+from pfedsam.ownership import require_free, require_ours, use
 
 app = typer.Typer()
 
@@ -21,9 +22,14 @@ def evaluate(
     section: Annotated[str, typer.Option(help="training, validation or test.")] = "test",
     out: Annotated[Path, typer.Option(help="Folder for table and picture.")] = Path("runs/evaluate"),
     set_: Overrides = None,
+    force: Force = False,
 ) -> None:
-    """Dice of the global and the personal model of one site, with a picture."""
+    """Dice of the global and the personal model of one site, with a picture.
+
+    An earlier evaluation in --out is replaced; a folder of anything else is used with --force only.
+    """
     overrides = literals(set_ or [])
+    require_ours(out, "evaluation", force)
     with console.status("loading libraries"):
         quiet_libraries()
         from pfedsam.site_model import model_settings
@@ -31,6 +37,7 @@ def evaluate(
 
         name, settings = model_settings(model, bundle, overrides)
     console.print(described(model), highlight=False, soft_wrap=True)
+    use(out, "evaluation", force)
     show_evaluation({site.name: (site, model)}, name, settings, out, {}, section)
 
 
@@ -44,8 +51,14 @@ def report(
     pictures: Annotated[
         bool, typer.Option(help="Images of patients and results of single cases; without them to show it outside.")
     ] = True,
+    force: Force = False,
 ) -> None:
-    """One self-contained page about a run: tables, curves, pictures, warnings. It names sites, never cases."""
+    """One self-contained page about a run: tables, curves, pictures, warnings. It names sites, never cases.
+
+    The run's own report.html is written anew; another file that is there already is replaced with --force only.
+    """
+    if out is not None:
+        require_free(out, force, keep=[run / "results.json", *([compare] if compare else [])])
     with console.status("writing the report"):
         quiet_libraries()
         from pfedsam.evaluation.report import write_report

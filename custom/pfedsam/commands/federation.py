@@ -95,7 +95,7 @@ def simulate(
         _ = simulation.sites  # there is nothing to write without them
         claim_folder(out, "simulation", is_simulation, force)
         if strategy:
-            make_job(strategy, out / "template", job)
+            make_job(strategy, out / "template", job, force=True)
         federate(simulation, fresh)
 
 
@@ -133,7 +133,7 @@ def _demo(out: Path, seed: int, image_size: int, amp: bool | None, fresh: bool) 
     simulation = Simulation(data, out, "pfedsam", "phantom-demo", None, DEMO_ROUNDS, overrides, strategy)
     if not fresh:
         require_same_run(simulation, data=False)  # before the phantom of another seed replaces its data
-    make_phantom(data, 4, DEMO_CASES, DEMO_SHAPE, seed)
+    make_phantom(data, 4, DEMO_CASES, DEMO_SHAPE, seed, force=True)
     federate(simulation, fresh)
 
 

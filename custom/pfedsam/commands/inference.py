@@ -7,13 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
-from pfedsam.commands.console import LOOK, TRAIN, Admin, ModelBundle, Overrides, bar, console, literals, quiet_libraries
+from pfedsam.commands.console import (
+    LOOK,
+    TRAIN,
+    Admin,
+    Force,
+    ModelBundle,
+    Overrides,
+    bar,
+    console,
+    literals,
+    quiet_libraries,
+)
 from pfedsam.commands.evaluation import show_evaluation
 from pfedsam.errors import PFedSAMError
+from pfedsam.ownership import require_free, use
 from pfedsam.ranges import LARGEST_SEED, MOST_CASES
 
 app = typer.Typer()
 
+#: What `personalize` writes in its folder.
+MODEL_FILE = "model.safetensors"
 Model = Annotated[Path, typer.Option("--model", help="state.safetensors or exported model of a site.")]
 Checkpoint = Annotated[
     str | None,
@@ -41,12 +55,15 @@ def infer(
     ] = None,
     checkpoint: Checkpoint = None,
     set_: Overrides = None,
+    force: Force = False,
 ) -> None:
     """Segment images with a site's model. The label lies exactly on its image: same shape, affine, orientation.
 
     Value 0 is background, 1 the bundle's first class and so on. Results are named after the image,
-    <out>/<name>_<classes>; two images that would have one result are refused. What cannot be read is named at the end,
-    the other images are done, and the exit code is 1. Research only, not for diagnostic use.
+    <out>/<name>_<classes>; two images that would have one result are refused. A file that is there already, also a
+    result of an earlier call, which somebody may have corrected, is replaced with --force only; an image that is given,
+    never. What cannot be read is named at the end, the other images are done, and the exit code is 1. Research only,
+    not for diagnostic use.
     """
     overrides = literals(set_ or [])
     quiet_libraries()
@@ -56,14 +73,15 @@ def infer(
     with console.status("loading the model"):
         from pfedsam.bundles import class_names, find_bundle
         from pfedsam.inference.predict import Predictor
-        from pfedsam.inference.writers import check_results
+        from pfedsam.inference.writers import OVERLAY, PROBABILITY, SEGMENTATION, check_results
         from pfedsam.state import described
 
         predictor = Predictor(model, bundle=bundle, overrides=overrides, checkpoint=checkpoint, experts=not global_)
         predictor.open()
     console.print(described(model), highlight=False, soft_wrap=True)
     labels = class_names(find_bundle(predictor.bundle))
-    check_results(images, out, labels)
+    asked = {PROBABILITY: probabilities, OVERLAY: overlay, SEGMENTATION: dicom_seg}
+    check_results(images, out, labels, force, [ending for ending, wanted in asked.items() if wanted])
     if dicom_seg:
         from pfedsam.inference.segmentation import check_series, is_series
 
@@ -137,13 +155,18 @@ def export_model(
     onnx: Annotated[Path | None, typer.Option(help="Also write it as ONNX (extra 'export' of pfedsam).")] = None,
     global_: Annotated[bool, typer.Option("--global", help="TorchScript and ONNX of the global model.")] = False,
     set_: Overrides = None,
+    force: Force = False,
 ) -> None:
     """Write one file for `infer`: both parts of a site's model, its settings, labels and metrics; no pickle.
 
     It holds personal tensors, so it stays at the site. TorchScript and ONNX take images (B, 3, H, W) in [0, 1] as the
-    bundle prepares them and give logits; their outputs are checked against the network's before they are kept.
+    bundle prepares them and give logits; their outputs are checked against the network's before they are kept. A file
+    that is there already is replaced with --force only.
     """
     overrides = literals(set_ or [])
+    files = [model, *(path for path in (out, torchscript, onnx) if path is not None)]
+    for number, file in enumerate(files[1:], 1):
+        require_free(file, force, keep=files[:number])
     quiet_libraries()
     with console.status("writing"):
         from pfedsam.inference import export
@@ -171,6 +194,7 @@ def pull(
     mix: Annotated[
         bool, typer.Option("--mix", help="Pair experts with a global model that they were not trained beside.")
     ] = False,
+    force: Force = False,
 ) -> None:
     """Fetch the best global model of a finished job and pair it with this site's experts.
 
@@ -179,6 +203,7 @@ def pull(
     """
     import tempfile
 
+    require_free(out, force, keep=(state,))
     with console.status("fetching"):
         from pfedsam.federated.admin import connect, fetch
         from pfedsam.inference.pair import pair
@@ -210,12 +235,16 @@ def personalize(
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the split and the draws.")] = 0,
     checkpoint: Checkpoint = None,
     set_: Overrides = None,
+    force: Force = False,
 ) -> None:
     """A new hospital without a federation: fit a personal model beside a global one, and see what it gained.
 
-    Trains on the site's training cases only and compares both models on its test cases. Nothing is sent.
+    Trains on the site's training cases only and compares both models on its test cases. Nothing is sent. A model that
+    an earlier call has left in --out is replaced with --force only.
     """
     overrides = {"seed": seed, **literals(set_ or [])}
+    use(out, "personal model", force)
+    require_free(out / MODEL_FILE, force, keep=(global_model,))
     quiet_libraries()
     with console.status("reading the site"):
         from pfedsam.bundles import require_settings

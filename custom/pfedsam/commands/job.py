@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pfedsam.commands.console import Admin, Job, console
+from pfedsam.commands.console import Admin, Force, Job, console
 from pfedsam.errors import PFedSAMError
 from pfedsam.ranges import MOST_ROUNDS, MOST_SITES
 
@@ -31,8 +31,13 @@ def job_export(
     encrypt: Annotated[
         bool, typer.Option("--encrypt", help="CKKS: the server adds up what it cannot read; kits need a context.")
     ] = False,
+    force: Force = False,
 ) -> None:
-    """Write a job folder that can be submitted as it is."""
+    """Write a job folder that can be submitted as it is.
+
+    An exported job that is as it was written is replaced. One that somebody has changed, or made by hand, is replaced
+    with --force only; a folder that is no job, never.
+    """
     from pfedsam.federated.jobs import Privacy, export_job, find_job, server_settings
 
     if noise and clip is None:
@@ -49,6 +54,7 @@ def job_export(
         plan={"federation": federation} if federation else {},
         server={key: value for key, value in server.items() if value is not None},
         privacy=Privacy(clip, noise, precision, encrypt),
+        force=force,
     )
     console.print(f"{out} written" + (", locked: it carries no code" if locked else ", with our code" if byoc else ""))
     if noise:
@@ -117,11 +123,15 @@ def _until_done(session: Any, job_id: str, out: Path, wait: bool) -> None:
 def job_make(
     strategy: Annotated[str, typer.Argument(help="Name of a strategy (`pfedsam compare --list`), or its .json file.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    force: Force = False,
 ) -> None:
-    """Write the job of a strategy: roles and phases from its file, everything else as in the job `pfedsam`."""
+    """Write the job of a strategy: roles and phases from its file, everything else as in the job `pfedsam`.
+
+    What is replaced is as with `export`.
+    """
     from pfedsam.federated.jobs import make_job
 
-    console.print(f"{make_job(strategy, out)} written; next: pfedsam simulate <data> --job {out}")
+    console.print(f"{make_job(strategy, out, force=force)} written; next: pfedsam simulate <data> --job {out}")
 
 
 @app.command("allow")

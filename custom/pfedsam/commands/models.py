@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from pfedsam.commands.console import DATA, LOOK, OPERATE, Job, Overrides, bar, console, literals
+from pfedsam.commands.console import DATA, LOOK, OPERATE, Force, Job, Overrides, bar, console, literals
+from pfedsam.ownership import require_free
 
 app = typer.Typer()
 models_app = typer.Typer(help="Base weights: what there is, with sizes and licences, and where it is.")
@@ -90,9 +91,11 @@ def init_global(
     checkpoint: Annotated[
         str | None, typer.Option(envvar="PFEDSAM_CHECKPOINT", help="Path of the base weights; by default the bundle's.")
     ] = None,
+    force: Force = False,
 ) -> None:
     """Write theta_0, the first global model, for a server without SAM weights (persistor setting `theta0`)."""
     given = literals(set_ or [])
+    require_free(out, force)
     with console.status("building the network"):
         from pfedsam.bundles import network_of
         from pfedsam.federated.jobs import find_job, plan_settings

@@ -218,6 +218,7 @@ def _submit(deployment: Any, job: str, rounds: int, settings: dict[str, Any], si
         locked=True,
         plan={"federation": FEDERATION, "overrides": settings},
         server={"num_rounds": rounds, "min_clients": len(deployment.sites)},
+        force=True,
     )
     with connect(deployment.admin()) as session:
         job_id = submit(session, folder)

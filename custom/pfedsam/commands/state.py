@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pfedsam.commands.console import StateRoot, console
+from pfedsam.commands.console import Force, StateRoot, console
 from pfedsam.errors import PFedSAMError
+from pfedsam.ownership import require_free
 
 if TYPE_CHECKING:
     from pfedsam.state import StateEntry
@@ -17,6 +19,8 @@ app = typer.Typer(help="The personal state of the sites on this machine.", no_ar
 
 Kit = Annotated[Path | None, typer.Option(help="The site's startup kit, in place of --root: what its settings say.")]
 Fingerprint = Annotated[str, typer.Option(help="How the fingerprint begins, if there is more than one state.")]
+#: Characters of a value that a state tells of itself.
+_LONGEST = 12
 Bundle = Annotated[str | None, typer.Option(help="Name of the bundle, if there are states of more than one.")]
 
 
@@ -37,20 +41,20 @@ def state_list(root: StateRoot = None, kit: Kit = None) -> None:
         # a person types its beginning: it is never cut
         table.add_column(column, no_wrap=column == "fingerprint", min_width=12 if column == "fingerprint" else None)
     for entry in entries:
-        info = entry.info
-        final = {"True": "yes", "False": "no"}.get(str(info.get("final")), "")
         best = told_dice(entry.best)
-        kept = "" if best is None else f"{best:.3f} (round {entry.best.get('round')})"
-        shown = (str(info.get("round", "")), final, _dice(info.get("val_dice_personal")), kept, entry.problem)
-        table.add_row(entry.federation, entry.site, entry.bundle, entry.fingerprint, *shown)
+        kept = "" if best is None else f"{best:.3f} (round {_shown(entry.best.get('round'))})"
+        shown = (_shown(entry.info.get(key)) for key in ("round", "final", "val_dice_personal"))
+        table.add_row(entry.federation, entry.site, entry.bundle, entry.fingerprint, *shown, kept, entry.problem)
     console.print(table)
 
 
-def _dice(value: object) -> str:
-    """`?` for what is no number."""
-    if value is None:
-        return ""
-    return f"{value:.3f}" if type(value) in (int, float) else "?"
+def _shown(value: Any) -> str:
+    """A value that a state tells of itself: whoever wrote the file, it may be anything."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "" if value is None else str(value)[:_LONGEST]
 
 
 @app.command("export")
@@ -62,12 +66,14 @@ def state_export(
     kit: Kit = None,
     fingerprint: Fingerprint = "",
     bundle: Bundle = None,
+    force: Force = False,
 ) -> None:
     """Write a site's model without the optimiser's moments. It holds personal tensors: keep it at the site."""
     from pfedsam.site_model import read, write
     from pfedsam.state import described
 
     file = _one(_found(federation, site, _where(root, kit), fingerprint, bundle)).file
+    require_free(out, force, keep=file.parent.iterdir())
     console.print(described(file), highlight=False, soft_wrap=True)
     model = read(file)
     model.moments = {}
@@ -101,11 +107,15 @@ def state_delete(
 
 
 def _where(root: Path | None, kit: Path | None) -> Path:
-    """The state root by one of the two options, else by the environment."""
+    """The state root by one of the two options, else by the environment.
+
+    Raises:
+        PFedSAMError: E13 if a root that is named is none, or cannot be looked for: nothing is said of states then.
+    """
     from pfedsam.state import state_root
 
     if kit is None:
-        return root or state_root()
+        return state_root() if root is None else _required(root)
     if root is not None:
         raise typer.BadParameter("give one of --root and --kit", param_hint="--kit")
     from pfedsam.federated.settings import SITE_SETTINGS, read_settings
@@ -113,7 +123,22 @@ def _where(root: Path | None, kit: Path | None) -> Path:
     path = kit / "local" / SITE_SETTINGS
     if not path.is_file():
         raise PFedSAMError("E01", f"there is no {path}.", "Make the kit ready with `pfedsam site init`, or use --root.")
-    return state_root(read_settings(path).state_root)
+    told = read_settings(path).state_root
+    return _required(state_root(told)) if told else state_root()
+
+
+def _required(root: Path) -> Path:
+    try:
+        if stat.S_ISDIR(root.stat().st_mode):
+            return root
+        problem = "is no folder"
+    except OSError as error:
+        problem = f"cannot be looked at ({error.strerror})"
+    raise PFedSAMError(
+        "E13",
+        f"the state root {root} {problem}, so what states there are is not known.",
+        "See that the disk is there, and call it as the user that the site runs as.",
+    )
 
 
 def _nothing(where: Path) -> str:

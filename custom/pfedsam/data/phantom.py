@@ -31,12 +31,13 @@ def write_phantom(
     shape: tuple[int, int, int] = (96, 96, 20),
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    force: bool = False,
 ) -> list[Path]:
     """Write site folders `<out>/site-1` ... of NIfTI images (int16) and labels (uint8, 1 = lesion).
 
-    The marker `<out>/phantom.json` records the settings: with the same settings nothing is written again; with others
-    the old phantom's files are replaced. One case is one patient. A site of 3 cases or more gets a `datalist.json` of 3
-    folds (`pfedsam.data.splitting`), because sites are small; one that is there is left alone.
+    The marker `<out>/phantom.json` records the settings: with the same settings nothing is written again, and one that
+    was interrupted is completed. One case is one patient. A site of 3 cases or more gets a `datalist.json` of 3 folds
+    (`pfedsam.data.splitting`), because sites are small; one that is there is left alone.
 
     Args:
         out: folder; made if it is missing.
@@ -45,12 +46,14 @@ def write_phantom(
         shape: voxels along right, anterior and superior, at least (16, 16, 4).
         seed: decides every image.
         progress: called with (cases written, cases in all) after each case.
+        force: replace a phantom with other settings.
 
     Returns:
         The site folders.
 
     Raises:
-        PFedSAMError: E02 if `out` holds something that is not a phantom; E16 if a number is too small.
+        PFedSAMError: E02 if `out` holds something that is not a phantom; E16 if a number is too small; E24 if it
+            holds a phantom with other settings.
     """
     out = Path(out)
     shape = (int(shape[0]), int(shape[1]), int(shape[2]))
@@ -69,6 +72,12 @@ def write_phantom(
     if marker == content | {"complete": True} and all(folder.is_dir() for folder in folders):
         _split(folders, cases)
         return folders
+    if marker and not force and marker["settings"] != content["settings"]:
+        raise PFedSAMError(
+            "E24",
+            f"{out} holds a phantom with other settings: {_differences(marker['settings'], content['settings'])}.",
+            "Choose another folder, or give --force to replace it.",
+        )
     _remove_old(out, marker)
     out.mkdir(parents=True, exist_ok=True)
     _write_marker(out, content | {"complete": False})
@@ -133,6 +142,10 @@ def _write_marker(out: Path, content: Mapping[str, Any]) -> None:
     temporary = out / f".{MARKER}"
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(out / MARKER)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {old.get(key)}, not {value}" for key, value in new.items() if old.get(key) != value)
 
 
 def _remove_old(out: Path, marker: Mapping[str, Any]) -> None:

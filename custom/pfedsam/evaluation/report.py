@@ -29,6 +29,7 @@ from pfedsam.evaluation.provenance import case_hash
 from pfedsam.evaluation.records import problem_of_results
 from pfedsam.evaluation.site import MODELS
 from pfedsam.evaluation.statistics import case_table
+from pfedsam.files import write_atomically
 from pfedsam.parameters import Roles
 from pfedsam.run_folder import RUN, SENT_FILE, bytes_by_round, starts
 from pfedsam.training.local import SPLIT_FILE
@@ -93,8 +94,7 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
         few=FEW_CASES,
     )
     out = out or run / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write_atomically(out, page.encode())
     return out
 
 

@@ -7,7 +7,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import requires
 from importlib.util import find_spec
@@ -18,7 +19,8 @@ from pfedsam.bundles import checked_overrides, folder, installed_bundles
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.packing import Precision
 from pfedsam.federated.plan import Plan
-from pfedsam.files import write_like
+from pfedsam.files import when_whole, write_like
+from pfedsam.ownership import MARKER, require_sealed, seal
 from pfedsam.ranges import MOST_ROUNDS, MOST_SECONDS, MOST_SITES
 from pfedsam.settings import shown
 from pfedsam.strategies import find_strategy
@@ -49,6 +51,8 @@ ENCRYPTED: dict[str, dict[str, Any]] = {
 #: Tasks whose data are a global model.
 _MODEL_FOR = ("train", "validate", "configure")
 SERVER, CLIENT, META = "config_fed_server.json", "config_fed_client.json", "meta.json"
+#: The kind of folder that is written here, see `pfedsam.ownership`.
+_FOLDER = "job"
 #: Numbers at the top of the server's configuration: least, most, unit. A job that was resumed may have no round left.
 SERVER_SETTINGS: dict[str, tuple[int, int, str]] = {
     "num_rounds": (0, MOST_ROUNDS, "rounds"),
@@ -118,12 +122,13 @@ def export_job(
     server: Mapping[str, Any] | None = None,
     persistor: Mapping[str, Any] | None = None,
     privacy: Privacy | None = None,
+    force: bool = False,
 ) -> Path:
     """Write a copy of a job.
 
     Args:
         source: the job folder.
-        out: folder to write; it must not exist, or be an exported job.
+        out: folder to write; it must not exist, or be an exported job that is as it was written.
         locked: leave out `app/custom`, so that the job carries no code; each site must then allow its classes.
         byoc: bring the code, bundles and strategies in `app/custom`, for sites that allow code in jobs and have the
             libraries of `app/custom/requirements.txt` but not this package, or another version of it.
@@ -133,24 +138,51 @@ def export_job(
             `least_sites`.
         persistor: arguments of the persistor to set.
         privacy: further filters, after ours at the sites and before the guard at the server.
+        force: replace a job folder whosever it is, as in a run folder of ours; another folder is never replaced.
 
     Raises:
-        PFedSAMError: E16 if `out` is something else than a job folder, the job shall be locked and carry code, or be
-            encrypted where TenSEAL is not installed or something else than the mean is taken; E16 or E18 if the plan or
-            a setting of the server is impossible. Nothing is written then.
+        PFedSAMError: E16 if the job shall be locked and carry code, or be encrypted where TenSEAL is not installed or
+            something else than the mean is taken, if `source` and `out` lie in each other, or, as E18, if the plan or a
+            setting of the server is impossible; E24 if `out` is something else than an exported job.
     """
+    with _job_folder(source, out, force) as path:
+        _copy_job(source, path, locked, byoc, plan, server, persistor, privacy)
+    return out
+
+
+@contextmanager
+def _job_folder(source: Path, out: Path, force: bool) -> Iterator[Path]:
+    """A folder to write a job to, which is sealed and takes the place of `out` when it is complete."""
+    found, place = source.resolve(), out.resolve()
+    if found == place or found in place.parents or place in found.parents:
+        raise PFedSAMError(
+            "E16", f"{out} is the job that is copied, or one lies in the other.", "Choose another folder."
+        )
+    require_sealed(out, _FOLDER, force)
+    if out.is_dir() and any(out.iterdir()) and not (out / META).is_file():
+        raise PFedSAMError("E24", f"{out} is no job folder, so it is not replaced.", "Choose another folder.")
+    with when_whole(out) as path:
+        yield path
+        seal(path, _FOLDER)
+
+
+def _copy_job(
+    source: Path,
+    out: Path,
+    locked: bool = False,
+    byoc: bool = False,
+    plan: Mapping[str, Any] | None = None,
+    server: Mapping[str, Any] | None = None,
+    persistor: Mapping[str, Any] | None = None,
+    privacy: Privacy | None = None,
+) -> None:
+    """See `export_job`."""
     _check_settings(source, plan or {}, server or {})
     if locked and byoc:
         raise PFedSAMError("E16", "a locked job carries no code.", "Choose one of --locked and --byoc.")
     if privacy and privacy.encrypt:
         _check_encryption(source)
-    if out.exists():
-        if not (out / META).is_file():
-            raise PFedSAMError("E16", f"{out} exists and is no job folder.", "Choose another folder.")
-        if out.resolve() == source.resolve():
-            raise PFedSAMError("E16", f"{out} is the job that is copied.", "Choose another folder.")
-        shutil.rmtree(out)
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("__pycache__", MARKER))
     if locked:
         shutil.rmtree(out / "app" / "custom", ignore_errors=True)
     if byoc:
@@ -165,35 +197,42 @@ def export_job(
             _arguments(config, "persistor").update(persistor or {})
         _add_filters(config, name, privacy or Privacy())
         path.write_text(json.dumps(config, indent=2) + "\n")
-    return out
 
 
-def make_job(strategy: str, out: Path, template: str = "pfedsam") -> Path:
+def make_job(strategy: str, out: Path, template: str = "pfedsam", force: bool = False) -> Path:
     """Write the NVFlare job of a strategy: the checked-in jobs are what this writes.
 
     Args:
         strategy: name or path of a strategy file; the job has its name.
-        out: folder to write; it must not exist, or be a job.
+        out: folder to write, as in `export_job`.
         template: the job that everything but the plan and the aggregator is taken from.
+        force: as in `export_job`.
 
     Raises:
-        PFedSAMError: E16 if there is no such strategy, or it needs no server.
+        PFedSAMError: E16 if there is no such strategy, or it needs no server; E24 if `out` is something else than an
+            exported job.
     """
     file = find_strategy(strategy)
     if file.kind != "federated":
         raise PFedSAMError("E16", f"strategy '{strategy}' needs no server, so it has no job.", "Use `pfedsam compare`.")
-    settings = file.checked()
-    export_job(find_job(template), out, plan={"strategy": file.strategy, "overrides": file.overrides})
-    path = out / "app" / "config" / SERVER
+    settings, source = file.checked(), find_job(template)
+    with _job_folder(source, out, force) as path:
+        _copy_job(source, path, plan={"strategy": file.strategy, "overrides": file.overrides})
+        _set_strategy(path, settings)
+    return out
+
+
+def _set_strategy(job: Path, settings: Strategy) -> None:
+    """The aggregator and the name that a strategy asks for, and JSON as the checked-in jobs have it."""
+    path = job / "app" / "config" / SERVER
     config = read_json(path)
     if settings.aggregation == "mean":
         _component(config, "aggregator").update(_MEAN)
     path.write_text(_pretty(config))
     client = path.with_name(CLIENT)
     client.write_text(_pretty(read_json(client)))
-    meta = read_json(out / META)
-    (out / META).write_text(_pretty({**meta, "name": settings.name}))
-    return out
+    meta = read_json(job / META)
+    (job / META).write_text(_pretty({**meta, "name": settings.name}))
 
 
 def _add_code(custom: Path) -> None:

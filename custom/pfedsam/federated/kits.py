@@ -47,7 +47,7 @@ class PolicyFile:
     """A file that `init_kit` has looked after.
 
     Attributes:
-        path: of the file; the one before it is kept as `<name>.before` if something has changed.
+        path: of the file; the one before it is kept as `<name>.before`, `<name>.before-2` ... if something has changed.
         changes: one line for each thing that is another than before; None if the file is new.
     """
 
@@ -203,12 +203,18 @@ def _write(path: Path, content: Any) -> PolicyFile:
         if before is None:
             write_like(path, text, path.parent)
         elif changes:
-            write_like(path.with_name(path.name + ".before"), path.read_bytes(), path)
+            write_like(_free(path.with_name(path.name + ".before")), path.read_bytes(), path)
             write_like(path, text, path)
     except OSError as error:
         remedy = "Free some disk space, or see whose folder it is; then call it again."
         raise PFedSAMError("E01", f"{path} could not be written: {error}; it is as before.", remedy) from None
     return PolicyFile(path, None if before is None else changes)
+
+
+def _free(path: Path) -> Path:
+    """The first name that no file has: the first one kept is what there was before us."""
+    names = (path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 10_000)))
+    return next(name for name in names if not name.exists())
 
 
 def _changes(old: Any, new: Any, where: str = "") -> Iterator[str]:

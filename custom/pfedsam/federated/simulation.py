@@ -212,6 +212,7 @@ def _run(simulation: Simulation, event: Callable[[str], None] | None) -> bool:
         plan=simulation.plan,
         server={"num_rounds": rounds - done, "start_round": done, "min_clients": len(simulation.sites)},
         persistor={"source_ckpt_file_full_name": simulation.global_model.name} if done else {},
+        force=True,
     )
     if done:
         shutil.copy(simulation.global_model, job / "app" / "config")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +13,13 @@ from torch import nn
 
 from pfedsam.bundles import class_names, find_bundle, network_of, settings_of
 from pfedsam.errors import PFedSAMError
+from pfedsam.files import when_whole
 from pfedsam.site_model import model_settings, read, write
 
 #: Largest difference of logits between eager, TorchScript and ONNX.
 TOLERANCE = 1e-4
+#: What TorchScript says of the places in our source files, and the records that its writer makes itself.
+_SOURCES, _OF_THE_WRITER = ".debug_pkl", ("version", ".data/serialization_id")
 
 
 def export_model(
@@ -81,7 +82,9 @@ def export_torchscript(network: Any, out: str | Path) -> float:
     with _kept_if_right(out) as path, torch.no_grad(), warnings.catch_warnings():
         # constants of a fixed image size: that is what is wanted
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        torch.jit.trace(network, first, check_trace=False).save(str(path))
+        traced = path.with_name("traced")
+        torch.jit.trace(network, first, check_trace=False).save(str(traced))
+        _without_sources(traced, path)
         found = torch.jit.load(str(path), map_location="cpu")(other)
         return _difference("TorchScript", found, network(other))
 
@@ -115,6 +118,7 @@ def export_onnx(network: Any, out: str | Path) -> float:
             external_data=False,
             verbose=False,
         )
+        _without_stack_traces(path)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         (found,) = session.run(None, {"image": other.numpy()})
         with torch.no_grad():
@@ -124,13 +128,38 @@ def export_onnx(network: Any, out: str | Path) -> float:
 @contextmanager
 def _kept_if_right(out: str | Path) -> Iterator[Path]:
     """A file beside `out` that takes its place if nothing was raised, and is removed if something was."""
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        path = Path(folder) / out.name
+    with when_whole(out) as path:
         yield path
         path.chmod(0o600)  # it holds personal tensors
-        os.replace(path, out)
+
+
+def _without_sources(traced: Path, path: Path) -> None:
+    """Copy a TorchScript file without what names source files of this machine: only error messages need it."""
+    reader, writer = torch._C.PyTorchFileReader(str(traced)), torch._C.PyTorchFileWriter(str(path))
+    for name in reader.get_all_records():
+        if not name.endswith((_SOURCES, *_OF_THE_WRITER)):
+            record = reader.get_record(name)
+            writer.write_record(name, record, len(record))
+    writer.write_end_of_file()
+
+
+def _without_stack_traces(path: Path) -> None:
+    """Write an ONNX file anew without what the exporter notes of each step: the lines of source that it came from."""
+    import onnx
+
+    model = onnx.load(str(path))
+    _forget_notes(model)
+    onnx.save(model, str(path))
+
+
+def _forget_notes(message: Any) -> None:
+    """Clear metadata and texts for people in a part of an ONNX model, and in all that it holds."""
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for part in (value,) if hasattr(value, "ListFields") else value:
+                _forget_notes(part)
 
 
 def _examples(network: Any) -> tuple[torch.Tensor, torch.Tensor]:

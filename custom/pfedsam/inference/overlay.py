@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pfedsam.files import when_whole
 from pfedsam.inference.predict import Prediction
 
 #: One for each class, colour-blind safe (Okabe and Ito).
@@ -27,4 +28,5 @@ def write_overlay(found: Prediction, path: Path) -> None:
         if area.any():
             axes.contour(area, levels=[0.5], colors=[colour], linewidths=1.6)
     axes.set_axis_off()
-    figure.savefig(path, dpi=110)
+    with when_whole(path) as file:
+        figure.savefig(file, dpi=110)

@@ -14,6 +14,7 @@ from pydicom.valuerep import DSfloat
 from pfedsam.data.formats.dicom import Frame, named, slices_of
 from pfedsam.data.suffixes import FLAT, NIFTI, is_dicom
 from pfedsam.errors import PFedSAMError
+from pfedsam.files import when_whole
 from pfedsam.inference.writers import SEGMENTATION
 
 #: What a segmentation object takes over from its series (PS3.3, A.51): type 1 must be there, type 2 may be empty.
@@ -142,8 +143,8 @@ def write_segmentation(label: NDArray[np.uint8], source: Path, path: Path, label
         # highdicom takes 1 mm where there is no second slice
         _measures(found).SpacingBetweenSlices = _measures(found).SliceThickness or slices[0].thickness
     path = path.with_name(path.name + SEGMENTATION)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found.save_as(path)
+    with when_whole(path) as file:
+        found.save_as(file)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pfedsam.data.labels import few
 from pfedsam.data.pictures import Picture
 from pfedsam.data.suffixes import NIFTI, case_name
 from pfedsam.errors import PFedSAMError
+from pfedsam.files import when_whole
 
 LABEL, PICTURE, PROBABILITY, OVERLAY, SEGMENTATION = ".nii.gz", ".png", "_probability.nii.gz", "_overlay.png", ".dcm"
 
@@ -25,11 +28,22 @@ def stem_of(source: Path, out: Path, labels: Sequence[str]) -> Path:
     return out / f"{case_name(whole) or whole.name}_{'_'.join(labels)}"
 
 
-def check_results(sources: Sequence[Path], out: Path, labels: Sequence[str]) -> None:
-    """Refuse images whose results would overwrite each other, or an image that was given.
+def check_results(
+    sources: Sequence[Path], out: Path, labels: Sequence[str], force: bool = False, more: Sequence[str] = ()
+) -> None:
+    """Refuse images whose results would overwrite each other, an image that was given, or a file that is there.
+
+    A file that is there may be a result that a person has corrected, so it is not replaced without being asked to.
+
+    Args:
+        sources: the images.
+        out: folder for the results.
+        labels: names of the classes.
+        force: replace files that are there, except the images that were given.
+        more: endings of the results beside the label that are asked for.
 
     Raises:
-        PFedSAMError: E09 naming both.
+        PFedSAMError: E09 naming both images, E24 naming files that are there.
     """
     inputs = {source.resolve(): source for source in sources}
     seen: dict[Path, Path] = {}
@@ -44,17 +58,25 @@ def check_results(sources: Sequence[Path], out: Path, labels: Sequence[str]) -> 
                 "Segment them in two calls with two --out folders, or rename one.",
             )
         seen[stem] = source
-        for result in _all_results(stem):
+        for result in _results(stem, (LABEL, PICTURE, PROBABILITY, OVERLAY, SEGMENTATION)):
             if result.resolve() in inputs:
                 raise PFedSAMError(
                     "E09",
                     f"the result of '{source}' would overwrite the image '{inputs[result.resolve()]}'.",
                     "Choose another --out folder.",
                 )
+    there = [path for stem in seen for path in _results(stem, (LABEL, PICTURE, *more)) if os.path.lexists(path)]
+    if there and not force:
+        named = few(f"'{path}'" for path in there)
+        raise PFedSAMError(
+            "E24",
+            f"{len(there)} file(s) with the name of a result are there already: {named}.",
+            "Choose another --out folder, or give --force to replace them.",
+        )
 
 
-def _all_results(stem: Path) -> Iterator[Path]:
-    for ending in (LABEL, PICTURE, PROBABILITY, OVERLAY, SEGMENTATION):
+def _results(stem: Path, endings: Sequence[str]) -> Iterator[Path]:
+    for ending in endings:
         yield stem.with_name(stem.name + ending)
 
 
@@ -69,10 +91,10 @@ def write_label(label: NDArray[np.uint8], image: Picture, path: Path) -> Path:
     Returns:
         The file written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if image.kind == "picture":
         path = path.with_name(path.name + PICTURE)
-        Image.fromarray(np.swapaxes(label.reshape(image.shape), 0, 1)).save(path)
+        with when_whole(path) as file:
+            Image.fromarray(np.swapaxes(label.reshape(image.shape), 0, 1)).save(file)
         return path
     path = path.with_name(path.name + LABEL)
     _save_nifti(label.reshape(image.label_shape), image, path)
@@ -82,7 +104,6 @@ def write_label(label: NDArray[np.uint8], image: Picture, path: Path) -> Path:
 def write_probabilities(probabilities: NDArray[np.float32], image: Picture, path: Path) -> Path:
     """Write probabilities `(C, x, y[, z])` as NIfTI, the classes last; one class has no axis for it."""
     path = path.with_name(path.name + PROBABILITY)
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = [one.reshape(image.label_shape) for one in probabilities]
     _save_nifti(values[0] if len(values) == 1 else np.stack(values, axis=-1), image, path)
     return path
@@ -90,15 +111,16 @@ def write_probabilities(probabilities: NDArray[np.float32], image: Picture, path
 
 def _save_nifti(values: NDArray[Any], image: Picture, path: Path) -> None:
     """With the affine and its codes as in the input."""
-    if not (image.source.is_file() and image.source.name.lower().endswith(NIFTI)):
-        nibabel.save(nibabel.Nifti1Image(values, np.eye(4) if image.affine is None else image.affine), path)
-        return
-    source: Any = nibabel.load(image.source)
-    header = source.header
-    # in the unit of the image's header, which need not be millimetres
-    out = nibabel.Nifti1Image(values, source.affine)
-    for kind in ("qform", "sform"):
-        form, code = getattr(header, f"get_{kind}")(coded=True)
-        getattr(out, f"set_{kind}")(form if code else None, int(code))
-    out.header.set_xyzt_units(*header.get_xyzt_units())
-    nibabel.save(out, path)
+    if image.source.is_file() and image.source.name.lower().endswith(NIFTI):
+        source: Any = nibabel.load(image.source)
+        header = source.header
+        # in the unit of the image's header, which need not be millimetres
+        out = nibabel.Nifti1Image(values, source.affine)
+        for kind in ("qform", "sform"):
+            form, code = getattr(header, f"get_{kind}")(coded=True)
+            getattr(out, f"set_{kind}")(form if code else None, int(code))
+        out.header.set_xyzt_units(*header.get_xyzt_units())
+    else:
+        out = nibabel.Nifti1Image(values, np.eye(4) if image.affine is None else image.affine)
+    with when_whole(path) as file:
+        nibabel.save(out, file)

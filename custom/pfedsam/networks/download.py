@@ -124,6 +124,8 @@ def _stream(source: str, part: Path, checkpoint: Checkpoint, progress: Callable[
                 done += len(chunk)
                 if progress:
                     progress(done, total)
+            file.flush()
+            os.fsync(file.fileno())
     return total
 
 
