@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from pfedsam.cli import app
 from pfedsam.commands import poc
+from pfedsam.commands.console import console
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.processes import Deployment
 from pfedsam.site_model import SiteModel, read, write
@@ -40,6 +41,12 @@ def refused(*arguments: str | Path) -> str:
     done = run(*arguments)
     assert isinstance(done.exception, PFedSAMError), done.output
     return str(done.exception)
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal in which no cell of a table is broken."""
+    monkeypatch.setattr(console, "width", 200)
 
 
 @pytest.fixture
@@ -218,8 +225,8 @@ def test_whatever_a_state_tells_of_itself_is_listed(root: Path, value: object) -
     write(file, model)
     done = run("list", "--root", root)
     assert done.exit_code == 0 and FIRST in done.output
-    # Dice, final, round
-    assert done.output.count(str(value)[:9]) == 3 or value in (True, None)
+    # the round; what is no Dice and no word for the end is not shown as one
+    assert value is None or done.output.count(str(value)[:9]) >= 1
 
 
 def test_a_file_that_is_there_is_not_replaced_by_an_export_and_a_state_never(root: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pfedsam.commands.console import (
 )
 from pfedsam.commands.evaluation import show_evaluation
 from pfedsam.errors import PFedSAMError
-from pfedsam.ownership import require_free, use
+from pfedsam.ownership import require_free, require_ours, use
 from pfedsam.ranges import LARGEST_SEED, MOST_CASES
 
 app = typer.Typer()
@@ -243,7 +243,7 @@ def personalize(
     an earlier call has left in --out is replaced with --force only.
     """
     overrides = {"seed": seed, **literals(set_ or [])}
-    use(out, "personal model", force)
+    require_ours(out, "personal model", force)
     require_free(out / MODEL_FILE, force, keep=(global_model,))
     quiet_libraries()
     with console.status("reading the site"):
@@ -251,6 +251,7 @@ def personalize(
 
         file = find_overrides(strategy) | overrides
         require_settings(bundle, file)
+        use(out, "personal model", force)
         from pfedsam.inference.personalize import fit_personal
 
         path = fit_personal(bundle, site, global_model, out, strategy, file, cases, checkpoint)

@@ -41,20 +41,24 @@ def state_list(root: StateRoot = None, kit: Kit = None) -> None:
         # a person types its beginning: it is never cut
         table.add_column(column, no_wrap=column == "fingerprint", min_width=12 if column == "fingerprint" else None)
     for entry in entries:
-        best = told_dice(entry.best)
-        kept = "" if best is None else f"{best:.3f} (round {_shown(entry.best.get('round'))})"
-        shown = (_shown(entry.info.get(key)) for key in ("round", "final", "val_dice_personal"))
-        table.add_row(entry.federation, entry.site, entry.bundle, entry.fingerprint, *shown, kept, entry.problem)
+        info, best = entry.info, entry.best
+        final = {True: "yes", False: "no"}[info["final"]] if isinstance(info.get("final"), bool) else ""
+        kept = f"{_dice(told_dice(best))} (round {_shown(best.get('round'))})" if told_dice(best) is not None else ""
+        shown = (_shown(info.get("round")), final, _dice(info.get("val_dice_personal")), kept, entry.problem)
+        table.add_row(entry.federation, entry.site, entry.bundle, entry.fingerprint, *shown)
     console.print(table)
 
 
 def _shown(value: Any) -> str:
     """A value that a state tells of itself: whoever wrote the file, it may be anything."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.3f}"
     return "" if value is None else str(value)[:_LONGEST]
+
+
+def _dice(value: Any) -> str:
+    """`?` for what is no number."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" if type(value) in (int, float) else "?"
 
 
 @app.command("export")
