@@ -379,7 +379,8 @@ def test_a_training_of_other_defaults_of_the_bundle_is_not_gone_on_with(
 
 def test_a_failing_run_is_named_and_the_others_are_done(data: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.json"
-    phase = {"name": "train", "trains": ["shared"], "experts": False, "learning_rate": 1e30}
+    rates = dict.fromkeys(("lora_a", "lora_b", "decoder_subset"), 1000)
+    phase = {"name": "train", "trains": ["shared"], "experts": False, "learning_rate": 10, "rates": rates}
     strategy = {"name": "wrong", "shared": ["lora_a", "lora_b", "decoder_subset"], "personal": [], "phases": [phase]}
     wrong.write_text(json.dumps({"description": "Diverges.", "strategy": strategy, "overrides": {"experts": 0}}))
     done = run(data, tmp_path / "out", f"{wrong},fedavg_lora")

@@ -76,7 +76,9 @@ def troubled_run(clean_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Ru
     job.site_plan("site-4")["strategy"]["phases"][0]["name"] = "{$TEST_SECRET}"
     job.site_plan("site-5")["strategy"]["phases"][0]["learnin_rate"] = 0.1
     job.site_plan("site-6")["overrides"]["lora_rank"] = 2
-    job.site_plan("site-7")["strategy"]["phases"][0]["learning_rate"] = 1e30
+    rates = dict.fromkeys(("lora_a", "lora_b", "decoder_subset", "experts"), 1000)
+    for phase in job.site_plan("site-7")["strategy"]["phases"]:
+        phase |= {"learning_rate": 10, "rates": rates, "epochs": 3}
     (state,) = (folder / "kept" / FEDERATION / "site-3").iterdir()
     with FileLock(state / "lock"):
         return simulate(folder, job, data, environment={"TEST_SECRET": SECRET})

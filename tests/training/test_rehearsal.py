@@ -90,7 +90,7 @@ def test_names_and_settings_that_a_configuration_might_misread(tmp_path: Path) -
     code, text = validate(site)
     assert code == 0 and "the site can train" in text, text
     done = CliRunner().invoke(app, ["validate", str(site), "--set", "field_of_view_mm=-5"])
-    assert "E18" in str(done.exception) and "field_of_view_mm is -5" in str(done.exception)
+    assert "E18" in str(done.exception) and "'field_of_view_mm' is -5" in str(done.exception)
     assert validate(site, "--labels", "0,abc")[0] == 2
 
 
