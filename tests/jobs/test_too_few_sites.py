@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from simulated import Job, Run, component, simulate
 
-LEAST_SITES = {"id": "least_sites", "path": "pfedsam.federated.least_sites.LeastSites"}
-
 
 def two_sites(folder: Path, data: Path, *, asked: int, promised: int) -> Run:
     """A run of two sites whose settings ask for so many, of a job that promises so many."""
@@ -18,7 +16,6 @@ def two_sites(folder: Path, data: Path, *, asked: int, promised: int) -> Run:
     settings.write_text(json.dumps({"least_sites": asked}))
     job = Job(recorded=False)
     job.plan["least_sites"] = promised
-    job.server["components"].append(LEAST_SITES)
     assert component(job.client, "plan")["args"]["least_sites"] == promised
     return simulate(folder, job, data)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -77,6 +77,14 @@ def claim_folder(folder: Path, what: str, laid_out: Callable[[Path], bool], forc
     """Mark a folder as ours before a command writes into it; see `pfedsam.run_folder.claim_run`."""
     if claim_run(folder, what, laid_out, force):
         console.print(f"{folder} was made by an earlier version; it is marked as ours now", soft_wrap=True)
+
+
+def show_doubts(folders: Iterable[Path]) -> None:
+    """Name the sites whose updates did not count as they came, by the server's records; see `federated.rounds`."""
+    from pfedsam.federated.rounds import remarks
+
+    for line in remarks(folders):
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:

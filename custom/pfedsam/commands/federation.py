@@ -19,12 +19,13 @@ from pfedsam.commands.console import (
     claim_folder,
     console,
     literals,
+    show_doubts,
 )
 from pfedsam.commands.data import make_phantom
 from pfedsam.commands.evaluation import report, show_evaluation
 from pfedsam.commands.interrupts import command_again, ends_in_order
 from pfedsam.ranges import LARGEST_SEED, MOST_ROUNDS
-from pfedsam.run_folder import is_simulation
+from pfedsam.run_folder import RUN, is_simulation, starts
 
 app = typer.Typer()
 
@@ -179,6 +180,7 @@ def federate(simulation: Any, fresh: bool = False) -> None:
 
         if not run(simulation, event):
             console.print("this federation has finished before; its sites are evaluated again")
+    show_doubts(one / "server" / RUN for one in starts(out))
     states = simulation.states()
     models = {site: (simulation.data / site, states[site].file) for site in simulation.sites}
     show_evaluation(models, simulation.plan["bundle"], simulation.settings, out, sent_bytes(simulation))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pfedsam.commands.console import Admin, Force, Job, console
+from pfedsam.commands.console import Admin, Force, Job, console, show_doubts
 from pfedsam.errors import PFedSAMError
 from pfedsam.ranges import MOST_ROUNDS, MOST_SITES
 
@@ -28,6 +28,18 @@ def job_export(
     clip: Annotated[float | None, typer.Option(help="Clip each site's update to this L2 norm.")] = None,
     noise: Annotated[float, typer.Option(help="Gaussian noise, as a multiple of --clip; epsilon is printed.")] = 0.0,
     precision: Annotated[str, typer.Option(help="Of the payload: fp32, fp16 or int8 (with error feedback).")] = "fp32",
+    aggregation: Annotated[
+        str | None,
+        typer.Option(
+            help="norm_clipped, mean, trimmed_mean, median, krum, svd or alternate; by default the strategy's."
+        ),
+    ] = None,
+    most_cases: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Agreed most training cases that a site counts as: a number for all, or site=number; repeat."
+        ),
+    ] = None,
     encrypt: Annotated[
         bool, typer.Option("--encrypt", help="CKKS: the server adds up what it cannot read; kits need a context.")
     ] = False,
@@ -38,7 +50,7 @@ def job_export(
     An exported job that is as it was written is replaced. One that somebody has changed, or made by hand, is replaced
     with --force only; a folder that is no job, never.
     """
-    from pfedsam.federated.jobs import Privacy, export_job, find_job, server_settings
+    from pfedsam.federated.jobs import Privacy, export_job, find_job, plan_settings, server_settings
 
     if noise and clip is None:
         raise typer.BadParameter("noise needs --clip: it is a multiple of it", param_hint="--noise")
@@ -46,17 +58,25 @@ def job_export(
         raise typer.BadParameter(f"'{precision}' is not fp32, fp16 or int8", param_hint="--precision")
     # the plan promises to the sites what the server waits for
     server = {"num_rounds": rounds, "min_clients": min_clients or server_settings(find_job(job))["min_clients"]}
+    plan: dict[str, Any] = {"federation": federation} if federation else {}
+    if aggregation is not None:
+        plan["strategy"] = {**plan_settings(find_job(job))["strategy"], "aggregation": aggregation}
+    if most_cases:
+        plan["most_cases"] = _agreed(most_cases)
     export_job(
         find_job(job),
         out,
         locked=locked,
         byoc=byoc,
-        plan={"federation": federation} if federation else {},
+        plan=plan,
         server={key: value for key, value in server.items() if value is not None},
         privacy=Privacy(clip, noise, precision, encrypt),
         force=force,
     )
     console.print(f"{out} written" + (", locked: it carries no code" if locked else ", with our code" if byoc else ""))
+    if encrypt:
+        told = "encrypted: the plain mean is taken; length and direction of an update cannot be checked"
+        console.print(told, highlight=False, soft_wrap=True)
     if noise:
         from pfedsam.federated.privacy import DELTA, epsilon
 
@@ -66,6 +86,18 @@ def job_export(
             f"one site's updates over {count} rounds: epsilon {value:.1f} at delta {DELTA:g}"
             + (" - so large an epsilon guarantees little" if value > 10 else "")
         )
+
+
+def _agreed(words: list[str]) -> int | dict[str, int]:
+    """`40` or `site-1=40` texts as numbers of cases."""
+    pairs = [word.rpartition("=") for word in words]
+    if not all(number.isdigit() for _, _, number in pairs) or len({bool(site) for site, _, _ in pairs}) > 1:
+        raise typer.BadParameter(f"{words} are not one number, or site=number each", param_hint="--most-cases")
+    if pairs[0][0]:
+        return {site: int(number) for site, _, number in pairs}
+    if len(pairs) > 1:
+        raise typer.BadParameter(f"{words} are more than one number for all", param_hint="--most-cases")
+    return int(pairs[0][2])
 
 
 @app.command("submit")
@@ -107,6 +139,7 @@ def job_resume(
 
 def _until_done(session: Any, job_id: str, out: Path, wait: bool) -> None:
     from pfedsam.federated.admin import fetch, follow
+    from pfedsam.federated.records import ROUNDS_FILE
 
     console.print(f"job {job_id}", highlight=False)
     if not wait:
@@ -115,6 +148,8 @@ def _until_done(session: Any, job_id: str, out: Path, wait: bool) -> None:
         follow(session, job_id, shown.update)
         result = fetch(session, job_id, out)
     console.print(f"{result.status}; result: {result.folder}", highlight=False, soft_wrap=True)
+    if (rounds := result.file(ROUNDS_FILE)) is not None:
+        show_doubts([rounds.parent])
     if not result.completed:
         raise PFedSAMError("E22", f"the job ended as {result.status}: {result.problem()}.", f"See {result.folder}.")
 

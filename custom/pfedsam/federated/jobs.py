@@ -31,6 +31,8 @@ _MEAN = {
     "path": "nvflare.app_common.aggregators.intime_accumulate_model_aggregator.InTimeAccumulateWeightedAggregator",
     "args": {"expected_data_kind": "WEIGHT_DIFF", "weigh_by_local_iter": True},
 }
+#: For every other rule.
+_ROBUST = "pfedsam.federated.aggregators.RobustAggregator"
 #: Rules that can be taken of ciphertexts, as a plain mean: what would be bounded cannot be seen.
 _OF_CIPHERTEXTS = ("norm_clipped", "mean", "alternate")
 #: Filters that `Privacy` adds.
@@ -193,6 +195,7 @@ def _copy_job(
         config = read_json(path)
         _arguments(config, "plan").update({**promised, **(plan or {})})
         if name == SERVER:
+            _set_aggregator(config)
             config.update(server or {})
             _arguments(config, "persistor").update(persistor or {})
         _add_filters(config, name, privacy or Privacy())
@@ -222,15 +225,20 @@ def make_job(strategy: str, out: Path, template: str = "pfedsam", force: bool = 
     return out
 
 
+def _set_aggregator(config: dict[str, Any]) -> None:
+    """The aggregator of the plan's rule, in the place of one of the two; another one is somebody's own and stays."""
+    component, rule = _component(config, "aggregator"), Strategy.of(_arguments(config, "plan")["strategy"]).aggregation
+    if component["path"] not in (_MEAN["path"], _ROBUST):
+        return
+    component.pop("args", None)
+    component.update(_MEAN if rule == "mean" else {"path": _ROBUST})
+
+
 def _set_strategy(job: Path, settings: Strategy) -> None:
-    """The aggregator and the name that a strategy asks for, and JSON as the checked-in jobs have it."""
-    path = job / "app" / "config" / SERVER
-    config = read_json(path)
-    if settings.aggregation == "mean":
-        _component(config, "aggregator").update(_MEAN)
-    path.write_text(_pretty(config))
-    client = path.with_name(CLIENT)
-    client.write_text(_pretty(read_json(client)))
+    """The name that a strategy asks for, and JSON as the checked-in jobs have it."""
+    for name in (SERVER, CLIENT):
+        path = job / "app" / "config" / name
+        path.write_text(_pretty(read_json(path)))
     meta = read_json(job / META)
     (job / META).write_text(_pretty({**meta, "name": settings.name}))
 

@@ -24,7 +24,7 @@ from pfedsam.data.sites import site_names
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.job_terms import job_terms
 from pfedsam.federated.jobs import export_job, find_job, plan_settings, server_settings
-from pfedsam.federated.records import NEWS
+from pfedsam.federated.records import NEWS, RECEIVED_FILE, ROUNDS_FILE
 from pfedsam.files import write_atomically
 from pfedsam.global_model import round_of
 from pfedsam.run_folder import EARLIER, RUN, SENT_FILE, WORKSPACE, bytes_by_round, move_aside, starts
@@ -302,7 +302,12 @@ def _harvest(simulation: Simulation) -> None:
 def _keep_start(simulation: Simulation) -> None:
     """Keep what a start tells of its rounds, curves and what was sent, before the simulator empties its workspace."""
     workspace, earlier = simulation.workspace, simulation.out / EARLIER
-    told = [*workspace.glob(f"*/{RUN}/{SENT_FILE}"), *workspace.glob(f"server/{RUN}/tb_events/*/*")]
+    of_server = [
+        path
+        for name in (ROUNDS_FILE, RECEIVED_FILE, "tb_events/*/*")
+        for path in workspace.glob(f"server/{RUN}/{name}")
+    ]
+    told = [*workspace.glob(f"*/{RUN}/{SENT_FILE}"), *of_server]
     if not told:
         return
     kept = earlier / str(len(list(earlier.glob("*"))))
