@@ -96,11 +96,9 @@ def attacked(attack: str, place: int, left_out: list[bool]) -> Callable[..., dic
             for number, delta in enumerate(deltas)
         ]
         claims = [cases if cases and number == place else weight for number, weight in enumerate(weights)]
-        way = (
-            None if start is None else {name: tensor.double() - start[name].double() for name, tensor in theta.items()}
-        )
-        left_out.append(judge(told, claims, how, way=way)[place].left_out if place < len(told) else False)
-        return aggregate(theta, told, claims, how, start)
+        change, judged = combine(theta, told, claims, how, start=start)
+        left_out.append(place < len(told) and judged[place].left_out)
+        return {name: (tensor.double() + change[name]).to(tensor.dtype) for name, tensor in theta.items()}
 
     return changed
 
