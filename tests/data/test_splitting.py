@@ -250,7 +250,7 @@ def test_links_go_into_no_folder_of_somebody_else(tmp_path: Path) -> None:
 
 def test_a_phantom_leaves_a_split_of_the_users_own_and_takes_its_own_away(tmp_path: Path) -> None:
     def write(cases: int) -> list[Path]:
-        return write_phantom(tmp_path, sites=2, cases=cases, shape=(16, 16, 4))
+        return write_phantom(tmp_path, sites=2, cases=cases, shape=(16, 16, 4), force=True)
 
     one, two = (site / "datalist.json" for site in write(4))
     one.unlink()

@@ -15,6 +15,7 @@ from simulated import BUNDLE, ROOT, TINY
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.jobs import Privacy
 from pfedsam.federated.recipe import PFedSAMRecipe
+from pfedsam.ownership import MARKER
 from pfedsam.state import list_states
 from pfedsam.strategies import find_strategy, strategy_names
 
@@ -22,8 +23,9 @@ FEDERATED = [name for name in strategy_names() if find_strategy(name).kind == "f
 
 
 def contents(job: Path) -> dict[str, Any]:
-    """Files of a job by name; JSON as what it says."""
-    files = {str(path.relative_to(job)): path.read_text() for path in job.rglob("*") if path.is_file()}
+    """Files of a job by name, without the marker of an exported one; JSON as what it says."""
+    paths = (path for path in job.rglob("*") if path.is_file() and path.name != MARKER)
+    files = {str(path.relative_to(job)): path.read_text() for path in paths}
     return {name: json.loads(text) if name.endswith(".json") else text for name, text in files.items()}
 
 
