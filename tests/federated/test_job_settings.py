@@ -8,25 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+from typer.testing import CliRunner
 
 from pfedsam.bundles import folder
+from pfedsam.cli import app
 from pfedsam.errors import PFedSAMError
+from pfedsam.federated.job_terms import job_terms
 from pfedsam.federated.jobs import (
     CLIENT,
     META,
     SERVER,
+    Privacy,
     classes_of,
     export_job,
     find_job,
     make_job,
+    needed_classes,
     plan_settings,
     server_settings,
 )
 from pfedsam.federated.plan import Plan
 from pfedsam.federated.recipe import PFedSAMRecipe
 from pfedsam.strategies import find_strategy
+from pfedsam.training.aggregation import RULES
 
 SOURCE = folder("jobs") / "pfedsam"
+MEAN = "nvflare.app_common.aggregators.intime_accumulate_model_aggregator.InTimeAccumulateWeightedAggregator"
 
 
 @pytest.fixture
@@ -157,3 +165,72 @@ def test_a_job_of_a_bundle_that_only_its_sites_have_can_be_exported(job: Path) -
 def test_a_recipe_refuses_when_it_is_made(how: dict[str, Any], code: str) -> None:
     with pytest.raises(PFedSAMError, match=code):
         PFedSAMRecipe("fedavg_lora", **how)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_kit_of_the_server_allows_the_aggregator_of_every_rule(rule: str, tmp_path: Path) -> None:
+    strategy = {**plan_settings(SOURCE)["strategy"], "aggregation": rule}
+    job = export_job(SOURCE, tmp_path / rule, plan={"strategy": strategy})
+    allowed = {*needed_classes(SERVER), *DEFAULT_CLASS_ALLOW_LIST}
+    (aggregator,) = [one for one in server_settings(job)["components"] if one["id"] == "aggregator"]
+    assert aggregator["path"] in allowed
+
+
+def of_before(job: Path) -> Path:
+    """The job as version 0.2 made it: plain mean, nothing promised."""
+    path = config_of(job)
+    config = json.loads(path.read_text())
+    config["components"] = [one for one in config["components"] if one["id"] != "least_sites"]
+    for one in config["components"]:
+        if one["id"] == "aggregator":
+            one["path"] = MEAN
+            one["args"] = {"expected_data_kind": "WEIGHT_DIFF", "weigh_by_local_iter": True}
+    path.write_text(json.dumps(config))
+    return job
+
+
+def test_a_job_of_before_keeps_its_rule_and_keeps_what_it_promises_now(job: Path, tmp_path: Path) -> None:
+    out = export_job(of_before(job), tmp_path / "out", server={"min_clients": 5})
+    components = {one["id"]: one["path"] for one in server_settings(out)["components"]}
+    assert components["aggregator"] == MEAN and components["least_sites"].endswith(".LeastSites")
+    told = plan_settings(out)
+    assert (told["strategy"]["aggregation"], told["least_sites"]) == ("mean", 3)
+    client = json.loads(config_of(out, CLIENT).read_text())["components"]
+    assert next(one for one in client if one["id"] == "plan")["args"] == told
+
+
+@pytest.mark.parametrize(("rule", "refused"), [("svd", True), ("krum", True), ("mean", False), ("norm_clipped", False)])
+def test_encryption_looks_at_the_rule_that_the_job_will_have(rule: str, refused: bool, tmp_path: Path) -> None:
+    strategy = {**plan_settings(SOURCE)["strategy"], "aggregation": rule}
+    how = {"plan": {"strategy": strategy}, "privacy": Privacy(encrypt=True)}
+    if refused:
+        with pytest.raises(PFedSAMError, match=rf"E16.*'{rule}'"):
+            export_job(SOURCE, tmp_path / "out", **how)
+        return
+    job = export_job(SOURCE, tmp_path / "out", **how)
+    assert any("HEInTime" in one["path"] for one in server_settings(job)["components"])
+
+
+def test_what_was_agreed_on_decides_a_run(tmp_path: Path) -> None:
+    jobs = [export_job(SOURCE, tmp_path / str(most), plan={"most_cases": most}) for most in (5, 50)]
+    assert job_terms(jobs[0]) != job_terms(jobs[1])
+    assert job_terms(export_job(SOURCE, tmp_path / "x", plan={"least_sites": 2})) == job_terms(SOURCE)
+
+
+def test_the_command_writes_rule_agreement_and_promise(tmp_path: Path) -> None:
+    def export(*words: str) -> dict[str, Any]:
+        done = CliRunner().invoke(app, ["job", "export", "pfedsam", str(tmp_path / "out"), *words])
+        assert done.exit_code == 0, done.output
+        return plan_settings(tmp_path / "out")
+
+    assert export("--min-clients", "2")["least_sites"] == 2
+    told = export("--aggregation", "median", "--most-cases", "a=40", "--most-cases", "b=9", "--least-sites", "5")
+    assert (told["strategy"]["aggregation"], told["most_cases"], told["least_sites"]) == (
+        "median",
+        {"a": 40, "b": 9},
+        5,
+    )
+    assert export("--most-cases", "40")["most_cases"] == 40
+    for wrong in (["a"], ["a=b"], ["a=1", "2"], ["1", "2"], ["-1"]):
+        words = [word for one in wrong for word in ("--most-cases", one)]
+        assert CliRunner().invoke(app, ["job", "export", "pfedsam", str(tmp_path / "out"), *words]).exit_code == 2

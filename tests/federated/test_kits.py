@@ -21,7 +21,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.federated.jobs import CLIENT, GUARD, NOISE, SERVER, needed_classes
 from pfedsam.federated.kits import AUTHORIZATION, FILTER, PRIVACY, RESOURCES, SCOPE, init_kit
 from pfedsam.federated.processes import Deployment
-from pfedsam.federated.settings import KIT_DEFAULTS, SITE_SETTINGS, SiteSettings
+from pfedsam.federated.settings import KIT_DEFAULTS, SITE_SETTINGS, SiteSettings, read_settings
 from pfedsam.federated.site_check import Finding, check_kit
 
 PROJECT = Path(__file__).resolve().parents[2] / "poc_workspace" / "project.yml"
@@ -393,3 +393,12 @@ def test_what_others_can_read_is_a_warning_with_the_command_that_closes_it(kit: 
         assert f"chmod -R o-rwx {shlex.quote(str(path))}" in warnings[f"{name} access"]
         path.chmod(0o750)
     assert not [one for one in check_kit(site) if one.name.endswith(" access")]
+
+
+def test_no_limit_that_it_has_written_down_stays_no_limit(fresh: Path) -> None:
+    init_kit(fresh, SiteSettings(data_root="/data"))
+    path = fresh / "local" / SITE_SETTINGS
+    path.write_text(json.dumps({**json.loads(path.read_text()), "least_sites": None, "most_hours": None}))
+    for _ in range(2):
+        assert again(fresh) == {}
+        assert content(fresh, SITE_SETTINGS)["least_sites"] is None and read_settings(path).most_hours is None

@@ -10,14 +10,15 @@ import pytest
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReservedKey
 from nvflare.apis.fl_context import FLContext, FLContextManager
+from nvflare.apis.job_def import JobMetaKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.jobs import CLIENT, SERVER, export_job, find_job
-from pfedsam.federated.least_sites import LeastSites, sites_of
+from pfedsam.federated.jobs import CLIENT, PROMISED, SERVER, export_job, find_job
+from pfedsam.federated.least_sites import LeastSites, require_enough_sites, sites_of
 from pfedsam.federated.plan import PLAN_ID, Plan
 from pfedsam.strategies import find_strategy
 
@@ -100,14 +101,41 @@ def promised(job: Path) -> list[int | None]:
     return [plan.get("least_sites") for plan in plans]
 
 
-def test_an_exported_job_promises_what_the_server_waits_for(tmp_path: Path) -> None:
+def test_an_exported_job_promises_what_the_server_waits_for_up_to_three(tmp_path: Path) -> None:
     source = find_job("pfedsam")
     waits = json.loads((source / "app" / "config" / SERVER).read_text())["min_clients"]
+    assert waits > PROMISED
     assert promised(export_job(source, tmp_path / "three", server={"min_clients": 3})) == [3, 3]
     other = export_job(source, tmp_path / "two", server={"min_clients": 3}, plan={"least_sites": 2})
     assert promised(other) == [2, 2]
     assert promised(export_job(source, tmp_path / "none")) == [None, None]
-    for options, number in (([], waits), (["--min-clients", "5"], 5)):
+    for options, number in (([], 3), (["--min-clients", "2"], 2), (["--least-sites", "5"], 5)):
         out = tmp_path / f"job-{number}"
         assert CliRunner().invoke(app, ["job", "export", "pfedsam", str(out), *options]).exit_code == 0
         assert promised(out) == [number, number]
+
+
+@pytest.mark.parametrize(
+    ("rule", "count", "least", "refused"),
+    [
+        ("norm_clipped", 3, 3, False),
+        ("mean", 2, 2, False),
+        ("krum", 9, 3, True),
+        ("median", 9, 3, True),
+        ("median", 9, None, False),
+        ("trimmed_mean", 4, 3, True),
+        ("trimmed_mean", 5, 3, False),
+    ],
+)
+def test_a_rule_that_tells_the_numbers_of_single_sites_is_refused(
+    rule: str, count: int, least: int | None, refused: bool
+) -> None:
+    plan = Plan("demo", "brain_lesion_mri", {"aggregation": rule}, least_sites=least)
+    listed = [{"name": f"site-{number}"} for number in range(count)]
+    fl_ctx = FLContext()
+    fl_ctx.put(FLContextKey.JOB_META, {JobMetaKey.JOB_CLIENTS.value: listed}, private=True, sticky=False)
+    if not refused:
+        require_enough_sites(fl_ctx, plan, least)
+        return
+    with pytest.raises(PFedSAMError, match=rf"E27.*'{rule}'"):
+        require_enough_sites(fl_ctx, plan, least)

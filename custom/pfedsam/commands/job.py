@@ -25,6 +25,14 @@ def job_export(
     federation: Annotated[str | None, typer.Option(help="Name of the federation.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, max=MOST_ROUNDS)] = None,
     min_clients: Annotated[int | None, typer.Option(min=1, max=MOST_SITES)] = None,
+    least_sites: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_SITES,
+            help="Promise to the sites: no round of fewer. By default --min-clients, at most 3.",
+        ),
+    ] = None,
     clip: Annotated[float | None, typer.Option(help="Clip each site's update to this L2 norm.")] = None,
     noise: Annotated[float, typer.Option(help="Gaussian noise, as a multiple of --clip; epsilon is printed.")] = 0.0,
     precision: Annotated[str, typer.Option(help="Of the payload: fp32, fp16 or int8 (with error feedback).")] = "fp32",
@@ -61,6 +69,8 @@ def job_export(
     plan: dict[str, Any] = {"federation": federation} if federation else {}
     if aggregation is not None:
         plan["strategy"] = {**plan_settings(find_job(job))["strategy"], "aggregation": aggregation}
+    if least_sites is not None:
+        plan["least_sites"] = least_sites
     if most_cases:
         plan["most_cases"] = _agreed(most_cases)
     export_job(
@@ -139,7 +149,7 @@ def job_resume(
 
 def _until_done(session: Any, job_id: str, out: Path, wait: bool) -> None:
     from pfedsam.federated.admin import fetch, follow
-    from pfedsam.federated.records import ROUNDS_FILE
+    from pfedsam.federated.records import RECEIVED_FILE
 
     console.print(f"job {job_id}", highlight=False)
     if not wait:
@@ -148,8 +158,8 @@ def _until_done(session: Any, job_id: str, out: Path, wait: bool) -> None:
         follow(session, job_id, shown.update)
         result = fetch(session, job_id, out)
     console.print(f"{result.status}; result: {result.folder}", highlight=False, soft_wrap=True)
-    if (rounds := result.file(ROUNDS_FILE)) is not None:
-        show_doubts([rounds.parent])
+    if (received := result.file(RECEIVED_FILE)) is not None:
+        show_doubts([received.parent])
     if not result.completed:
         raise PFedSAMError("E22", f"the job ended as {result.status}: {result.problem()}.", f"See {result.folder}.")
 

@@ -209,7 +209,7 @@ def _require_same_job(deployment: Any, job: str, settings: dict[str, Any], sites
 def _submit(deployment: Any, job: str, rounds: int, settings: dict[str, Any], sites: dict[str, Path]) -> None:
     from pfedsam.federated.admin import connect, fetch, follow, submit
     from pfedsam.federated.jobs import export_job, find_job
-    from pfedsam.federated.records import ROUNDS_FILE
+    from pfedsam.federated.records import RECEIVED_FILE
     from pfedsam.run_terms import keep_terms
 
     keep_terms(deployment.root, _terms(deployment, job, settings, sites))
@@ -228,8 +228,8 @@ def _submit(deployment: Any, job: str, rounds: int, settings: dict[str, Any], si
             news = _News(deployment, job_id, shown.update)
             result = follow(session, job_id, shown.update, look=news)
         found = fetch(session, job_id, deployment.root / "results")
-    if (judged := found.file(ROUNDS_FILE)) is not None:
-        show_doubts([judged.parent])
+    if (received := found.file(RECEIVED_FILE)) is not None:
+        show_doubts([received.parent])
     if not result.completed:
         raise PFedSAMError("E22", f"the job ended as {result.status}: {found.problem()}.", f"See {found.folder}.")
     model = found.file("global_model.safetensors")

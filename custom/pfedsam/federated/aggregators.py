@@ -32,8 +32,8 @@ from pfedsam.training.aggregation import JUDGING, Judgement, combine, counted_ca
 class RobustAggregator(Aggregator):
     """The change of the global model by the plan's rule, see `pfedsam.training.aggregation`.
 
-    Takes the guard's word for names, shapes and finite values. Writes one record a round, and a line of the log
-    for each site that counted for less than it claimed.
+    After a resume the way of the model counts from the resumed one, and its first round is a first round again. Takes
+    the guard's word for names, shapes and finite values. Writes one record a round, and one line a site.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,8 @@ class RobustAggregator(Aggregator):
         total = sum(one.counted for one in judged.values()) or 1.0
         for site, one in judged.items():
             line = f"round {number}: site {site}: {told(one)}, share {one.counted / total:.2f}"
-            (self.logger.warning if one.changed else self.logger.info)(line)
+            doubtful = rule in JUDGING and one.changed
+            (self.logger.warning if doubtful else self.logger.info)(line)
 
 
 class ProductAggregator(RobustAggregator):

@@ -27,10 +27,19 @@ from pfedsam.strategies import find_strategy
 from pfedsam.training.phases import Strategy
 
 #: NVFlare's aggregator, for the plain mean: it adds updates up as they come.
-_MEAN = {
+_MEAN: dict[str, Any] = {
     "path": "nvflare.app_common.aggregators.intime_accumulate_model_aggregator.InTimeAccumulateWeightedAggregator",
     "args": {"expected_data_kind": "WEIGHT_DIFF", "weigh_by_local_iter": True},
 }
+#: Classes of a server that no packaged job names: for the plain mean, and in jobs of version 0.2 and before.
+_OTHER_SERVER = (
+    _MEAN["path"],
+    "nvflare.app_common.widgets.intime_model_selector.IntimeModelSelector",
+    "pfedsam.federated.aggregators.ProductAggregator",
+)
+#: A plan promises so many sites in each round, if the server waits for so many; see `pfedsam.federated.least_sites`.
+PROMISED = 3
+_LEAST_SITES = {"id": "least_sites", "path": "pfedsam.federated.least_sites.LeastSites"}
 #: For every other rule.
 _ROBUST = "pfedsam.federated.aggregators.RobustAggregator"
 #: Rules that can be taken of ciphertexts, as a plain mean: what would be bounded cannot be seen.
@@ -136,8 +145,8 @@ def export_job(
             libraries of `app/custom/requirements.txt` but not this package, or another version of it.
         plan: arguments of the plan to set on both sides.
         server: top-level settings of the server's configuration, for example `num_rounds`; see `SERVER_SETTINGS`. With
-            `min_clients` the plan promises that no round has fewer sites, unless `plan` says something else of
-            `least_sites`.
+            `min_clients` the plan promises that no round has fewer sites, up to `PROMISED`, unless `plan` says
+            something else of `least_sites`.
         persistor: arguments of the persistor to set.
         privacy: further filters, after ours at the sites and before the guard at the server.
         force: replace a job folder whosever it is, as in a run folder of ours; another folder is never replaced.
@@ -183,19 +192,20 @@ def _copy_job(
     if locked and byoc:
         raise PFedSAMError("E16", "a locked job carries no code.", "Choose one of --locked and --byoc.")
     if privacy and privacy.encrypt:
-        _check_encryption(source)
+        _check_encryption({**plan_settings(source), **(plan or {})})
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("__pycache__", MARKER))
     if locked:
         shutil.rmtree(out / "app" / "custom", ignore_errors=True)
     if byoc:
         _add_code(out / "app" / "custom")
-    promised = {"least_sites": int(server["min_clients"])} if server and "min_clients" in server else {}
+    told = {**_of_before(source), **_promised(server or {}), **(plan or {})}
     for name in (SERVER, CLIENT):
         path = out / "app" / "config" / name
         config = read_json(path)
-        _arguments(config, "plan").update({**promised, **(plan or {})})
+        _arguments(config, "plan").update(told)
         if name == SERVER:
             _set_aggregator(config)
+            _set_promise(config)
             config.update(server or {})
             _arguments(config, "persistor").update(persistor or {})
         _add_filters(config, name, privacy or Privacy())
@@ -223,6 +233,25 @@ def make_job(strategy: str, out: Path, template: str = "pfedsam", force: bool = 
         _copy_job(source, path, plan={"strategy": file.strategy, "overrides": file.overrides})
         _set_strategy(path, settings)
     return out
+
+
+def _promised(server: Mapping[str, Any]) -> dict[str, int]:
+    """What the plan promises of the sites of a round: as many as the server waits for, up to `PROMISED`."""
+    return {"least_sites": min(PROMISED, int(server["min_clients"]))} if "min_clients" in server else {}
+
+
+def _of_before(source: Path) -> dict[str, Any]:
+    """The strategy of a job that was made when the plain mean was the default: it stays with it."""
+    strategy = plan_settings(source)["strategy"]
+    mean = _component(server_settings(source), "aggregator")["path"] == _MEAN["path"]
+    return {"strategy": {**strategy, "aggregation": "mean"}} if mean and "aggregation" not in strategy else {}
+
+
+def _set_promise(config: dict[str, Any]) -> None:
+    """The component that keeps the plan's promise, in a job that was made without it."""
+    found = any(isinstance(one, dict) and one.get("id") == _LEAST_SITES["id"] for one in config["components"])
+    if not found and _arguments(config, "plan").get("least_sites"):
+        config["components"].append(dict(_LEAST_SITES))
 
 
 def _set_aggregator(config: dict[str, Any]) -> None:
@@ -272,10 +301,10 @@ def _add_filters(config: dict[str, Any], side: str, privacy: Privacy) -> None:
         config["task_data_filters"].append({"tasks": [*_MODEL_FOR], "filters": [{"path": DECRYPT}]})
 
 
-def _check_encryption(source: Path) -> None:
+def _check_encryption(plan: Mapping[str, Any]) -> None:
     if find_spec("tenseal") is None:
         raise PFedSAMError("E16", "encryption needs TenSEAL.", "Install the extra 'he' of pfedsam.")
-    rule = Strategy.of(plan_settings(source)["strategy"]).aggregation
+    rule = Strategy.of(plan["strategy"]).aggregation
     if rule not in _OF_CIPHERTEXTS:
         raise PFedSAMError(
             "E16", f"only the mean can be taken of ciphertexts, not '{rule}'.", "Set aggregation to mean."
@@ -332,7 +361,7 @@ def needed_classes(side: str) -> list[str]:
     """
     of_privacy = {
         CLIENT: {NOISE, PACK, ENCRYPT, DECRYPT},
-        SERVER: {UNPACK, GUARD, *(one["path"] for one in ENCRYPTED.values())},
+        SERVER: {UNPACK, GUARD, *(one["path"] for one in ENCRYPTED.values()), *_OTHER_SERVER},
     }
     named: set[str] = set(of_privacy[side])
     for job in folder("jobs").glob(f"*/{META}"):

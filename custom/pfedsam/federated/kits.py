@@ -100,7 +100,7 @@ def init_kit(kit: Path, settings: SiteSettings, *, byoc: bool = False) -> list[P
         unknown = sorted(set(told.may_share or ()) - set(GROUPS))
         if unknown:
             raise PFedSAMError("E01", f"there are no parameter groups {unknown} to share.", f"Some of {list(GROUPS)}.")
-        files[SITE_SETTINGS] = told.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        files[SITE_SETTINGS] = told.model_dump(mode="json", exclude_unset=True)
     return [_write(local / name, content) for name, content in files.items()]
 
 

@@ -4,6 +4,10 @@ The mean of two sites tells each of them the update of the other: `u2 = (w1 + w2
 learns the sum of the other two only. So a site names the least number that it takes part with (`least_sites` in its
 settings), a job promises one in its plan, and the server stops a job whose round has fewer contributions.
 
+Some rules of the server (`aggregation`) tell more than a mean: the result of `krum` is one site's update, and a number
+of `median` or `trimmed_mean` may be that of one site. A site that names a least number refuses a plan in which fewer
+than three values make a number.
+
 The site sees what the server *says*: the sites that NVFlare lists in the job's metadata, and the promise of the plan. A
 hostile server can list sites that do not exist or take part itself; then no number helps, only noise on the update.
 """
@@ -21,6 +25,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.federated.settings import SITE_SETTINGS
+from pfedsam.training.aggregation import KEPT, values_behind
 
 
 def sites_of(fl_ctx: FLContext) -> frozenset[str]:
@@ -40,7 +45,8 @@ def require_enough_sites(fl_ctx: FLContext, plan: Plan, least: int | None) -> No
         least: `least_sites` of the site's settings, None for any number.
 
     Raises:
-        PFedSAMError: E27 if fewer take part, or the plan does not promise that each round has as many.
+        PFedSAMError: E27 if fewer take part, the plan does not promise that each round has as many, or its rule tells
+            the numbers of single sites.
     """
     if least is None:
         return
@@ -48,11 +54,18 @@ def require_enough_sites(fl_ctx: FLContext, plan: Plan, least: int | None) -> No
     count = len(sites_of(fl_ctx))
     if count < least:
         raise PFedSAMError("E27", f"{count} site(s) take part, this site asks for at least {least}.", remedy)
+    rule = plan.checked().aggregation
+    if values_behind(rule, count) < min(least, KEPT):
+        raise PFedSAMError(
+            "E27",
+            f"the job's rule is '{rule}': of {count} site(s) each number of its result may be that of one or two.",
+            "Ask for `aggregation` norm_clipped or mean.",
+        )
     if (plan.least_sites or 0) < least:
         raise PFedSAMError(
             "E27",
             f"the job promises rounds of at least {plan.least_sites or 1} site(s), this site asks for {least}.",
-            f"Export the job with `--min-clients {least}`. {remedy}",
+            f"Export the job with `--least-sites {least}`. {remedy}",
         )
 
 

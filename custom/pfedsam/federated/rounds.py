@@ -8,6 +8,7 @@ from typing import Any
 
 from pfedsam.federated.records import RECEIVED_FILE, ROUNDS_FILE
 from pfedsam.files import read_lines
+from pfedsam.training.aggregation import JUDGING
 
 
 def remarks(folders: Iterable[Path]) -> list[str]:
@@ -25,6 +26,8 @@ def remarks(folders: Iterable[Path]) -> list[str]:
 
 def _judged(folder: Path) -> Iterator[tuple[str, str, int | None]]:
     for one in read_lines(folder / ROUNDS_FILE):
+        if one["rule"] not in JUDGING:
+            continue
         for site, told in one["sites"].items():
             if told["why"]:
                 what = "scaled down" if told["counted"] else "left out"

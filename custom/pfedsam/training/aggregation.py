@@ -59,7 +59,8 @@ class Judgement:
 
     Attributes:
         cases: the number that the site claims.
-        counted: the number that it counts as in the mean; 0 if the update was left out.
+        counted: the number that it counts as in the mean; 0 if the update was left out. Of rules by rank 1, and of
+            `krum` 1 for the update that was taken.
         norm: L2 norm of the update as it came.
         clipped_to: norm that it was scaled down to, or None.
         cosine: to the sum of the others, or None where it was not looked at.
@@ -152,8 +153,14 @@ def judge(
         way: theta minus theta of the first round, None in that one.
     """
     norms = [_norm(delta) for delta in deltas]
+    if how == "krum":
+        chosen = _krum(deltas)
+        return [Judgement(cases, float(i == chosen), norms[i]) for i, cases in enumerate(weights)]
     if how not in JUDGING:
-        return [Judgement(cases, cases, norm) for cases, norm in zip(weights, norms, strict=True)]
+        # where ranks decide, a claim of cases counts nothing
+        return [
+            Judgement(cases, cases if how == "mean" else 1.0, norm) for cases, norm in zip(weights, norms, strict=True)
+        ]
     usual = statistics.median_low(norms)
     judged = [
         Judgement(cases, count, norm, CLIP_TO * usual if norm > CLIP_TO * usual > 0 else None)
@@ -187,6 +194,13 @@ def counted_cases(weights: Sequence[float], ceilings: Sequence[float | None] | N
     usual = MOST_TIMES * statistics.median_low(weights)
     agreed = ceilings or [None] * len(weights)
     return [min(float(n), usual if most is None else most) for n, most in zip(weights, agreed, strict=True)]
+
+
+def values_behind(how: str, count: int) -> int:
+    """How many sites' values make a number of the result, of so many sites: few tell those of a single one."""
+    if how in ("krum", "median"):
+        return 1 if how == "krum" or count % 2 else 2
+    return count - 2 * _cut(count) if how == "trimmed_mean" else count
 
 
 def robust_mean(values: Sequence[float], weights: Sequence[float]) -> float:
@@ -234,13 +248,18 @@ def _by_rank(theta: State, deltas: Sequence[State], how: str) -> dict[str, Tenso
         chosen = deltas[_krum(deltas)]
         return {name: chosen[name].double() for name in theta}
     count = len(deltas)
-    cut = 0 if count < 3 else max(1, round(TRIMMED * count))
+    cut = _cut(count)
     change = {}
     for name in theta:
         ranked = torch.stack([delta[name].double() for delta in deltas]).sort(dim=0).values
         middle = ranked[(count - 1) // 2 : count // 2 + 1] if how == "median" else ranked[cut : count - cut]
         change[name] = middle.mean(dim=0)
     return change
+
+
+def _cut(count: int) -> int:
+    """How many values `trimmed_mean` leaves out on either side."""
+    return 0 if count < 3 else max(1, round(TRIMMED * count))
 
 
 def _krum(deltas: Sequence[State]) -> int:
