@@ -52,7 +52,7 @@ bench-lgg: $(STAMP)
 	@test -n "$(LGG)" || { echo "say where the data is: make bench-lgg LGG=<folder>"; exit 2; }
 	$(BIN)/pfedsam split "$(LGG)" --out $(LGG_DATA)
 	$(BIN)/pfedsam compare $(LGG_DATA) --out runs/bench-lgg --records tests/benchmarks/results/lgg.jsonl \
-		--strategies $(STRATEGIES) --seeds $(SEEDS) --rounds 8 --set image_size=128 --set adapted_blocks=8 --set amp=true --set batch_size=4 \
+		--strategies $(STRATEGIES) --seeds $(SEEDS) --aggregation mean --rounds 8 --set image_size=128 --set adapted_blocks=8 --set amp=true --set batch_size=4 \
 		--set augmentations=2 --set positives_per_case=2 --set negatives_per_case=1
 
 # Shows the records that are kept with the code. Trained anew, into a file of its own:
@@ -62,7 +62,7 @@ bench-phantom: $(STAMP)
 	test -d runs/bench-phantom-data || $(BIN)/pfedsam phantom runs/bench-phantom-data --cases 9 --slices 12
 	$(BIN)/pfedsam compare runs/bench-phantom-data --out runs/bench-phantom \
 		--records $(PHANTOM_RECORDS) --strategies local_only,fedavg_lora,pfedsam,without_interpolation --seeds 0 \
-		--rounds 4 --set image_size=64 --set batch_size=2 --set augmentations=1 --set adapted_blocks=1 \
+		--aggregation mean --rounds 4 --set image_size=64 --set batch_size=2 --set augmentations=1 --set adapted_blocks=1 \
 		--set positives_per_case=4 --set negatives_per_case=2 $(if $(filter tests/%,$(PHANTOM_RECORDS)),--table)
 
 bench: $(STAMP)

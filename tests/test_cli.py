@@ -227,6 +227,8 @@ def test_a_phantom_that_is_there_stays_and_another_is_refused(data: Path, tmp_pa
     assert other.returncode == 1 and "E24" in other.stderr and "cases 3, not 4" in other.stderr
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.nii.gz")} == before
     assert again(4, "--force").returncode == 0
+    told = pfedsam("phantom", "--help", home=tmp_path).stdout
+    assert "a folder of anything else never" in " ".join(told.split()) and "whosever" not in told
 
 
 def test_validate_tells_good_from_bad_by_its_exit_code(data: Path, tmp_path: Path):

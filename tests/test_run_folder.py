@@ -67,7 +67,7 @@ def test_a_command_leaves_a_folder_alone_that_is_not_ours(command: str, tmp_path
         write_phantom(tmp_path / "data", sites=2, cases=4, shape=(16, 16, 4))
         words.append(str(tmp_path / "data"))
     if "poc" in command:
-        words += ["--project", str(PROJECT), "--port", "0"]
+        words += ["--project", str(PROJECT), "--port", "45917"]
     done = subprocess.run([sys.executable, "-m", "pfedsam.cli", *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "E24" in done.stderr and "--force" in done.stderr, done.stdout + done.stderr
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

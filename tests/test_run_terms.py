@@ -13,6 +13,7 @@ import pytest
 
 from pfedsam import run_terms
 from pfedsam.data.phantom import write_phantom
+from pfedsam.data.splitting import write_datalist
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.job_terms import job_terms
 from pfedsam.federated.jobs import SERVER, find_job, make_job, plan_settings
@@ -123,6 +124,8 @@ def test_other_data_are_told_by_site_and_case(
     data = shutil.copytree(phantom, tmp_path / "data")
     before = content(data)
     act(data / "site-2")
+    if act in (drop, add):
+        write_datalist(data / "site-2")
     found = differences(before["terms"], content(data, before)["terms"])
     assert any(told in one for one in found), found
     assert not any("site-1" in one for one in found)

@@ -84,10 +84,27 @@ def test_the_best_state_is_listed_with_its_round_and_an_export_says_which_it_tak
     assert read(tmp_path / "out").info["round"] == 3
 
 
-def test_where_nothing_is_found_the_folder_and_both_options_are_named(root: Path, tmp_path: Path) -> None:
+def test_where_nothing_is_found_the_folder_and_both_options_are_named(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keep(root)
+    (tmp_path / "default").mkdir()
     for said in (run("list").output, refused("delete", "lgg", "north", "--yes")):
         assert all(word in said for word in (str(tmp_path / "default"), "--kit", "--root")), said
+
+    # the default of nobody's choice, which no site has made yet
+    monkeypatch.delenv(ROOT_VARIABLE)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = run("list")
+    assert done.exit_code == 0 and f"no state under {tmp_path / '.pfedsam'}" in done.output
+
+
+def test_a_kit_that_names_no_root_says_nothing_of_states(root: Path, kit: Path, tmp_path: Path) -> None:
+    (kit / "local" / "pfedsam.json").write_text("{}")
+    keep(tmp_path / "default")
+    for words in (("list",), ("delete", "lgg", "north", "--yes"), ("export", "lgg", "north", tmp_path / "out")):
+        said = refused(*words, "--kit", kit)
+        assert all(word in said for word in ("E13", "names no state_root", "own home", NOT_KNOWN, "--root")), said
 
 
 def test_a_state_of_another_name_is_not_taken_and_the_known_ones_are_named(root: Path) -> None:
@@ -143,9 +160,13 @@ def test_brackets_in_a_path_are_printed_as_they_are(tmp_path: Path) -> None:
 NOT_KNOWN = "is not known"
 
 
-@pytest.mark.parametrize("named", ["--root", "--kit"])
-def test_a_root_that_is_named_and_not_there_is_no_proof_that_nothing_is_kept(root: Path, kit: Path, named: str) -> None:
-    where = (named, kit if named == "--kit" else root)
+@pytest.mark.parametrize("named", ["--root", "--kit", ROOT_VARIABLE])
+def test_a_root_that_is_named_and_not_there_is_no_proof_that_nothing_is_kept(
+    root: Path, kit: Path, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = {"--root": ("--root", root), "--kit": ("--kit", kit)}.get(named, ())
+    if not where:
+        monkeypatch.setenv(named, str(root))
     for words in (("list",), ("delete", "lgg", "north", "--yes"), ("export", "lgg", "north", root / "out")):
         said = refused(*words, *where)
         assert "E13" in said and str(root) in said and NOT_KNOWN in said, said

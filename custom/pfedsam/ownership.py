@@ -42,6 +42,11 @@ def require_ours(folder: Path, what: str, force: bool = False) -> None:
     Raises:
         PFedSAMError: E24 if it is a file, holds something and has no marker, or has the marker of another kind.
     """
+    _require_ours(folder, what, force, "Choose another folder, or give --force to write into this one.")
+
+
+def _require_ours(folder: Path, what: str, force: bool, remedy: str) -> None:
+    """See `require_ours`; with the remedy for a folder of somebody else."""
     if folder.is_symlink() and not folder.exists():
         raise PFedSAMError("E24", f"{folder} is a link to nothing.", "Choose another folder.")
     if folder.exists() and not folder.is_dir():
@@ -52,7 +57,7 @@ def require_ours(folder: Path, what: str, force: bool = False) -> None:
     if found == what:
         return
     told = f"is a folder of another kind ('{found}', not '{what}')" if found else "holds files that are not ours"
-    raise PFedSAMError("E24", f"{folder} {told}.", "Choose another folder, or give --force to write into this one.")
+    raise PFedSAMError("E24", f"{folder} {told}.", remedy)
 
 
 def claim(folder: Path, what: str, force: bool = False) -> None:
@@ -96,7 +101,8 @@ def require_sealed(folder: Path, what: str, force: bool = False) -> None:
     Raises:
         PFedSAMError: E24 if it is something else, naming files that were changed or added.
     """
-    require_ours(folder, what, force)
+    # by force, too, the caller may refuse what is no such folder
+    _require_ours(folder, what, force, f"Choose another folder; --force replaces one that is a {what} folder.")
     if force or _is_empty(folder):
         return
     sealed = (marker(folder) or {}).get("files")

@@ -21,6 +21,7 @@ from pfedsam.data.sites import read_split
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.provenance import INDIFFERENT, bundle_hash, content_hash, hash_of, weights_checksum
 from pfedsam.files import write_atomically
+from pfedsam.training.phases import Strategy
 
 TERMS_FILE = "run.json"
 #: Differences that are told, and names in each.
@@ -47,7 +48,8 @@ def terms_of(plan: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
         "bundle_files": bundle_hash(bundle),
         "weights": weights_checksum(bundle, overrides),
         "settings": {key: value for key, value in settings.items() if key not in (*INDIFFERENT, "checkpoint")},
-        "strategy": plan["strategy"],
+        # with the defaults of today: they may be others tomorrow
+        "strategy": Strategy.of(plan["strategy"]).model_dump(mode="json"),
         "job": job,
     }
     return json.loads(json.dumps(terms, default=str))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -110,7 +111,7 @@ def test_an_equal_phantom_is_not_written_again_and_another_replaces_it_when_it_i
     assert len(calls) == 5
     assert sorted(contents(tmp_path)) == [
         "phantom.json",
-        "site-1/datalist.json",
+        "site-1/datalist.json.before",
         "site-1/images/s1-case-01.nii.gz",
         "site-1/labels/s1-case-01.nii.gz",
     ]
@@ -125,6 +126,54 @@ def test_an_interrupted_phantom_is_completed(tmp_path):
     assert json.loads((tmp_path / "phantom.json").read_text())["complete"] is False
     sites = write_phantom(tmp_path, sites=1, cases=2, shape=(16, 16, 4))
     assert len(read_site(sites[0])) == 2
+
+
+def test_with_equal_settings_only_what_is_missing_is_written(tmp_path):
+    def write() -> None:
+        write_phantom(tmp_path, sites=2, cases=3, shape=(16, 16, 4))
+
+    write()
+    whole, marker = contents(tmp_path), json.loads((tmp_path / "phantom.json").read_text())
+    own, lost = "site-1/labels/s1-case-01.nii.gz", "site-1/images/s1-case-02.nii.gz"
+    for interrupted in (False, True):  # a site folder that is missing, then an interrupted run
+        (tmp_path / own).write_text("mine")
+        (tmp_path / "site-1" / "labels" / "notes.txt").write_text("mine")
+        if interrupted:
+            (tmp_path / lost).unlink()
+            (tmp_path / "phantom.json").write_text(json.dumps(marker | {"complete": False}))
+        else:
+            shutil.rmtree(tmp_path / "site-2")
+        write()
+        assert contents(tmp_path) == whole | {own: b"mine", "site-1/labels/notes.txt": b"mine"}
+    write_phantom(tmp_path, sites=2, cases=3, shape=(16, 16, 4), force=True)
+    assert contents(tmp_path)[own] == b"mine"
+
+
+def test_a_killed_run_leaves_no_torn_file(tmp_path, monkeypatch):
+    def torn(nifti: object, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(nibabel, "save", torn)
+        write_phantom(tmp_path, sites=1, cases=3, shape=(16, 16, 4))
+    assert [path for path in tmp_path.rglob("s1-*") if path.is_file()] == []
+    sites = write_phantom(tmp_path, sites=1, cases=3, shape=(16, 16, 4))
+    assert check_site(sites[0]).ok and not any(content == b"half" for content in contents(tmp_path).values())
+
+
+def test_a_phantom_that_was_being_replaced_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
+    def stop(path: Path, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    write_phantom(tmp_path, sites=1, cases=2, shape=(16, 16, 4))
+    whole = contents(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", stop)
+        write_phantom(tmp_path, sites=1, cases=2, shape=(16, 16, 4), seed=1, force=True)
+    (tmp_path / "site-1" / "images" / "s1-case-01.nii.gz").unlink()
+    write_phantom(tmp_path, sites=1, cases=2, shape=(16, 16, 4))
+    assert contents(tmp_path) == whole
 
 
 @pytest.mark.parametrize("marker", [None, "[]", '{"settings": 1}', "{"])

@@ -20,6 +20,7 @@ from pfedsam.data.sites import listed_split, read_split, site_names
 from pfedsam.data.splitting import write_datalist
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.provenance import split_hash
+from pfedsam.ownership import MARKER
 
 #: `split_hash` of the seeds 0, 1 and 2 of a phantom of 4 sites, by its number of cases. Keys of records hold them.
 HASHES = {
@@ -243,12 +244,45 @@ def test_links_go_into_no_folder_of_somebody_else(tmp_path: Path) -> None:
     for words in ((), ("--force",)):  # links take the place of no folder, forced or not
         with pytest.raises(PFedSAMError, match="E24"):
             told(tmp_path / "data", "--out", tmp_path / "own", *words)
+        assert not (tmp_path / "own" / MARKER).exists()
     assert not (tmp_path / "own" / "x" / "datalist.json").exists()
     with pytest.raises(PFedSAMError, match="E02"):
         told(tmp_path)
 
 
-def test_a_phantom_leaves_a_split_of_the_users_own_and_takes_its_own_away(tmp_path: Path) -> None:
+def test_links_go_not_into_the_data_nor_around_them(tmp_path: Path) -> None:
+    data = site_of(tmp_path / "data" / "x", *"abc").parent
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "linked").symlink_to(data)
+    for out in (data, data / "x", data / "new", tmp_path, tmp_path / "linked" / "new"):
+        for words in ((), ("--force",)):
+            with pytest.raises(PFedSAMError, match="E24") as found:
+                told(data, "--out", out, *words)
+            assert "--force" not in str(found.value)
+    (tmp_path / "linked").unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_links_into_a_folder_of_somebody_else_by_force_leave_it_theirs(tmp_path: Path) -> None:
+    site_of(tmp_path / "data" / "x", *"abc")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes.txt").write_text("mine")
+    with pytest.raises(PFedSAMError, match=r"E24.*--force"):
+        told(tmp_path / "data", "--out", tmp_path / "own")
+    told(tmp_path / "data", "--out", tmp_path / "own", "--force")
+    assert (tmp_path / "own" / "x" / "images").is_symlink() and not (tmp_path / "own" / MARKER).exists()
+
+
+def test_links_go_through_no_link_to_another_folder(tmp_path: Path) -> None:
+    site_of(tmp_path / "data" / "x", *"abc")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "x").symlink_to(tmp_path / "data" / "x")
+    with pytest.raises(PFedSAMError, match=r"E24.*is a link"):
+        told(tmp_path / "data", "--out", tmp_path / "own", "--force")
+    assert not (tmp_path / "own" / MARKER).exists()
+
+
+def test_a_phantom_that_is_replaced_keeps_a_split_of_the_users_own_under_another_name(tmp_path: Path) -> None:
     def write(cases: int) -> list[Path]:
         return write_phantom(tmp_path, sites=2, cases=cases, shape=(16, 16, 4), force=True)
 
@@ -258,7 +292,13 @@ def test_a_phantom_leaves_a_split_of_the_users_own_and_takes_its_own_away(tmp_pa
     assert one.is_file(), "also for one that was written before there was a split"
     own = {"training": ["s2-case-01"], "validation": ["s2-case-02"]}
     two.write_text(json.dumps(own))
+    write(4)
+    assert json.loads(two.read_text()) == own, "with equal settings it is left alone"
+    before = [two.with_name(f"datalist.json.before{end}") for end in ("", ".2")]
     write(3)
-    assert json.loads(two.read_text()) == own and len(sections(one.parent)[0]) == 3
+    assert json.loads(before[0].read_text()) == own and not one.with_name("datalist.json.before").exists()
+    assert all(len(sections(path.parent)[0]) == 3 and check_site(path.parent).ok for path in (one, two))
+    two.write_text("{}")
     write(2)
-    assert not one.exists()
+    assert not one.exists() and not two.exists()
+    assert json.loads(before[0].read_text()) == own and before[1].read_text() == "{}"

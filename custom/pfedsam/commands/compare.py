@@ -45,6 +45,10 @@ def compare(
     nvflare: Annotated[
         bool, typer.Option("--nvflare", help="Train with NVFlare's simulator what needs a server.")
     ] = False,
+    aggregation: Annotated[
+        str | None,
+        typer.Option(help="Rule of the server for strategies that name none, for example mean; see README."),
+    ] = None,
     reference: Annotated[str, typer.Option(help="Strategy that the others are tested against.")] = "pfedsam",
     records: Annotated[Path | None, typer.Option(help="File of the records; by default <out>/runs.jsonl.")] = None,
     table_only: Annotated[bool, typer.Option("--table", help="Run nothing, show the records that are there.")] = False,
@@ -75,7 +79,7 @@ def compare(
     with console.status("loading libraries"):
         from pfedsam.evaluation.compare import Comparison
 
-        runs = _runs(data, names, seeds, rounds, bundle, validate_every, unseen, nvflare, overrides)
+        runs = _runs(data, names, seeds, rounds, bundle, validate_every, unseen, nvflare, aggregation, overrides)
         comparison = Comparison(runs, out, records, fresh=fresh)
         if nvflare:
             from pfedsam.federated.compared import run_simulated
@@ -129,6 +133,7 @@ def _runs(
     validate_every: int,
     unseen: bool,
     nvflare: bool,
+    aggregation: str | None,
     overrides: dict[str, Any],
 ) -> list[Any]:
     from pfedsam.bundles import require_settings
@@ -150,6 +155,7 @@ def _runs(
         require_settings(bundle, {**overrides, **find_strategy(name).overrides})
     _require_own_names(names)
     common: dict[str, Any] = {"overrides": overrides, "validate_every": validate_every, "simulator": nvflare}
+    common["aggregation"] = aggregation
     runs = [
         Run(str(data.resolve()), sites, bundle, name, seed, rounds, held_out=held_out, **common)
         for seed in chosen
@@ -158,6 +164,7 @@ def _runs(
     ]
     for run in runs:
         run.check()
+        run.file.checked()  # E16 for a rule that there is not
     return runs
 
 

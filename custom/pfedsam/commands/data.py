@@ -25,12 +25,15 @@ def phantom(
     size: Annotated[int, typer.Option(min=16, max=2048, help="In-plane voxels of a side.")] = 96,
     slices: Annotated[int, typer.Option(min=4, max=2048, help="Slices of a case.")] = 20,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Same seed, same volumes.")] = 0,
-    force: Force = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a phantom with other settings; a folder of anything else never.")
+    ] = False,
 ) -> None:
     """Write a phantom federation: head volumes with lesions as NIfTI, each site with its own scanner.
 
-    A phantom with the same settings that is there already stays as it is. Another one is replaced with --force only, a
-    folder of anything else never.
+    A phantom with the same settings that is there already stays as it is, also where its files were changed. Another
+    one is replaced with --force only, a folder of anything else never; a datalist.json that you changed is kept as
+    datalist.json.before.
     """
     folders = make_phantom(out, sites, cases, (size, size, slices), seed, force)
     console.print(f"{len(folders)} site folders with {cases} cases each in {out}")
@@ -122,11 +125,11 @@ def split(
     A first split differs from the one by names that holds without a file: do it before anything is trained.
     """
     from pfedsam.data.sites import sites_in
-    from pfedsam.data.splitting import claim_links, link_site, write_datalist
+    from pfedsam.data.splitting import link_site, use_for_links, write_datalist
 
     sites = sites_in(data)
     if out is not None:
-        claim_links(out, force)
+        use_for_links(data, sites, out, force)
         sites = [link_site(site, out) for site in sites]
     for site in sites:
         written = write_datalist(site, folds)

@@ -57,7 +57,7 @@ def report(
 
     The run's own report.html is written anew; another file that is there already is replaced with --force only.
     """
-    if out is not None:
+    if out is not None and out.resolve() != (run / "report.html").resolve():
         require_free(out, force, keep=[run / "results.json", *([compare] if compare else [])])
     with console.status("writing the report"):
         quiet_libraries()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,7 +80,7 @@ def simulate(
     overrides = {"seed": seed, **literals(set_ or [])}
     from pfedsam.bundles import require_settings
     from pfedsam.federated.jobs import find_job, make_job, plan_settings
-    from pfedsam.federated.simulation import Simulation
+    from pfedsam.federated.simulation import Simulation, require_splits
     from pfedsam.strategies import find_strategy
 
     plan = plan_settings(find_job(job))
@@ -90,13 +91,12 @@ def simulate(
     require_settings(bundle or plan["bundle"], {**brought, **overrides})
     every = {} if validate_every is None else {"validate_every": validate_every}
     out = out or Path(f"runs/simulation-{time.strftime('%Y%m%d-%H%M%S')}")
-    with ends_in_order(f"To go on: {command_again(out)}"):
-        made = str(out / "template") if strategy else job
+    with ends_in_order(f"To go on: {command_again(out)}"), tempfile.TemporaryDirectory() as scratch:
+        # not in the run folder: it may be another run's
+        made = str(make_job(strategy, Path(scratch) / "job", job)) if strategy else job
         simulation = Simulation(data, out, made, federation, bundle, rounds, overrides, every)
-        _ = simulation.sites  # there is nothing to write without them
+        require_splits(simulation)
         claim_folder(out, "simulation", is_simulation, force)
-        if strategy:
-            make_job(strategy, out / "template", job, force=True)
         federate(simulation, fresh)
 
 

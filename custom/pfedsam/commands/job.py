@@ -101,7 +101,10 @@ def job_export(
 def _agreed(words: list[str]) -> int | dict[str, int]:
     """`40` or `site-1=40` texts as numbers of cases."""
     pairs = [word.rpartition("=") for word in words]
-    if not all(number.isdigit() for _, _, number in pairs) or len({bool(site) for site, _, _ in pairs}) > 1:
+    if (
+        not all(number.isascii() and number.isdecimal() for _, _, number in pairs)
+        or len({bool(site) for site, _, _ in pairs}) > 1
+    ):
         raise typer.BadParameter(f"{words} are not one number, or site=number each", param_hint="--most-cases")
     if pairs[0][0]:
         return {site: int(number) for site, _, number in pairs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -114,12 +115,15 @@ def _where(root: Path | None, kit: Path | None) -> Path:
     """The state root by one of the two options, else by the environment.
 
     Raises:
-        PFedSAMError: E13 if a root that is named is none, or cannot be looked for: nothing is said of states then.
+        PFedSAMError: E13 if a root that is named is none, or cannot be looked for, or if the kit names none: nothing
+            is said of states then.
     """
-    from pfedsam.state import state_root
+    from pfedsam.state import ROOT_VARIABLE, state_root
 
     if kit is None:
-        return state_root() if root is None else _required(root)
+        # only the default may be missing: nobody has named it
+        named = state_root() if root is None else root
+        return _required(named) if root is not None or os.environ.get(ROOT_VARIABLE) else named
     if root is not None:
         raise typer.BadParameter("give one of --root and --kit", param_hint="--kit")
     from pfedsam.federated.settings import SITE_SETTINGS, read_settings
@@ -128,7 +132,14 @@ def _where(root: Path | None, kit: Path | None) -> Path:
     if not path.is_file():
         raise PFedSAMError("E01", f"there is no {path}.", "Make the kit ready with `pfedsam site init`, or use --root.")
     told = read_settings(path).state_root
-    return _required(state_root(told)) if told else state_root()
+    if not told:
+        raise PFedSAMError(
+            "E13",
+            f"{path} names no state_root: the user that the service runs as keeps the state in its own home, or where "
+            f"its {ROOT_VARIABLE} says, so what states there are is not known.",
+            "Say where to look: --root <folder>, which is ~/.pfedsam of that user by default.",
+        )
+    return _required(state_root(told))
 
 
 def _required(root: Path) -> Path:

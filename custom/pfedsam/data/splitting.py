@@ -21,7 +21,7 @@ from pfedsam.data.sites import Case, listed_split, read_site
 from pfedsam.data.suffixes import case_name
 from pfedsam.errors import PFedSAMError
 from pfedsam.files import write_like
-from pfedsam.ownership import claim
+from pfedsam.ownership import use
 
 #: The file as it was before the last change, beside it.
 BEFORE = f"{DATALIST}.before"
@@ -123,23 +123,20 @@ def link_site(site: Path, out: Path) -> Path:
 
     Args:
         site: site folder.
-        out: folder that was claimed, see `claim_links`.
+        out: folder of links, see `use_for_links`.
 
     Returns:
         The folder. A `datalist.json` that is in it already stays as it is.
 
     Raises:
-        PFedSAMError: E24 if there is something else than a link in it.
         OSError: if it cannot be written.
     """
-    folder = out / site.resolve().name
+    folder = _linked(site, out)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in _KINDS:
         link = folder / kind
         if link.is_symlink():
             link.unlink()  # the data may lie elsewhere now
-        elif link.exists():
-            raise PFedSAMError("E24", f"{link} is no link.", "Choose another folder.")
         link.symlink_to((site / kind).resolve())
     source, target = site / DATALIST, folder / DATALIST
     if source.is_file() and not target.exists():
@@ -147,9 +144,37 @@ def link_site(site: Path, out: Path) -> Path:
     return folder
 
 
-def claim_links(out: Path, force: bool = False) -> None:
-    """Make the folder of linked sites (E24 if it holds files of somebody else)."""
-    claim(out, LINKED, force)
+def use_for_links(data: Path, sites: Sequence[Path], out: Path, force: bool = False) -> None:
+    """Make the folder of linked sites, when it is known that each link can be made.
+
+    Args:
+        data: what is only read: a site folder, or the folder that holds the sites.
+        sites: the site folders.
+        out: the folder; may be missing.
+        force: whether a folder of somebody else may be used, too.
+
+    Raises:
+        PFedSAMError: E24 if `out` and the data lie in each other, something else than a link is where a link goes, or
+            it is somebody else's; nothing is written then.
+        OSError: if it cannot be written.
+    """
+    place = out.resolve()
+    for one in (data, *sites):
+        found = one.resolve()
+        if found == place or found in place.parents or place in found.parents:
+            raise PFedSAMError("E24", f"{out} is {one}, or one lies in the other.", "Choose another folder.")
+    for folder in (_linked(site, out) for site in sites):
+        if folder.is_symlink():
+            raise PFedSAMError("E24", f"{folder} is a link, a folder was expected.", "Choose another folder.")
+        for path in (folder / kind for kind in _KINDS):
+            if path.exists() and not path.is_symlink():
+                raise PFedSAMError("E24", f"{path} is no link.", "Choose another folder.")
+    use(out, LINKED, force)
+
+
+def _linked(site: Path, out: Path) -> Path:
+    """The folder of the links to a site."""
+    return out / site.resolve().name
 
 
 def _entries(content: dict[str, Any]) -> Iterator[Any]:

@@ -55,6 +55,7 @@ class Run:
         validate_every: validate the global model every so many rounds.
         held_out: a site that takes no part, see `pfedsam.evaluation.unseen`.
         simulator: train with NVFlare's simulator, if the strategy needs a server, instead of in this process.
+        aggregation: rule of the server for strategies that name none; None for the default.
     """
 
     data: str
@@ -67,6 +68,7 @@ class Run:
     validate_every: int = 3
     held_out: str | None = None
     simulator: bool = False
+    aggregation: str | None = None
 
     @property
     def name(self) -> str:
@@ -87,7 +89,10 @@ class Run:
     @property
     def file(self) -> StrategyFile:
         """The strategy (E16 if there is none)."""
-        return find_strategy(self.strategy)
+        found = find_strategy(self.strategy)
+        if self.aggregation is None or found.kind != "federated" or "aggregation" in found.strategy:
+            return found
+        return found.model_copy(update={"strategy": {**found.strategy, "aggregation": self.aggregation}})
 
     @property
     def simulated(self) -> bool:
@@ -114,6 +119,10 @@ class Run:
         """Hash of all that the training depends on: runs with the same key share it."""
         file = self.file
         strategy = {**file.strategy, "name": "", "validate_every": self.validate_every}
+        strategy.pop("aggregation", None)
+        rule = file.checked().aggregation
+        if file.kind == "federated" and rule != "mean":  # which was the default when the first records were made
+            strategy["aggregation"] = rule
         kind = "local" if file.kind == "ensemble" else file.kind
         settings = {key: value for key, value in self.settings.items() if key not in INDIFFERENT}
         if settings.get("experts") == 0 and settings.get("lora_rank") == 0:

@@ -30,7 +30,7 @@ def run_simulated(run: Run, out: Path, tell: Callable[[str], None]) -> tuple[dic
         PFedSAMError: E16 for a strategy without a server; else of the first failing site.
     """
     job = make_job(run.strategy, out / "template", force=True)
-    strategy = {"validate_every": run.validate_every}
+    strategy = {"validate_every": run.validate_every, "aggregation": run.file.checked().aggregation}
     simulation = Simulation(
         Path(run.data), out, str(job), FEDERATION, run.bundle, run.rounds, run.settings, strategy, run.sites
     )

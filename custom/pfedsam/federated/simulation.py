@@ -19,8 +19,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from pfedsam.bundles import settings_of
 from pfedsam.children import end, supervised
-from pfedsam.data.sites import site_names
+from pfedsam.data.sites import read_split, site_names
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.job_terms import job_terms
 from pfedsam.federated.jobs import export_job, find_job, plan_settings, server_settings
@@ -224,6 +225,28 @@ def _run(simulation: Simulation, event: Callable[[str], None] | None) -> bool:
             "E99", f"the simulation did not finish, see {log}.", "Start it again to go on."
         )
     return True
+
+
+def require_splits(simulation: Simulation) -> None:
+    """Make sure that every site can be split, before anything is written.
+
+    Raises:
+        PFedSAMError: E02 if there are too few sites; E06 naming all sites with too few patients for a split of their
+            own; else what is wrong in the first site.
+    """
+    settings = settings_of(simulation.plan["bundle"], simulation.settings)
+    small = []
+    for site in simulation.sites:
+        try:
+            read_split(simulation.data / site, int(settings["seed"]), int(settings["folds"]))
+        except PFedSAMError as error:
+            if error.code != "E06":
+                raise
+            small.append(f"{site}: {error.message}")
+    if small:
+        raise PFedSAMError(
+            "E06", " ".join(small), f"Write an even split for all sites: pfedsam split {simulation.data}"
+        )
 
 
 def expected_events(simulation: Simulation) -> int:
