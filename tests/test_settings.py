@@ -326,7 +326,7 @@ def test_numbers_of_commands_have_ends(words: tuple[str, ...]) -> None:
 
 
 def test_settings_are_listed_with_meaning_unit_range_and_who_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "width", 200)
+    monkeypatch.setattr(console, "_width", 200)
     told = {one["name"]: one for one in json.loads(CliRunner().invoke(app, ["settings", "--json"]).output)}
     assert set(told) == set(Settings.model_fields) and all(one["meaning"] for one in told.values())
     assert told["image_size"]["unit"] == "pixels" and told["image_size"]["by"] == "job"

@@ -46,7 +46,7 @@ def refused(*arguments: str | Path) -> str:
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal in which no cell of a table is broken."""
-    monkeypatch.setattr(console, "width", 200)
+    monkeypatch.setattr(console, "_width", 200)
 
 
 @pytest.fixture
