@@ -88,7 +88,7 @@ def test_sites_weigh_as_the_strategy_says(data: Path, tmp_path: Path) -> None:
     assert len(write_datalist(folder / "site-2").absent) == 2
     means = {}
     for weights in ("cases", "uniform"):
-        strategy = find_strategy("fedavg_lora").checked().model_copy(update={"weights": weights})
+        strategy = find_strategy("fedavg_lora").checked().model_copy(update={"weights": weights, "aggregation": "mean"})
         one = Federation(
             "brain_lesion_mri", {site: folder / site for site in SITES}, strategy, tmp_path / weights, 1, TINY
         )
