@@ -38,9 +38,9 @@ with subprocess.Popen(supervised(sys.argv[1:]), stdout=subprocess.PIPE, text=Tru
 """
 #: Starts a process as `pfedsam compare` does, which sees no event for minutes.
 COMPUTES = """
-import multiprocessing, pickle, time
+import multiprocessing
 from pfedsam.children import begin
-process = multiprocessing.get_context("spawn").Process(target=begin, args=(pickle.dumps((time.sleep, (600,))),))
+process = multiprocessing.get_context("spawn").Process(target=begin, args=("time:sleep", 600))
 process.start()
 print(process.pid, flush=True)
 process.join()

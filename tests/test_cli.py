@@ -98,7 +98,7 @@ def test_a_run_is_refused_for_other_data_strategy_rounds_or_sites_and_says_why(o
         "setting batch_size: 4 then, 2 now": {"overrides": {**simulation(*own).overrides, "batch_size": 2}},
         "setting experts: 4 then, 2 now": {"overrides": {**simulation(*own).overrides, "experts": 2}},
         'bundle: "brain_lesion_mri" then, "prostate_mri" now': {"bundle": "prostate_mri"},
-        "strategy validate_every: none then, 2 now": {"strategy": {"validate_every": 2}},
+        "strategy validate_every: 1 then, 2 now": {"strategy": {"validate_every": 2}},
         "rounds, 1 are asked for": {"rounds": 1},
     }
     for words, change in changes.items():

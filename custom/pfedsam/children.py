@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
-import pickle
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -60,16 +60,15 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def begin(payload: bytes, *more: Any) -> None:
+def begin(work: str, *arguments: Any) -> None:
     """Target of a process of `multiprocessing` that ends with its parent, from before it imports anything large.
 
     Args:
-        payload: a pickled function of a module and a tuple of its arguments.
-        more: further arguments: what only `multiprocessing` can hand over.
+        work: `module:function`; a name, because the function itself would be imported first.
+        arguments: of the function; for the same reason plain values, or what only `multiprocessing` can hand over.
     """
     end_with_parent()
-    work, arguments = pickle.loads(payload)
-    work(*arguments, *more)
+    pkgutil.resolve_name(work)(*arguments)
 
 
 @contextlib.contextmanager

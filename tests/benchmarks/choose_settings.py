@@ -42,6 +42,8 @@ SETTINGS: dict[str, Any] = {
     "positives_per_case": 2,
     "negatives_per_case": 1,
 }
+#: Rule of the server where a choice names none, that of `make bench-lgg`.
+AGGREGATION = "mean"
 RESULTS = Path(__file__).parent / "results" / "choices.jsonl"
 #: Each strategy's learning rates are tried times these, the same for all.
 FACTORS = (0.25, 0.5, 2.0)
@@ -145,7 +147,7 @@ class Choice(Run):
     """A run of a comparison whose strategy is that of a choice: `strategy` is the name of the choice."""
 
     @property
-    def file(self) -> StrategyFile:
+    def named(self) -> StrategyFile:
         """The patched strategy."""
         base, patch, _ = CHOICES[self.strategy]
         return patched(base, {"base": base, **patch})
@@ -153,7 +155,10 @@ class Choice(Run):
     @property
     def row_key(self) -> str:
         """Hash of the strategy and of all the bundle's settings, the defaults too."""
-        told = [self.bundle, self.rounds, self.file.checked().model_dump(mode="json")]
+        strategy = self.file.checked().model_dump(mode="json")
+        if self.file.kind != "federated":
+            strategy["aggregation"] = AGGREGATION  # no server applies it
+        told = [self.bundle, self.rounds, strategy]
         left_out = ("checkpoint", *LATER)
         settings = {key: value for key, value in settings_of(self.bundle, self.settings).items() if key not in left_out}
         return hashlib.sha256(json.dumps([*told, settings], sort_keys=True).encode()).hexdigest()[:16]
@@ -161,8 +166,8 @@ class Choice(Run):
 
 def choice(name: str, fold: int, data: Path | None = None) -> Choice:
     """A choice in one fold of the site folders in `data`; without it, to ask for its settings only."""
-    rounds = CHOICES[name].rounds or ROUNDS
-    return Choice(str(data), site_names(data) if data else (), BUNDLE, name, fold, rounds, dict(SETTINGS))
+    rounds, sites = CHOICES[name].rounds or ROUNDS, site_names(data) if data else ()
+    return Choice(str(data), sites, BUNDLE, name, fold, rounds, dict(SETTINGS), aggregation=AGGREGATION)
 
 
 def measure(run: Choice, out: Path) -> dict[str, Any]:

@@ -14,22 +14,22 @@ from typer.testing import CliRunner
 from pfedsam.bundles import folder
 from pfedsam.cli import app
 from pfedsam.errors import PFedSAMError
+from pfedsam.federated.allowed_classes import classes_of, needed_classes
 from pfedsam.federated.job_terms import job_terms
 from pfedsam.federated.jobs import (
     CLIENT,
     META,
     SERVER,
     Privacy,
-    classes_of,
     export_job,
     find_job,
     make_job,
-    needed_classes,
     plan_settings,
     server_settings,
 )
 from pfedsam.federated.plan import Plan
 from pfedsam.federated.recipe import PFedSAMRecipe
+from pfedsam.federated.simulation import Simulation
 from pfedsam.strategies import find_strategy
 from pfedsam.training.aggregation import RULES
 
@@ -177,7 +177,7 @@ def test_a_kit_of_the_server_allows_the_aggregator_of_every_rule(rule: str, tmp_
 
 
 def of_before(job: Path) -> Path:
-    """The job as version 0.2 made it: plain mean, nothing promised."""
+    """The job as it was before there were other rules: plain mean, nothing promised."""
     path = config_of(job)
     config = json.loads(path.read_text())
     config["components"] = [one for one in config["components"] if one["id"] != "least_sites"]
@@ -197,6 +197,7 @@ def test_a_job_of_before_keeps_its_rule_and_keeps_what_it_promises_now(job: Path
     assert (told["strategy"]["aggregation"], told["least_sites"]) == ("mean", 3)
     client = json.loads(config_of(out, CLIENT).read_text())["components"]
     assert next(one for one in client if one["id"] == "plan")["args"] == told
+    assert Simulation(tmp_path, tmp_path, str(job)).plan["strategy"]["aggregation"] == "mean", "also in a simulation"
 
 
 @pytest.mark.parametrize(("rule", "refused"), [("svd", True), ("krum", True), ("mean", False), ("norm_clipped", False)])

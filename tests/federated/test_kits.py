@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from pfedsam.cli import app
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.jobs import CLIENT, GUARD, NOISE, SERVER, needed_classes
+from pfedsam.federated.allowed_classes import needed_classes
+from pfedsam.federated.jobs import CLIENT, GUARD, NOISE, SERVER
 from pfedsam.federated.kits import AUTHORIZATION, FILTER, PRIVACY, RESOURCES, SCOPE, init_kit
 from pfedsam.federated.processes import Deployment
 from pfedsam.federated.settings import KIT_DEFAULTS, SITE_SETTINGS, SiteSettings, read_settings

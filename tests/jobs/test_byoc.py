@@ -40,7 +40,7 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def run(without: dict[str, str], federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("byoc")
     exported = folder / "exported"
-    done = CliRunner().invoke(app, ["job", "export", str(SOURCE), str(exported), "--byoc"])
+    done = CliRunner().invoke(app, ["job", "export", str(SOURCE), str(exported), "--byoc", "--least-sites", "2"])
     assert done.exit_code == 0, done.output
     module = exported / "app" / "custom" / "pfedsam" / "__init__.py"
     module.write_text(module.read_text() + MARK)

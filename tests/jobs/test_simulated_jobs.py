@@ -12,8 +12,8 @@ from nvflare.fuel.utils import fobs
 from scenarios import LOCKED_CLASSES, TROUBLES
 from simulated import BUNDLE, FEDERATION, SOURCE, Job, Run
 
+from pfedsam.federated.allowed_classes import classes_of
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY, check_result
-from pfedsam.federated.jobs import classes_of
 from pfedsam.federated.plan import Plan
 from pfedsam.site_model import read
 

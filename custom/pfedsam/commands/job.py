@@ -188,7 +188,8 @@ def job_allow(
     job: Job = "pfedsam",
 ) -> None:
     """Allow the classes of a locked job at a site: adds them to <workspace>/local/resources.json."""
-    from pfedsam.federated.jobs import allow_classes, find_job
+    from pfedsam.federated.allowed_classes import allow_classes
+    from pfedsam.federated.jobs import find_job
 
     path, added = allow_classes(find_job(job), workspace)
     console.print(f"{path}: {len(added)} classes added", *added, sep="\n  ", highlight=False)

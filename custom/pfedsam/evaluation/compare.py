@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
-import pickle
+import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -117,9 +117,9 @@ def compare(comparison: Comparison, workers: int, event: Callable[[str, int], No
         while waiting or running:
             while waiting and len(running) < workers:
                 run = waiting.pop(_next(comparison, waiting, running))
-                told = pickle.dumps((_work, (number, run, str(comparison.out), comparison.simulator)))
+                told = (_name(_work), number, asdict(run), str(comparison.out), _name(comparison.simulator), messages)
                 # NVFlare's simulator starts processes of its own, which a daemon may not
-                process = context.Process(target=begin, args=(told, messages), daemon=not run.simulator)
+                process = context.Process(target=begin, args=told, daemon=not run.simulator)
                 with terminal_signals_held():
                     process.start()
                     running[number] = (process, run, run.events())
@@ -161,12 +161,19 @@ def _messages(messages: Any, running: dict[int, tuple[Any, Run, int]]) -> Iterat
                 yield index, "failure", f"its process ended with exit code {process.exitcode} (memory?)"
 
 
-def _work(index: int, run: Run, out: str, simulator: Simulator | None, messages: Any) -> None:
+def _name(function: Callable[..., Any] | None) -> str | None:
+    """A function of a module as `pkgutil.resolve_name` finds it again."""
+    return f"{function.__module__}:{function.__qualname__}" if function else None
+
+
+def _work(index: int, fields: dict[str, Any], out: str, simulator_name: str | None, messages: Any) -> None:
     """A process of its own for one run, see `pfedsam.children.begin`."""
     import logging
 
     import torch
 
+    run = Run(**fields)
+    simulator: Simulator | None = pkgutil.resolve_name(simulator_name) if simulator_name else None
     simulated = run.simulated
 
     def leave(*_: Any) -> None:

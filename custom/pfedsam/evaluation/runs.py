@@ -87,9 +87,14 @@ class Run:
         return {**self.overrides, **self.file.overrides, "seed": self.seed}
 
     @property
+    def named(self) -> StrategyFile:
+        """The strategy as its file has it (E16 if there is none)."""
+        return find_strategy(self.strategy)
+
+    @property
     def file(self) -> StrategyFile:
-        """The strategy (E16 if there is none)."""
-        found = find_strategy(self.strategy)
+        """The strategy with the rule of the server (E16 if there is none)."""
+        found = self.named
         if self.aggregation is None or found.kind != "federated" or "aggregation" in found.strategy:
             return found
         return found.model_copy(update={"strategy": {**found.strategy, "aggregation": self.aggregation}})

@@ -109,7 +109,7 @@ class RobustAggregator(Aggregator):
 
 
 class ProductAggregator(RobustAggregator):
-    """`svd` whatever the plan says: the name in jobs that were exported by version 0.2 and before."""
+    """`svd` whatever the plan says: the name in jobs that were made before there were other rules."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()

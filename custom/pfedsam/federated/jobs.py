@@ -19,7 +19,7 @@ from pfedsam.bundles import checked_overrides, folder, installed_bundles
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.packing import Precision
 from pfedsam.federated.plan import Plan
-from pfedsam.files import when_whole, write_like
+from pfedsam.files import when_whole
 from pfedsam.ownership import MARKER, require_sealed, seal
 from pfedsam.ranges import MOST_ROUNDS, MOST_SECONDS, MOST_SITES
 from pfedsam.settings import shown
@@ -27,16 +27,10 @@ from pfedsam.strategies import find_strategy
 from pfedsam.training.phases import Strategy
 
 #: NVFlare's aggregator, for the plain mean: it adds updates up as they come.
-_MEAN: dict[str, Any] = {
+MEAN: dict[str, Any] = {
     "path": "nvflare.app_common.aggregators.intime_accumulate_model_aggregator.InTimeAccumulateWeightedAggregator",
     "args": {"expected_data_kind": "WEIGHT_DIFF", "weigh_by_local_iter": True},
 }
-#: Classes of a server that no packaged job names: for the plain mean, and in jobs of version 0.2 and before.
-_OTHER_SERVER = (
-    _MEAN["path"],
-    "nvflare.app_common.widgets.intime_model_selector.IntimeModelSelector",
-    "pfedsam.federated.aggregators.ProductAggregator",
-)
 #: A plan promises so many sites in each round, if the server waits for so many; see `pfedsam.federated.least_sites`.
 PROMISED = 3
 _LEAST_SITES = {"id": "least_sites", "path": "pfedsam.federated.least_sites.LeastSites"}
@@ -133,6 +127,7 @@ def export_job(
     server: Mapping[str, Any] | None = None,
     persistor: Mapping[str, Any] | None = None,
     privacy: Privacy | None = None,
+    name: str | None = None,
     force: bool = False,
 ) -> Path:
     """Write a copy of a job.
@@ -149,6 +144,7 @@ def export_job(
             something else of `least_sites`.
         persistor: arguments of the persistor to set.
         privacy: further filters, after ours at the sites and before the guard at the server.
+        name: of the job, None for that of `source`.
         force: replace a job folder whosever it is, as in a run folder of ours; another folder is never replaced.
 
     Raises:
@@ -156,8 +152,30 @@ def export_job(
             something else than the mean is taken, if `source` and `out` lie in each other, or, as E18, if the plan or a
             setting of the server is impossible; E24 if `out` is something else than an exported job.
     """
+    _check_settings(source, plan or {}, server or {})
+    if locked and byoc:
+        raise PFedSAMError("E16", "a locked job carries no code.", "Choose one of --locked and --byoc.")
+    if privacy and privacy.encrypt:
+        _check_encryption({**plan_settings(source), **(plan or {})})
+    told = {"strategy": plan_settings(source)["strategy"], **_promised(server or {}), **(plan or {})}
     with _job_folder(source, out, force) as path:
-        _copy_job(source, path, locked, byoc, plan, server, persistor, privacy)
+        shutil.copytree(source, path, ignore=shutil.ignore_patterns("__pycache__", MARKER))
+        if locked:
+            shutil.rmtree(path / "app" / "custom", ignore_errors=True)
+        if byoc:
+            _add_code(path / "app" / "custom")
+        for side in (SERVER, CLIENT):
+            config = read_json(path / "app" / "config" / side)
+            _arguments(config, "plan").update(told)
+            if side == SERVER:
+                _set_aggregator(config)
+                _set_promise(config)
+                config.update(server or {})
+                _arguments(config, "persistor").update(persistor or {})
+            _add_filters(config, side, privacy or Privacy())
+            (path / "app" / "config" / side).write_text(_pretty(config))
+        meta = read_json(path / META)
+        (path / META).write_text(_pretty({**meta, "name": name} if name else meta))
     return out
 
 
@@ -177,41 +195,6 @@ def _job_folder(source: Path, out: Path, force: bool) -> Iterator[Path]:
         seal(path, _FOLDER)
 
 
-def _copy_job(
-    source: Path,
-    out: Path,
-    locked: bool = False,
-    byoc: bool = False,
-    plan: Mapping[str, Any] | None = None,
-    server: Mapping[str, Any] | None = None,
-    persistor: Mapping[str, Any] | None = None,
-    privacy: Privacy | None = None,
-) -> None:
-    """See `export_job`."""
-    _check_settings(source, plan or {}, server or {})
-    if locked and byoc:
-        raise PFedSAMError("E16", "a locked job carries no code.", "Choose one of --locked and --byoc.")
-    if privacy and privacy.encrypt:
-        _check_encryption({**plan_settings(source), **(plan or {})})
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("__pycache__", MARKER))
-    if locked:
-        shutil.rmtree(out / "app" / "custom", ignore_errors=True)
-    if byoc:
-        _add_code(out / "app" / "custom")
-    told = {**_of_before(source), **_promised(server or {}), **(plan or {})}
-    for name in (SERVER, CLIENT):
-        path = out / "app" / "config" / name
-        config = read_json(path)
-        _arguments(config, "plan").update(told)
-        if name == SERVER:
-            _set_aggregator(config)
-            _set_promise(config)
-            config.update(server or {})
-            _arguments(config, "persistor").update(persistor or {})
-        _add_filters(config, name, privacy or Privacy())
-        path.write_text(json.dumps(config, indent=2) + "\n")
-
-
 def make_job(strategy: str, out: Path, template: str = "pfedsam", force: bool = False) -> Path:
     """Write the NVFlare job of a strategy: the checked-in jobs are what this writes.
 
@@ -228,23 +211,13 @@ def make_job(strategy: str, out: Path, template: str = "pfedsam", force: bool = 
     file = find_strategy(strategy)
     if file.kind != "federated":
         raise PFedSAMError("E16", f"strategy '{strategy}' needs no server, so it has no job.", "Use `pfedsam compare`.")
-    settings, source = file.checked(), find_job(template)
-    with _job_folder(source, out, force) as path:
-        _copy_job(source, path, plan={"strategy": file.strategy, "overrides": file.overrides})
-        _set_strategy(path, settings)
-    return out
+    plan = {"strategy": file.strategy, "overrides": file.overrides}
+    return export_job(find_job(template), out, plan=plan, name=file.checked().name, force=force)
 
 
 def _promised(server: Mapping[str, Any]) -> dict[str, int]:
     """What the plan promises of the sites of a round: as many as the server waits for, up to `PROMISED`."""
     return {"least_sites": min(PROMISED, int(server["min_clients"]))} if "min_clients" in server else {}
-
-
-def _of_before(source: Path) -> dict[str, Any]:
-    """The strategy of a job that was made when the plain mean was the default: it stays with it."""
-    strategy = plan_settings(source)["strategy"]
-    mean = _component(server_settings(source), "aggregator")["path"] == _MEAN["path"]
-    return {"strategy": {**strategy, "aggregation": "mean"}} if mean and "aggregation" not in strategy else {}
 
 
 def _set_promise(config: dict[str, Any]) -> None:
@@ -257,19 +230,10 @@ def _set_promise(config: dict[str, Any]) -> None:
 def _set_aggregator(config: dict[str, Any]) -> None:
     """The aggregator of the plan's rule, in the place of one of the two; another one is somebody's own and stays."""
     component, rule = _component(config, "aggregator"), Strategy.of(_arguments(config, "plan")["strategy"]).aggregation
-    if component["path"] not in (_MEAN["path"], _ROBUST):
+    if component["path"] not in (MEAN["path"], _ROBUST):
         return
     component.pop("args", None)
-    component.update(_MEAN if rule == "mean" else {"path": _ROBUST})
-
-
-def _set_strategy(job: Path, settings: Strategy) -> None:
-    """The name that a strategy asks for, and JSON as the checked-in jobs have it."""
-    for name in (SERVER, CLIENT):
-        path = job / "app" / "config" / name
-        path.write_text(_pretty(read_json(path)))
-    meta = read_json(job / META)
-    (job / META).write_text(_pretty({**meta, "name": settings.name}))
+    component.update(MEAN if rule == "mean" else {"path": _ROBUST})
 
 
 def _add_code(custom: Path) -> None:
@@ -326,12 +290,18 @@ def _pretty(content: Mapping[str, Any]) -> str:
 
 
 def plan_settings(job: Path) -> dict[str, Any]:
-    """Arguments of a job's plan, among them `bundle` and `strategy` (E16 if it is no job of ours)."""
-    plan = _arguments(server_settings(job), "plan")
+    """Arguments of a job's plan, among them `bundle` and `strategy` (E16 if it is no job of ours).
+
+    The strategy of a job that was made when the plain mean was the default names it here: it stays with it.
+    """
+    config = server_settings(job)
+    plan = _arguments(config, "plan")
     kinds: dict[str, tuple[type, ...]] = {"bundle": (str,), "strategy": (dict,), "overrides": (dict, type(None))}
     for key, kind in kinds.items():
         if not isinstance(plan.get(key), kind):
             raise PFedSAMError("E16", f"{job}: {key} of the plan is {shown(plan.get(key))}.", _JOB)
+    if _component(config, "aggregator")["path"] == MEAN["path"]:
+        plan["strategy"] = {"aggregation": "mean", **plan["strategy"]}
     return plan
 
 
@@ -341,78 +311,6 @@ def server_settings(job: Path) -> dict[str, Any]:
     config = read_json(path)
     _check_server(config, str(path))
     return config
-
-
-def classes_of(job: Path) -> list[str]:
-    """Exact class paths that a job needs beside those that NVFlare allows by default."""
-    from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
-
-    named: set[str] = set()
-    for name in (SERVER, CLIENT):
-        _collect_paths(read_json(job / "app" / "config" / name), named)
-    return sorted(named - set(DEFAULT_CLASS_ALLOW_LIST))
-
-
-def needed_classes(side: str) -> list[str]:
-    """Exact class paths that the packaged jobs and `Privacy` name, and nothing else: what has to be allowed.
-
-    Args:
-        side: `SERVER` or `CLIENT`: a class of the server has no business at a site.
-    """
-    of_privacy = {
-        CLIENT: {NOISE, PACK, ENCRYPT, DECRYPT},
-        SERVER: {UNPACK, GUARD, *(one["path"] for one in ENCRYPTED.values()), *_OTHER_SERVER},
-    }
-    named: set[str] = set(of_privacy[side])
-    for job in folder("jobs").glob(f"*/{META}"):
-        _collect_paths(json.loads((job.parent / "app" / "config" / side).read_text()), named)
-    return sorted(named)
-
-
-def allow_classes(job: Path, workspace: Path) -> tuple[Path, list[str]]:
-    """Add the classes of a job to the list of a site, a server or a simulator workspace.
-
-    Args:
-        job: the job folder.
-        workspace: NVFlare workspace; its `local/resources.json` is written, from `resources.json.default` if there is
-            one and from NVFlare's default list if not.
-
-    Returns:
-        The file and the classes that were added. Exact classes, no prefix: a prefix would also admit every callable
-        that our modules import.
-
-    Raises:
-        PFedSAMError: E01 if the file that is there cannot be read.
-    """
-    from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
-
-    path = workspace / "local" / "resources.json"
-    settings: dict[str, Any] = {"format_version": 2}
-    for source in (path, path.with_name("resources.json.default")):
-        if source.exists():
-            try:
-                settings = json.loads(source.read_text())
-            except ValueError as error:
-                raise PFedSAMError("E01", f"{source} is no JSON: {error}.", "Mend it by hand.") from None
-            break
-    allowed = list(settings.get("class_allow_list", DEFAULT_CLASS_ALLOW_LIST))
-    added = [name for name in classes_of(job) if name not in allowed]
-    settings["class_allow_list"] = [*allowed, *added]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = f"{json.dumps(settings, indent=2)}\n"
-    write_like(path, text.encode(), next((one for one in (path, source) if one.exists()), path.parent))
-    return path, added
-
-
-def _collect_paths(node: Any, named: set[str]) -> None:
-    if isinstance(node, dict):
-        if isinstance(node.get("path"), str):
-            named.add(node["path"])
-        for value in node.values():
-            _collect_paths(value, named)
-    elif isinstance(node, list):
-        for value in node:
-            _collect_paths(value, named)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from nvflare.app_common.logging.constants import is_log_streaming_allowed
 from nvflare.security.security import COMMAND_CATEGORIES, CommandCategory
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.jobs import CLIENT, SERVER, needed_classes
+from pfedsam.federated.allowed_classes import needed_classes
+from pfedsam.federated.jobs import CLIENT, SERVER
 from pfedsam.federated.settings import KIT_DEFAULTS, SITE_SETTINGS, SiteSettings, read_settings
 from pfedsam.files import write_like
 from pfedsam.parameters import GROUPS

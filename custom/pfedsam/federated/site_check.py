@@ -15,7 +15,8 @@ from nvflare.fuel.sec.authz import parse_policy_config
 from nvflare.security.security import COMMAND_CATEGORIES
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.jobs import CLIENT, SERVER, needed_classes
+from pfedsam.federated.allowed_classes import needed_classes
+from pfedsam.federated.jobs import CLIENT, SERVER
 from pfedsam.federated.kits import AUTHORIZATION, FILTER, LOG_SENDERS, PRIVACY, RESOURCES, SHELL, is_server, outgoing
 from pfedsam.federated.settings import SITE_SETTINGS
 
