@@ -18,10 +18,10 @@ from filelock import FileLock
 
 from pfedsam.cli import main
 from pfedsam.data.phantom import write_phantom
+from pfedsam.deployment.simulation import Simulation, _put_states_back, begin_anew, require_same_run
+from pfedsam.deployment.simulation import run as simulate
 from pfedsam.errors import PFedSAMError
-from pfedsam.evaluation.report import write_report
-from pfedsam.federated.simulation import Simulation, _put_states_back, begin_anew, require_same_run
-from pfedsam.federated.simulation import run as simulate
+from pfedsam.report.page import write_report
 
 TINY = ("--set", "backbone=vit_test", "--set", "image_size=64", "--set", "batch_size=4")
 

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from pfedsam.bundles import OVERRIDES, checked_overrides, network_of
 from pfedsam.cli import app
 from pfedsam.errors import PFedSAMError
-from pfedsam.global_model import read_global_model
 from pfedsam.networks.weights import CHECKPOINTS
 from pfedsam.parameters import Roles, manifest
-from pfedsam.strategies import find_strategy
+from pfedsam.storage.global_model import read_global_model
+from pfedsam.training.catalogue import find_strategy
 
 TINY = ("--set", "backbone=vit_test", "--set", "image_size=64")
 
@@ -70,7 +70,7 @@ def test_flops_move_from_the_cache_to_the_head_with_more_adapted_blocks():
     ],
 )
 def test_every_share_of_the_decoder_is_a_setting_and_is_told(shared, rank, share):
-    from pfedsam.describe import describe
+    from pfedsam.bundle_tools.describe import describe
 
     settings = {"backbone": "vit_test", "image_size": 64, "decoder_rank": rank}
     found = describe("brain_lesion_mri", Roles(shared=tuple(shared)), settings)
@@ -81,7 +81,7 @@ def test_every_share_of_the_decoder_is_a_setting_and_is_told(shared, rank, share
 
 @pytest.mark.parametrize("name", ["fedln", "ditto", "fedavg_lora_ft", "pfedsam"])
 def test_sizes_of_the_roles_are_those_of_the_strategys_tensors(name):
-    from pfedsam.describe import describe
+    from pfedsam.bundle_tools.describe import describe
 
     file = find_strategy(name)
     strategy, settings = file.checked(), {"backbone": "vit_test", "image_size": 64, **file.overrides}

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from pfedsam.bundles import network_of
 from pfedsam.data.phantom import write_phantom
-from pfedsam.evaluation.report import write_report
 from pfedsam.files import append_line, read_lines
 from pfedsam.inference.export import export_model, export_torchscript
 from pfedsam.networks.download import download
 from pfedsam.networks.weights import Checkpoint, check_file
 from pfedsam.parameters import Roles
-from pfedsam.site_model import SiteModel, read, write
-from pfedsam.state import PREVIOUS, SiteState, list_states
+from pfedsam.report.page import write_report
+from pfedsam.storage.site_model import SiteModel, read, write
+from pfedsam.storage.state import PREVIOUS, SiteState, list_states
 from pfedsam.training.feature_store import FeatureStore
 
 #: How many of what was acknowledged before the last are looked at after each kill.

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.networks.sam import SegmentAnything, build_network
+from pfedsam.networks.model import SegmentAnything
+from pfedsam.networks.sam import build_network
 from pfedsam.parameters import (
     _GROUPS,
     ADDED,

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,26 +14,52 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "custom" / "pfedsam"
 
 
+#: Rooms that a room's modules never import, beside those that lie above both.
+BELOW = {
+    "networks": ("data", "training", "storage", "evaluation", "inference"),
+    "parameters.py": ("networks", "data", "training", "storage", "evaluation", "inference"),
+    "data": ("networks", "training", "storage", "evaluation", "inference"),
+    "training": ("evaluation", "inference"),
+    "storage": ("evaluation", "inference"),
+    "evaluation": ("comparison", "report", "inference"),
+    "comparison": ("report", "inference"),
+    "inference": ("comparison", "report"),
+    "federated": ("deployment", "comparison", "report"),
+}
+TOP = ("federated", "deployment", "commands", "cli")
+
+
 def _imports(path: Path) -> set[str]:
+    """Modules that a file imports, whether at once, in a function or for types only."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+            # `from pfedsam.room import module` names a module, too
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+FILES = {path.relative_to(PACKAGE): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_run_one_way(path: Path):
-    room = path.relative_to(PACKAGE).parts[0]
-    imported = _imports(path)
-    if room != "federated":
-        assert not any(name.split(".")[0] == "nvflare" for name in imported), "only federated/ imports nvflare"
-    if room not in ("federated", "commands", "cli.py"):
-        assert not any(name.startswith("pfedsam.federated") for name in imported)
-    if room in ("networks", "parameters.py"):
-        assert not any(name.startswith("pfedsam.training") for name in imported)
+    room, imported = path.parts[0], _imports(FILES[path])
+    if room not in ("federated", "deployment"):
+        assert not any(name.split(".")[0] == "nvflare" for name in imported), "only these two import nvflare"
+    above = () if room in ("deployment", "commands", "cli.py", "federated") else TOP
+    for other in (*above, *BELOW.get(room, ())):
+        assert not any(f"{name}.".startswith(f"pfedsam.{other}.") for name in imported), f"{room} knows {other}"
+
+
+def test_no_modules_import_each_other():
+    names = {".".join(("pfedsam", *path.with_suffix("").parts)).removesuffix(".__init__"): path for path in FILES}
+    graph = {name: {one for one in _imports(FILES[path]) if one in names} - {name} for name, path in names.items()}
+    # `from pfedsam.room import module` imports the module; the room's own file is empty
+    rooms = {name for name, path in names.items() if path.name == "__init__.py"}
+    list(TopologicalSorter({name: found - rooms for name, found in graph.items()}).static_order())
 
 
 def test_help_imports_no_heavy_library():
@@ -59,7 +86,7 @@ def test_a_wheel_holds_bundles_and_jobs_and_finds_them_from_another_directory(tm
     # isolated from the source tree: -S leaves out the editable install, the libraries are added by hand
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path / 'site')!r}]; "
-        "from pfedsam.bundles import find_bundle; from pfedsam.federated.jobs import find_job; "
+        "from pfedsam.bundles import find_bundle; from pfedsam.deployment.jobs import find_job; "
         "print(find_bundle('brain_lesion_mri')); print(find_job('pfedsam'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
@@ -67,7 +94,7 @@ def test_a_wheel_holds_bundles_and_jobs_and_finds_them_from_another_directory(tm
 
 
 def test_the_service_files_have_the_environment_that_the_processes_of_this_machine_get():
-    from pfedsam.federated.processes import MEMORY
+    from pfedsam.deployment.processes import MEMORY
 
     for unit in (ROOT / "poc_workspace").glob("*/*.service"):
         text = unit.read_text()

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from pfedsam.cli import app
 from pfedsam.commands import poc
 from pfedsam.commands.console import console
+from pfedsam.deployment.processes import Deployment
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.processes import Deployment
-from pfedsam.site_model import SiteModel, read, write
-from pfedsam.state import BEST, CURRENT, ROOT_VARIABLE
+from pfedsam.storage.site_model import SiteModel, read, write
+from pfedsam.storage.state import BEST, CURRENT, ROOT_VARIABLE
 
 FIRST, SECOND = "ab" * 6, "cd" * 6
 PROJECT = Path(__file__).resolve().parents[1] / "poc_workspace" / "project.yml"

@@ -7,6 +7,7 @@ keys, so it stays in the site's own log (ARCHITECTURE, rule 4).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 #: What each code means. The text is public: it may be shown to the administrator of a federation.
 CODES: dict[str, str] = {
@@ -66,6 +67,12 @@ class PFedSAMError(Exception):
     def as_reply(self) -> str:
         """The return code that leaves the site: nothing but the code."""
         return f"{REFUSED}:{self.code}"
+
+
+def few(names: Iterable[str], limit: int = 5) -> str:
+    """The first of many names, and how many more there are, for a message."""
+    listed = list(names)
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
 
 
 def code_of_reply(reply: str) -> str | None:

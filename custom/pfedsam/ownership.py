@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pfedsam
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import PFedSAMError, few
 from pfedsam.files import write_atomically
 
 MARKER = ".pfedsam.json"
@@ -109,8 +109,6 @@ def require_sealed(folder: Path, what: str, force: bool = False) -> None:
     sealed = sealed if isinstance(sealed, dict) else {}
     changed = [name for name, digest in _digests(folder).items() if sealed.get(name) != digest]
     if changed:
-        from pfedsam.data.labels import few  # with numpy behind it, and most folders are as they were
-
         raise PFedSAMError(
             "E24",
             f"{folder} was changed since it was written: {few(changed)}.",

@@ -27,10 +27,11 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from pfedsam.data.slices import SliceDataset
-from pfedsam.networks.sam import SegmentAnything, build_network
+from pfedsam.networks.model import SegmentAnything
+from pfedsam.networks.sam import build_network
 from pfedsam.parameters import Roles, set_trainable
 from pfedsam.training.feature_cache import FeatureCache
-from pfedsam.training.phases import Distillation, Phase
+from pfedsam.training.strategy import Distillation, Phase
 from pfedsam.training.trainer import PhaseTrainer
 
 RESULTS = Path(__file__).parent / "results" / "cache.json"

@@ -33,14 +33,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from pfedsam.comparison.provenance import machine
 from pfedsam.data.phantom import write_phantom
 from pfedsam.data.sites import site_names
-from pfedsam.evaluation.provenance import machine
 from pfedsam.evaluation.site import evaluate_site
 from pfedsam.files import append_line, read_lines
-from pfedsam.strategies import find_strategy
 from pfedsam.training import federation as module
 from pfedsam.training.aggregation import combine
+from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.federation import Federation, run_federation
 
 RESULTS = Path(__file__).parent / "results" / "hostile.jsonl"

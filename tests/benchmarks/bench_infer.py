@@ -26,7 +26,7 @@ from rich.table import Table
 
 from pfedsam.bundles import network_of
 from pfedsam.parameters import Roles
-from pfedsam.site_model import SiteModel, write
+from pfedsam.storage.site_model import SiteModel, write
 
 BUNDLE = "brain_lesion_mri"
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pfedsam.networks.adaptation import adapt
-from pfedsam.networks.sam import SegmentAnything
+from pfedsam.networks.model import SegmentAnything
 from pfedsam.parameters import Roles, set_trainable
 from pfedsam.training.trainer import PhaseTrainer
 

@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pfedsam.data.phantom import write_phantom
+from pfedsam.deployment.jobs import Privacy, export_job, find_job
+from pfedsam.deployment.simulation import Simulation, run, sent_bytes
 from pfedsam.evaluation.site import evaluate_site
-from pfedsam.federated.jobs import Privacy, export_job, find_job
 from pfedsam.federated.privacy import DELTA, epsilon
-from pfedsam.federated.simulation import Simulation, run, sent_bytes
-from pfedsam.strategies import find_strategy
+from pfedsam.training.catalogue import find_strategy
 
 BUNDLE, SITES, CASES, SHAPE, ROUNDS = "brain_lesion_mri", 3, 15, (96, 96, 12), 16
 SETTINGS: dict[str, Any] = {

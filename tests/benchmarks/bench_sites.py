@@ -13,7 +13,7 @@ in the rounds; and what is kept after the last round when freed memory was given
 thread for each site in that process, which counts, too. A payload is the bytes of one update's tensors.
 
 Two settings: NVFlare's and glibc's defaults, and `lean`: the environment that `make poc` and the service files give to
-the processes (`pfedsam.federated.processes.MEMORY`). The bar, for `lean`: from the fewest sites to the most, the
+the processes (`pfedsam.deployment.processes.MEMORY`). The bar, for `lean`: from the fewest sites to the most, the
 high-water mark grows by at most 2 payloads for each further site, and the last step is no steeper than
 that line. Otherwise the exit code is not 0, with a message. A constant part (thread pools, the sum and the model of the
 server) is no growth by sites. Seconds are only reported. Prints tables and writes results/sites.json; rows that are in
@@ -141,7 +141,7 @@ class ServerProbe(FLComponent):
 
 def environment(settings: str) -> dict[str, str]:
     """What is added to the environment of the processes."""
-    from pfedsam.federated.processes import MEMORY
+    from pfedsam.deployment.processes import MEMORY
 
     return MEMORY if settings == MEANT else {}
 
@@ -172,8 +172,8 @@ def payload_bytes() -> int:
 
 def write_job(folder: Path, sites: int) -> None:
     """Write the exported job with the sites replaced."""
+    from pfedsam.deployment.jobs import CLIENT, SERVER, export_job, find_job
     from pfedsam.federated.boundary import FINGERPRINT_KEY
-    from pfedsam.federated.jobs import CLIENT, SERVER, export_job, find_job
 
     job = export_job(
         find_job("pfedsam"),

@@ -25,10 +25,10 @@ import pandas as pd
 import torch
 
 from pfedsam.bundles import settings_of
+from pfedsam.comparison.provenance import LATER
+from pfedsam.comparison.run import Run
 from pfedsam.data.sites import site_names
-from pfedsam.evaluation.provenance import LATER
-from pfedsam.evaluation.runs import Run
-from pfedsam.strategies import StrategyFile, find_strategy, patched
+from pfedsam.training.catalogue import StrategyFile, find_strategy, patched
 from pfedsam.training.federation import run_federation
 
 BUNDLE, ROUNDS, FOLDS = "brain_lesion_mri", 8, (0, 1, 2)

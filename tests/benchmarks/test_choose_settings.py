@@ -24,8 +24,8 @@ from choose_settings import (
 )
 
 from pfedsam import bundles
+from pfedsam.comparison.run import Run
 from pfedsam.data.phantom import write_phantom
-from pfedsam.evaluation.runs import Run
 
 NAME = "pfedsam, rates times 2"
 

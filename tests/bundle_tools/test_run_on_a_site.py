@@ -13,10 +13,10 @@ from image_files import head, nifti, series
 from PIL import Image
 
 from pfedsam.bundles import find_bundle, network_of
-from pfedsam.data.pictures import load_picture
+from pfedsam.data.reader import load_picture
 from pfedsam.data.suffixes import case_name
 from pfedsam.parameters import Roles
-from pfedsam.site_model import SiteModel, write
+from pfedsam.storage.site_model import SiteModel, write
 
 TINY = {"backbone": "vit_test", "image_size": 64}
 

@@ -23,9 +23,9 @@ from pfedsam.cli import app
 from pfedsam.errors import PFedSAMError
 from pfedsam.inference.predict import Predictor
 from pfedsam.parameters import shared_state
-from pfedsam.site_model import read, write
-from pfedsam.strategies import find_strategy
-from pfedsam.training.local import LocalTraining
+from pfedsam.storage.site_model import read, write
+from pfedsam.training.catalogue import find_strategy
+from pfedsam.training.site import SiteTrainer
 
 #: The fields that MONAI's metadata schema requires; a copy of the published file is not kept here.
 REQUIRED = (
@@ -136,7 +136,7 @@ def test_a_new_bundle_passes_and_trains_in_a_federation_and_infers(
     assert [check for check in verify_bundle(Bundle(root, schema)) if not check.passed] == []
     site = tiny_site(tmp_path / "site", 2, modality == "rgb")
     settings = {"backbone": "vit_test", "image_size": 64, "batch_size": 2, "augmentations": 2}
-    local = LocalTraining("my_task", site, find_strategy("pfedsam").checked(), settings, tmp_path / "out")
+    local = SiteTrainer("my_task", site, find_strategy("pfedsam").checked(), settings, tmp_path / "out")
     local.open()
     local.receive(shared_state(local.network, local.strategy.roles), local.fingerprint)
     result = local.train(0)

@@ -10,7 +10,7 @@ from image_files import SERIES_AFFINE, nifti, scaled_nifti, series
 from PIL import Image
 
 from pfedsam.data.labels import black_and_white, found_values, whole_numbers
-from pfedsam.data.pictures import load_picture
+from pfedsam.data.reader import load_picture
 from pfedsam.errors import PFedSAMError
 
 MASK = np.zeros((8, 6), np.uint8)

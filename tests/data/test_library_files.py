@@ -16,7 +16,7 @@ from pydicom.pixels import apply_modality_lut
 from rich.console import Console
 from rich.table import Table
 
-from pfedsam.data.pictures import load_picture
+from pfedsam.data.reader import load_picture
 from pfedsam.errors import PFedSAMError
 
 PYDICOM = Path(pydicom_data.__file__).parent

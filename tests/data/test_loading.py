@@ -17,7 +17,7 @@ from PIL import Image
 from pfedsam.bundles import find_bundle
 from pfedsam.data.intensity import NO_WINDOW, window_is_empty
 from pfedsam.data.loading import ReadImaged
-from pfedsam.data.pictures import load_picture
+from pfedsam.data.reader import load_picture
 from pfedsam.data.transforms import IntensityWindowd
 from pfedsam.errors import PFedSAMError
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from pfedsam.cli import app
 from pfedsam.data.checks import check_site
-from pfedsam.data.pictures import load_picture
 from pfedsam.data.prepare import prepare
+from pfedsam.data.reader import load_picture
 from pfedsam.errors import PFedSAMError
 
 

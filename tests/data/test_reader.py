@@ -28,7 +28,7 @@ from pydicom.uid import (
 )
 
 from pfedsam.data.limits import LIMIT_VARIABLE
-from pfedsam.data.pictures import load_picture
+from pfedsam.data.reader import load_picture
 from pfedsam.errors import PFedSAMError
 
 VALUES = head()

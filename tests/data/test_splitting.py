@@ -13,13 +13,13 @@ from hypothesis import strategies as some
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
+from pfedsam.comparison.provenance import split_hash
 from pfedsam.data.checks import check_site
 from pfedsam.data.phantom import write_phantom
 from pfedsam.data.sections import SECTIONS, deal, place
 from pfedsam.data.sites import listed_split, read_split, site_names
 from pfedsam.data.splitting import write_datalist
 from pfedsam.errors import PFedSAMError
-from pfedsam.evaluation.provenance import split_hash
 from pfedsam.ownership import MARKER
 
 #: `split_hash` of the seeds 0, 1 and 2 of a phantom of 4 sites, by its number of cases. Keys of records hold them.

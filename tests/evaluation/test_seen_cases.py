@@ -19,10 +19,10 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.site import evaluate_site
 from pfedsam.inference.export import export_model
 from pfedsam.parameters import shared_state
-from pfedsam.site_model import read, write
-from pfedsam.strategies import find_strategy
+from pfedsam.storage.site_model import read, write
+from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.federation import Federation, pooled_site, run_federation
-from pfedsam.training.local import LocalTraining
+from pfedsam.training.site import SiteTrainer
 
 torch.set_num_threads(1)
 BUNDLE = "brain_lesion_mri"
@@ -43,9 +43,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def local(data: Path, out: Path, seed: int = 0) -> LocalTraining:
+def local(data: Path, out: Path, seed: int = 0) -> SiteTrainer:
     strategy = find_strategy("fedrep").checked()
-    training = LocalTraining(BUNDLE, data / "site-1", strategy, {**TINY, "seed": seed}, out)
+    training = SiteTrainer(BUNDLE, data / "site-1", strategy, {**TINY, "seed": seed}, out)
     training.open()
     training.receive(shared_state(training.network, strategy.roles), training.fingerprint)
     return training

@@ -26,14 +26,14 @@ from nvflare.fuel.utils import fobs
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
+from pfedsam.deployment.jobs import DECRYPT, ENCRYPT, GUARD, Privacy, export_job, find_job, make_job
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
-from pfedsam.federated.jobs import DECRYPT, ENCRYPT, GUARD, Privacy, export_job, find_job, make_job
 from pfedsam.federated.plan import PLAN_ID, Plan
 from pfedsam.federated.records import RECEIVED_FILE
 from pfedsam.files import read_safetensors
-from pfedsam.global_model import read_global_model
 from pfedsam.parameters import TensorSpec
+from pfedsam.storage.global_model import read_global_model
 
 tenseal = pytest.importorskip("tenseal")
 
@@ -266,7 +266,7 @@ def test_what_cannot_be_encrypted_is_refused(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(PFedSAMError, match=r"E16.*mean"):
         export_job(job, tmp_path / "job", privacy=Privacy(encrypt=True))
     monkeypatch.setitem(sys.modules, "tenseal", None)
-    monkeypatch.setattr("pfedsam.federated.jobs.find_spec", lambda name: None)
+    monkeypatch.setattr("pfedsam.deployment.jobs.find_spec", lambda name: None)
     with pytest.raises(PFedSAMError, match=r"E16.*TenSEAL"):
         export_job(find_job("pfedsam"), tmp_path / "job", privacy=Privacy(encrypt=True))
     assert not (tmp_path / "job").exists()

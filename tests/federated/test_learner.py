@@ -22,15 +22,15 @@ from nvflare.app_common.executors.model_learner_executor import ModelLearnerExec
 from pfedsam.federated import learner as module
 from pfedsam.federated import settings as settings_module
 from pfedsam.federated.boundary import FINGERPRINT_KEY, METADATA, check_result, told_names
-from pfedsam.federated.jobs import CLIENT
 from pfedsam.federated.learner import STARTED, PFedSAMLearner
+from pfedsam.federated.literals import CLIENT
 from pfedsam.federated.plan import PLAN_ID, Plan
 from pfedsam.federated.scalars import ListedScalars
 from pfedsam.parameters import COPY, TensorSpec
-from pfedsam.site_model import SiteModel, read
-from pfedsam.state import BEST, CURRENT, SiteState
-from pfedsam.strategies import find_strategy
-from pfedsam.training.local import RoundResult
+from pfedsam.storage.site_model import SiteModel, read
+from pfedsam.storage.state import BEST, CURRENT, SiteState
+from pfedsam.training.catalogue import find_strategy
+from pfedsam.training.site import RoundResult
 
 SITE, JOB, BUNDLE, FEDERATION = "site-1", "job", "brain_lesion_mri", "lesions"
 A, EXPERT = "image_encoder.blocks.0.qkv.lora_a", "image_encoder.blocks.0.mlp.experts.up"
@@ -40,7 +40,7 @@ GLOBAL_DICE, PERSONAL_DICE = 0.123456, 0.654321
 
 
 class Training:
-    """What the learner asks of `LocalTraining`."""
+    """What the learner asks of `SiteTrainer`."""
 
     fingerprint, weight = FINGERPRINT, 4
     network = trainer = SimpleNamespace(state=SimpleNamespace(device="cpu"))
@@ -198,7 +198,7 @@ def ready(site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(module, "outgoing_filters", lambda *_: [])
     monkeypatch.setattr(module, "check_site", lambda *_, **__: None)
-    monkeypatch.setattr(module, "LocalTraining", lambda bundle, folder, strategy, *_, **__: Training(strategy))
+    monkeypatch.setattr(module, "SiteTrainer", lambda bundle, folder, strategy, *_, **__: Training(strategy))
     (site / "data" / "images").mkdir(parents=True)
     set_site(site)
     return site

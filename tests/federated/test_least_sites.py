@@ -16,11 +16,12 @@ from nvflare.app_common.app_event_type import AppEventType
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
+from pfedsam.deployment.jobs import PROMISED, export_job, find_job
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.jobs import CLIENT, PROMISED, SERVER, export_job, find_job
 from pfedsam.federated.least_sites import LeastSites, require_enough_sites, sites_of
+from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.federated.plan import PLAN_ID, Plan
-from pfedsam.strategies import find_strategy
+from pfedsam.training.catalogue import find_strategy
 
 
 class Server:

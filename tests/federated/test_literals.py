@@ -9,8 +9,7 @@ import pytest
 
 from pfedsam.bundles import folder
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.jobs import CLIENT, SERVER
-from pfedsam.federated.literals import require_literal
+from pfedsam.federated.literals import CLIENT, SERVER, require_literal
 
 JOBS = sorted(path.parent for path in folder("jobs").glob("*/meta.json"))
 

@@ -16,9 +16,9 @@ from nvflare.apis.shareable import make_reply
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
+from pfedsam.deployment.jobs import NOISE, PACK, UNPACK, Privacy, export_job, find_job
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY, check_result
-from pfedsam.federated.jobs import NOISE, PACK, UNPACK, Privacy, export_job, find_job
 from pfedsam.federated.packing import PACKED, RESIDUAL_FILE, PackPayload, UnpackPayload, pack, unpack
 from pfedsam.federated.privacy import ClipAndNoise, clipped, epsilon, noised, require_policy
 from pfedsam.parameters import TensorSpec

@@ -14,8 +14,8 @@ from nvflare.apis.fl_context import FLContextManager
 from pfedsam.federated.records import SCALARS, SENT_FILE
 from pfedsam.federated.scalars import EVENT, LISTED, ListedScalars, phase_tag
 from pfedsam.files import read_lines
-from pfedsam.strategies import find_strategy
-from pfedsam.training.phases import Strategy
+from pfedsam.training.catalogue import find_strategy
+from pfedsam.training.strategy import Strategy
 
 
 def test_a_job_can_give_the_sender_nothing() -> None:

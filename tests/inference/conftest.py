@@ -9,7 +9,7 @@ import torch
 
 from pfedsam.bundles import network_of
 from pfedsam.parameters import Roles
-from pfedsam.site_model import SiteModel, write
+from pfedsam.storage.site_model import SiteModel, write
 
 TINY = {"backbone": "vit_test", "image_size": 64}
 BUNDLE = "brain_lesion_mri"

@@ -17,9 +17,9 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.inference import predict as room
 from pfedsam.inference.predict import Predictor
 from pfedsam.parameters import shared_state
-from pfedsam.site_model import write
-from pfedsam.strategies import find_strategy
-from pfedsam.training.local import LocalTraining
+from pfedsam.storage.site_model import write
+from pfedsam.training.catalogue import find_strategy
+from pfedsam.training.site import SiteTrainer
 
 TINY = {"backbone": "vit_test", "image_size": 64, "batch_size": 2, "augmentations": 1, "box_probability": 0.7}
 
@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A site and a model that was trained with boxes."""
     folder = tmp_path_factory.mktemp("box")
     site = tiny_site(folder / "site", 1, rgb=False)
-    local = LocalTraining("brain_lesion_mri", site, find_strategy("pfedsam").checked(), TINY, folder / "out")
+    local = SiteTrainer("brain_lesion_mri", site, find_strategy("pfedsam").checked(), TINY, folder / "out")
     local.open()
     assert local.trainer.box_probability == 0.7
     local.receive(shared_state(local.network, local.strategy.roles), local.fingerprint)

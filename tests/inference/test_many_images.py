@@ -14,7 +14,7 @@ from pydicom.uid import generate_uid
 from typer.testing import CliRunner, Result
 
 from pfedsam.cli import app
-from pfedsam.data.pictures import load_picture
+from pfedsam.data.reader import load_picture
 from pfedsam.errors import PFedSAMError
 from pfedsam.inference.segmentation import TYPE_1, TYPE_2, write_segmentation
 from pfedsam.inference.writers import check_results, stem_of

@@ -13,7 +13,7 @@ from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless, RLELossless
 
 from pfedsam.data.loading import ReadImaged
-from pfedsam.data.pictures import load_picture
+from pfedsam.data.reader import load_picture
 from pfedsam.inference.predict import Predictor
 
 VALUES = head((32, 28, 6))

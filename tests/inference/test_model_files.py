@@ -20,11 +20,11 @@ import pfedsam
 from pfedsam.bundles import network_of
 from pfedsam.cli import app
 from pfedsam.errors import PFedSAMError
-from pfedsam.global_model import write_global_model
 from pfedsam.inference.export import export_model, export_onnx, export_torchscript, personal_network
 from pfedsam.inference.pair import pair
 from pfedsam.parameters import TensorSpec
-from pfedsam.site_model import model_settings, read, write
+from pfedsam.storage.global_model import write_global_model
+from pfedsam.storage.site_model import model_settings, read, write
 
 TINY = {"backbone": "vit_test", "image_size": 64}
 

@@ -14,8 +14,8 @@ from simulated import FEDERATION, SOURCE, Job, Run, component, simulate
 
 from pfedsam.data.phantom import write_phantom
 from pfedsam.data.splitting import write_datalist
-from pfedsam.federated.allowed_classes import allow_classes
-from pfedsam.site_model import read, write
+from pfedsam.deployment.allowed_classes import allow_classes
+from pfedsam.storage.site_model import read, write
 
 
 @pytest.fixture(scope="session")

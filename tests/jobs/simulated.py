@@ -19,7 +19,7 @@ from typing import Any
 import recorder
 from recorder import Item, Needles
 
-from pfedsam.strategies import find_strategy
+from pfedsam.training.catalogue import find_strategy
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent

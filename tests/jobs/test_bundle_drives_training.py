@@ -12,8 +12,8 @@ from simulated import BUNDLE, TINY, Job
 
 from pfedsam import bundles
 from pfedsam.parameters import shared_state
-from pfedsam.training.local import LocalTraining, RoundResult
-from pfedsam.training.phases import Strategy
+from pfedsam.training.site import RoundResult, SiteTrainer
+from pfedsam.training.strategy import Strategy
 
 
 def one_round(root: Path, site: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> RoundResult:
@@ -21,7 +21,7 @@ def one_round(root: Path, site: Path, out: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(bundles, "folder", lambda kind: root)
         strategy = Strategy.of(Job().plan["strategy"])
-        local = LocalTraining(BUNDLE, site, strategy, TINY, out)
+        local = SiteTrainer(BUNDLE, site, strategy, TINY, out)
         local.open()
         local.receive(shared_state(local.network, strategy.roles), local.fingerprint)
         return local.train(0)

@@ -12,10 +12,10 @@ from pfedsam.bundles import folder, network_of
 from pfedsam.data.phantom import write_phantom
 from pfedsam.evaluation.site import evaluate_site
 from pfedsam.federated.rounds import remarks
-from pfedsam.global_model import read_global_model
 from pfedsam.parameters import manifest
-from pfedsam.site_model import SiteModel, write
-from pfedsam.strategies import find_strategy
+from pfedsam.storage.global_model import read_global_model
+from pfedsam.storage.site_model import SiteModel, write
+from pfedsam.training.catalogue import find_strategy
 
 BUNDLE, HOSTILE, ROUNDS = "brain_lesion_mri", "site-2", 4
 STRATEGY = find_strategy("fedavg_lora")

@@ -15,7 +15,7 @@ from simulated import INTERPOLATION, Run, component
 from pfedsam.errors import code_of_reply
 from pfedsam.federated.boundary import METRICS
 from pfedsam.federated.scalars import LISTED
-from pfedsam.site_model import read
+from pfedsam.storage.site_model import read
 
 RUNS = ("clean_run", "resumed_run", "troubled_run")
 SITES = ("site-1", "site-2")

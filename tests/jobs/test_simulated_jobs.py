@@ -12,10 +12,10 @@ from nvflare.fuel.utils import fobs
 from scenarios import LOCKED_CLASSES, TROUBLES
 from simulated import BUNDLE, FEDERATION, SOURCE, Job, Run
 
-from pfedsam.federated.allowed_classes import classes_of
+from pfedsam.deployment.allowed_classes import classes_of
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY, check_result
 from pfedsam.federated.plan import Plan
-from pfedsam.site_model import read
+from pfedsam.storage.site_model import read
 
 SITES = ("site-1", "site-2")
 

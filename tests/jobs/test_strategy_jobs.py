@@ -14,10 +14,10 @@ from simulated import BUNDLE, ROOT, TINY, Job, simulate
 
 from pfedsam.bundles import network_of
 from pfedsam.parameters import COPY, group_of, shared_state
-from pfedsam.site_model import read
-from pfedsam.strategies import find_strategy
+from pfedsam.storage.site_model import read
+from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.federation import Federation, run_federation
-from pfedsam.training.local import LocalTraining
+from pfedsam.training.site import SiteTrainer
 
 SITES = ("site-1", "site-2")
 SHAPES = {
@@ -97,7 +97,7 @@ def test_alternate_moves_one_factor_in_a_round(shape, federation: Path, tmp_path
         assert not strategy.resting(0)
         return
     assert (strategy.resting(0), strategy.resting(1)) == (frozenset({"lora_a"}), frozenset({"lora_b"}))
-    local = LocalTraining(BUNDLE, federation / "site-1", strategy, TINY, tmp_path)
+    local = SiteTrainer(BUNDLE, federation / "site-1", strategy, TINY, tmp_path)
     local.open()
     for number in range(2):
         local.receive(shared_state(local.network, strategy.roles), local.fingerprint)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pfedsam.data.phantom import write_phantom
-from pfedsam.networks.sam import SegmentAnything
+from pfedsam.networks.model import SegmentAnything
 
 pytestmark = pytest.mark.slow
 

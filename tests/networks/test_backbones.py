@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from pfedsam.errors import PFedSAMError
+from pfedsam.networks.adaptation import adapt
 from pfedsam.networks.backbones import BACKBONES, get_backbone
 from pfedsam.networks.loading import load_base, read_checkpoint
-from pfedsam.networks.sam import SegmentAnything, adapt, build_network
+from pfedsam.networks.model import SegmentAnything
+from pfedsam.networks.sam import build_network
 from pfedsam.networks.weights import locate
 
 torch.set_num_threads(1)

@@ -8,7 +8,8 @@ import functools
 import pytest
 import torch
 
-from pfedsam.networks.sam import SegmentAnything, build_network
+from pfedsam.networks.model import SegmentAnything
+from pfedsam.networks.sam import build_network
 from pfedsam.parameters import Roles, group_of, manifest, tensors
 
 torch.set_num_threads(1)

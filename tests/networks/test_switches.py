@@ -10,7 +10,8 @@ import torch
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.networks.adaptation import ADAPTATION
-from pfedsam.networks.sam import SegmentAnything, build_network
+from pfedsam.networks.model import SegmentAnything
+from pfedsam.networks.sam import build_network
 from pfedsam.parameters import (
     Roles,
     group_of,
@@ -173,8 +174,8 @@ def test_fingerprint_tells_switches_apart(backbone, switch):
 @pytest.mark.parametrize("switch", SWITCHES)
 @torch.no_grad()
 def test_loading_the_base_before_or_after_the_surgery_gives_the_same_network(switch):
+    from pfedsam.networks.adaptation import adapt
     from pfedsam.networks.loading import load_base
-    from pfedsam.networks.sam import adapt
 
     settings = {key: value for key, value in SWITCHES[switch].items() if key != "classes"}
     classes = SWITCHES[switch].get("classes", 1)

@@ -13,7 +13,8 @@ from segment_anything import sam_model_registry
 from pfedsam.errors import PFedSAMError
 from pfedsam.networks.backbones import BACKBONES, build_parts
 from pfedsam.networks.loading import load_base
-from pfedsam.networks.sam import SegmentAnything, build_network
+from pfedsam.networks.model import SegmentAnything
+from pfedsam.networks.sam import build_network
 from pfedsam.networks.vit import build_vit, resize_positions
 from pfedsam.parameters import Roles, group_of, manifest, tensors
 

@@ -17,11 +17,12 @@ from typing import Any
 
 from nvflare.fuel.flare_api.flare_api import Session
 
-from pfedsam.federated.admin import JobResult, connect, fetch, follow, submit
-from pfedsam.federated.jobs import CLIENT, SERVER, Privacy, export_job, find_job
-from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
-from pfedsam.state import StateEntry, list_states
-from pfedsam.strategies import find_strategy
+from pfedsam.deployment.admin import JobResult, connect, fetch, follow, submit
+from pfedsam.deployment.jobs import Privacy, export_job, find_job
+from pfedsam.deployment.processes import OUTCOME_VARIABLE, Deployment
+from pfedsam.federated.literals import CLIENT, SERVER
+from pfedsam.storage.state import StateEntry, list_states
+from pfedsam.training.catalogue import find_strategy
 
 PROJECT = Path(__file__).resolve().parents[2] / "poc_workspace" / "project.yml"
 FEDERATION = "tests"

@@ -18,17 +18,18 @@ import pytest
 import yaml
 from deployed import PROJECT, TINY, Federation, change_config, free_port, wait_for
 
+from pfedsam.deployment.admin import JobResult, connect, reason_of
+from pfedsam.deployment.audit import audit, statement
+from pfedsam.deployment.jobs import Privacy
+from pfedsam.deployment.kits import init_kit
+from pfedsam.deployment.processes import OUTCOME_VARIABLE, Deployment
+from pfedsam.deployment.site_check import check_kit
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.admin import JobResult, connect, reason_of
-from pfedsam.federated.audit import audit, statement
-from pfedsam.federated.jobs import CLIENT, SERVER, Privacy
-from pfedsam.federated.kits import init_kit
-from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
+from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.federated.records import CHECKED, LEFT
 from pfedsam.federated.settings import SiteSettings
-from pfedsam.federated.site_check import check_kit
 from pfedsam.inference.pair import pair
-from pfedsam.site_model import read
+from pfedsam.storage.site_model import read
 
 
 def test_a_locked_job_runs_and_personal_models_are_in_each_sites_state_only(federation: Federation) -> None:
@@ -108,7 +109,7 @@ from pathlib import Path
 from nvflare.apis.shareable import Shareable
 from nvflare.fuel.utils import fobs
 fobs.dumps(Shareable())
-from pfedsam.federated.admin import connect
+from pfedsam.deployment.admin import connect
 with connect(Path(sys.argv[1]), timeout=20) as session:
     print(len(session.get_connected_client_list()))
 """
@@ -146,7 +147,7 @@ def without_filter(job: Path) -> None:
 
 
 def with_another_class(job: Path) -> None:
-    other = {"id": "spy", "path": "pfedsam.federated.simulation.Simulation", "args": {}}
+    other = {"id": "spy", "path": "pfedsam.deployment.simulation.Simulation", "args": {}}
     for side in (SERVER, CLIENT):
         change_config(job, side, lambda c: c["components"].append(other))
 

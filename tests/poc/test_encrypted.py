@@ -10,12 +10,12 @@ import torch
 import yaml
 from deployed import PROJECT, Federation, running
 
-from pfedsam.federated.audit import audit
-from pfedsam.federated.jobs import Privacy
+from pfedsam.deployment.audit import audit
+from pfedsam.deployment.jobs import Privacy
 from pfedsam.federated.records import CHECKED, LEFT
 from pfedsam.files import read_safetensors
-from pfedsam.global_model import SCHEMA
-from pfedsam.site_model import read
+from pfedsam.storage.global_model import SCHEMA
+from pfedsam.storage.site_model import read
 
 pytest.importorskip("tenseal")
 pytestmark = pytest.mark.slow

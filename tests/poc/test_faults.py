@@ -16,13 +16,13 @@ from deployed import Federation, change_config, free_port, running, wait_for
 from misbehaving import WAYS
 from nvflare.apis.job_def import RunStatus
 
-from pfedsam.federated.admin import connect, fetch, follow, resume, submit
-from pfedsam.federated.jobs import CLIENT
-from pfedsam.federated.processes import OUTCOME_VARIABLE
+from pfedsam.deployment.admin import connect, fetch, follow, resume, submit
+from pfedsam.deployment.processes import OUTCOME_VARIABLE
+from pfedsam.federated.literals import CLIENT
 from pfedsam.federated.records import RECEIVED_FILE
 from pfedsam.files import read_lines
-from pfedsam.global_model import round_of
-from pfedsam.site_model import read
+from pfedsam.storage.global_model import round_of
+from pfedsam.storage.site_model import read
 
 SITES = ("hospital-a", "hospital-b")
 #: How NVFlare calls a job that went on to its end without a lost site: it depends on whether and when the site comes

@@ -10,12 +10,12 @@ from deployed import FEDERATION, PROJECT, Federation, change_config, free_port, 
 from test_deployment import REFUSED, assert_refused
 
 from pfedsam.data.phantom import write_phantom
-from pfedsam.federated.admin import connect
-from pfedsam.federated.audit import audit
-from pfedsam.federated.jobs import CLIENT, SERVER
-from pfedsam.federated.processes import OUTCOME_VARIABLE, Deployment
+from pfedsam.deployment.admin import connect
+from pfedsam.deployment.audit import audit
+from pfedsam.deployment.processes import OUTCOME_VARIABLE, Deployment
+from pfedsam.deployment.site_check import check_kit
+from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.federated.records import CHECKED, SENT_FILE
-from pfedsam.federated.site_check import check_kit
 from pfedsam.files import read_lines
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import trim_mean
 
-from pfedsam.strategies import find_strategy
 from pfedsam.training.aggregation import (
     ABSURD,
     CLIP_TO,
@@ -22,6 +21,7 @@ from pfedsam.training.aggregation import (
     refactored,
     robust_mean,
 )
+from pfedsam.training.catalogue import find_strategy
 
 
 def sites(count: int, rank: int = 4, seed: int = 0) -> tuple[dict, list[dict], list[float]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
 
 from pfedsam.training.distillation import QualityGate, TeacherLogits, bernoulli_kl, distillation_loss
-from pfedsam.training.phases import Distillation
+from pfedsam.training.strategy import Distillation
 
 torch.set_num_threads(1)
 

@@ -15,10 +15,10 @@ import pfedsam.training.federation as module
 from pfedsam.data.phantom import write_phantom
 from pfedsam.data.splitting import write_datalist
 from pfedsam.parameters import COPY, shared_state
-from pfedsam.site_model import read
-from pfedsam.strategies import find_strategy, strategy_names
+from pfedsam.storage.site_model import read
+from pfedsam.training.catalogue import find_strategy, strategy_names
 from pfedsam.training.federation import Federation, run_federation
-from pfedsam.training.phases import Strategy
+from pfedsam.training.strategy import Strategy
 
 torch.set_num_threads(1)
 SITES, ROUNDS = ("site-1", "site-2"), 2

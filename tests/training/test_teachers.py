@@ -15,8 +15,8 @@ from pfedsam.networks.prompts import training_boxes
 from pfedsam.networks.sam import build_network
 from pfedsam.parameters import Roles, group_of, held, shared_state, tensors
 from pfedsam.training.distillation import QualityGate, categorical_kl, distillation_loss, foreground
-from pfedsam.training.local import LocalTraining
-from pfedsam.training.phases import Distillation, Phase, Strategy
+from pfedsam.training.site import SiteTrainer
+from pfedsam.training.strategy import Distillation, Phase, Strategy
 from pfedsam.training.trainer import PhaseTrainer
 
 torch.set_num_threads(1)
@@ -203,9 +203,9 @@ def site(tmp_path_factory) -> Path:
     return write_phantom(tmp_path_factory.mktemp("phantom"), sites=2, cases=4, shape=(48, 48, 6))[0]
 
 
-def round_of(site: Path, *phases: dict[str, Any]) -> tuple[LocalTraining, Any]:
+def round_of(site: Path, *phases: dict[str, Any]) -> tuple[SiteTrainer, Any]:
     overrides = {"backbone": "vit_test", "image_size": 64, "batch_size": 4, "augmentations": 1}
-    local = LocalTraining("brain_lesion_mri", site, Strategy.of({"phases": phases}), overrides, site.parent / "out")
+    local = SiteTrainer("brain_lesion_mri", site, Strategy.of({"phases": phases}), overrides, site.parent / "out")
     local.open()
     theta = shared_state(local.network, ROLES)
     local.receive(theta, local.fingerprint)

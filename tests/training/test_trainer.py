@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 
 from pfedsam.data.slices import EpochSampler, SliceDataset
 from pfedsam.errors import PFedSAMError, first_of_ours
-from pfedsam.networks.sam import SegmentAnything, build_network
+from pfedsam.networks.model import SegmentAnything
+from pfedsam.networks.sam import build_network
 from pfedsam.parameters import Roles, group_of, manifest, shared_state, tensors
 from pfedsam.training.feature_cache import FeatureCache
-from pfedsam.training.phases import Distillation, Phase
+from pfedsam.training.strategy import Distillation, Phase
 from pfedsam.training.trainer import PhaseTrainer
 
 torch.set_num_threads(1)

@@ -25,7 +25,7 @@ def audit(
 
     Exit code 1 if the site's records and NVFlare's audit log do not fit together, or something left that may not.
     """
-    from pfedsam.federated import audit as rooms
+    from pfedsam.deployment import audit as rooms
     from pfedsam.federated.records import CHECKED, LEFT, SCALARS
 
     if statement:

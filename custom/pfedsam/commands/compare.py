@@ -12,7 +12,7 @@ from pfedsam.commands.console import LOOK, Bundle, Force, Overrides, bar, claim_
 from pfedsam.commands.interrupts import command_again, ends_in_order
 from pfedsam.errors import PFedSAMError
 from pfedsam.ranges import LARGEST_SEED, MOST_ROUNDS, MOST_WORKERS
-from pfedsam.run_folder import is_comparison
+from pfedsam.storage.run_folder import is_comparison
 
 app = typer.Typer()
 
@@ -65,7 +65,7 @@ def compare(
     epochs are in the strategies' files, so that every strategy gets the same passes over the images in a round. Records
     of other images, labels, base weights or another bundle than there are now are refused, or run again (--fresh).
     """
-    from pfedsam.strategies import ablation_names, find_strategy, strategy_name, strategy_names
+    from pfedsam.training.catalogue import ablation_names, find_strategy, strategy_name, strategy_names
 
     if list_:
         for name in (*strategy_names(), *ablation_names()):
@@ -77,12 +77,12 @@ def compare(
     names = [name for part in strategies.split(",") for name in known.get(part.strip(), [part.strip()])]
     overrides = literals(set_ or [])
     with console.status("loading libraries"):
-        from pfedsam.evaluation.compare import Comparison
+        from pfedsam.comparison.compare import Comparison
 
         runs = _runs(data, names, seeds, rounds, bundle, validate_every, unseen, nvflare, aggregation, overrides)
         comparison = Comparison(runs, out, records, fresh=fresh)
         if nvflare:
-            from pfedsam.federated.compared import run_simulated
+            from pfedsam.deployment.nvflare_runner import run_simulated
 
             comparison.simulator = run_simulated
         outdated, missing = _outdated(comparison), comparison.missing()
@@ -103,7 +103,7 @@ def compare(
 
 
 def _run(comparison: Any, missing: list[Any], workers: int) -> None:
-    from pfedsam.evaluation.compare import compare as run_all
+    from pfedsam.comparison.compare import compare as run_all
 
     with bar(f"{len(missing)} runs", sum(run.events() for run in missing)) as advance:
         done = 0
@@ -137,9 +137,9 @@ def _runs(
     overrides: dict[str, Any],
 ) -> list[Any]:
     from pfedsam.bundles import require_settings
+    from pfedsam.comparison.run import Run
     from pfedsam.data.sites import site_names
-    from pfedsam.evaluation.runs import Run
-    from pfedsam.strategies import find_strategy
+    from pfedsam.training.catalogue import find_strategy
 
     sites = site_names(data)
     if not sites:
@@ -170,7 +170,7 @@ def _runs(
 
 def _require_own_names(names: list[str]) -> None:
     """Refuse two strategies of one name: records and tables could not tell them apart."""
-    from pfedsam.strategies import ablation_names, find_strategy, strategy_name, strategy_names
+    from pfedsam.training.catalogue import ablation_names, find_strategy, strategy_name, strategy_names
 
     known = {name: name for name in (*strategy_names(), *ablation_names())}
     for path in names:
@@ -184,8 +184,8 @@ def _require_own_names(names: list[str]) -> None:
 
 def show_comparison(comparison: Any, reference: str) -> None:
     """Print the tables of what is done and name what is missing; write them to `tables.md` in its folder."""
-    from pfedsam.evaluation.comparison_tables import markdown, tables, warnings
-    from pfedsam.evaluation.records import problem_of_record
+    from pfedsam.comparison.records import problem_of_record
+    from pfedsam.comparison.tables import markdown, tables, warnings
 
     records = []
     for record in comparison.records():

@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Column
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.run_folder import claim_run
+from pfedsam.storage.run_folder import claim_run
 
 #: Paths and names may hold brackets: a text is printed as it is, unless a call asks for markup.
 console = Console(markup=False)
@@ -74,7 +74,7 @@ def literals(pairs: list[str]) -> dict[str, Any]:
 
 
 def claim_folder(folder: Path, what: str, laid_out: Callable[[Path], bool], force: bool) -> None:
-    """Mark a folder as ours before a command writes into it; see `pfedsam.run_folder.claim_run`."""
+    """Mark a folder as ours before a command writes into it; see `pfedsam.storage.run_folder.claim_run`."""
     if claim_run(folder, what, laid_out, force):
         console.print(f"{folder} was made by an earlier version; it is marked as ours now", soft_wrap=True)
 

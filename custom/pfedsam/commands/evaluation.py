@@ -32,8 +32,8 @@ def evaluate(
     require_ours(out, "evaluation", force)
     with console.status("loading libraries"):
         quiet_libraries()
-        from pfedsam.site_model import model_settings
-        from pfedsam.state import described
+        from pfedsam.storage.site_model import model_settings
+        from pfedsam.storage.state import described
 
         name, settings = model_settings(model, bundle, overrides)
     console.print(described(model), highlight=False, soft_wrap=True)
@@ -61,7 +61,7 @@ def report(
         require_free(out, force, keep=[run / "results.json", *([compare] if compare else [])])
     with console.status("writing the report"):
         quiet_libraries()
-        from pfedsam.evaluation.report import write_report
+        from pfedsam.report.page import write_report
 
         path = write_report(run, out, compare, pictures=pictures)
     console.print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB; open it in a browser)")
@@ -81,7 +81,7 @@ def show_evaluation(
         section: of the split.
     """
     quiet_libraries()
-    from pfedsam.data.pictures import load_picture
+    from pfedsam.data.reader import load_picture
     from pfedsam.evaluation.pictures import case_picture
     from pfedsam.evaluation.site import evaluate_site
     from pfedsam.evaluation.tables import results, site_table

@@ -26,7 +26,7 @@ from pfedsam.commands.data import make_phantom
 from pfedsam.commands.evaluation import report, show_evaluation
 from pfedsam.commands.interrupts import command_again, ends_in_order
 from pfedsam.ranges import LARGEST_SEED, MOST_ROUNDS
-from pfedsam.run_folder import RUN, is_simulation, starts
+from pfedsam.storage.run_folder import RUN, is_simulation, starts
 
 app = typer.Typer()
 
@@ -79,9 +79,9 @@ def simulate(
     """
     overrides = {"seed": seed, **literals(set_ or [])}
     from pfedsam.bundles import require_settings
-    from pfedsam.federated.jobs import find_job, make_job, plan_settings
-    from pfedsam.federated.simulation import Simulation, require_splits
-    from pfedsam.strategies import find_strategy
+    from pfedsam.deployment.jobs import find_job, make_job, plan_settings
+    from pfedsam.deployment.simulation import Simulation, require_splits
+    from pfedsam.training.catalogue import find_strategy
 
     plan = plan_settings(find_job(job))
     file = None if strategy is None else find_strategy(strategy)
@@ -125,7 +125,7 @@ def demo(
 
 
 def _demo(out: Path, seed: int, image_size: int, amp: bool | None, fresh: bool) -> None:
-    from pfedsam.federated.simulation import Simulation, require_same_run
+    from pfedsam.deployment.simulation import Simulation, require_same_run
 
     data = out / "phantom"
     reduced = _has_bfloat16() if amp is None else amp
@@ -154,11 +154,11 @@ def federate(simulation: Any, fresh: bool = False) -> None:
     """Run a simulation, or what is left of it, with progress, then show what each site gained.
 
     Args:
-        simulation: a `pfedsam.federated.simulation.Simulation`.
+        simulation: a `pfedsam.deployment.simulation.Simulation`.
         fresh: move a run that is in its folder aside first.
     """
     with console.status("loading libraries"):
-        from pfedsam.federated.simulation import begin_anew, expected_events, require_same_run, run, sent_bytes
+        from pfedsam.deployment.simulation import begin_anew, expected_events, require_same_run, run, sent_bytes
 
     out: Path = simulation.out
     if fresh and (aside := begin_anew(simulation)):

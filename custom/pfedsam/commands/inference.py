@@ -74,7 +74,7 @@ def infer(
         from pfedsam.bundles import class_names, find_bundle
         from pfedsam.inference.predict import Predictor
         from pfedsam.inference.writers import OVERLAY, PROBABILITY, SEGMENTATION, check_results
-        from pfedsam.state import described
+        from pfedsam.storage.state import described
 
         predictor = Predictor(model, bundle=bundle, overrides=overrides, checkpoint=checkpoint, experts=not global_)
         predictor.open()
@@ -170,7 +170,7 @@ def export_model(
     quiet_libraries()
     with console.status("writing"):
         from pfedsam.inference import export
-        from pfedsam.state import described
+        from pfedsam.storage.state import described
 
         console.print(described(model), highlight=False, soft_wrap=True)
         info = export.export_model(model, out, bundle, overrides)
@@ -205,9 +205,9 @@ def pull(
 
     require_free(out, force, keep=(state,))
     with console.status("fetching"):
-        from pfedsam.federated.admin import connect, fetch
+        from pfedsam.deployment.admin import connect, fetch
         from pfedsam.inference.pair import pair
-        from pfedsam.site_model import write
+        from pfedsam.storage.site_model import write
 
         name = "global_model.safetensors" if last else "best_global_model.safetensors"
         with tempfile.TemporaryDirectory(prefix="pfedsam-pull-") as scratch, connect(admin) as session:
@@ -261,6 +261,6 @@ def personalize(
 
 def find_overrides(strategy: str) -> dict[str, Any]:
     """What a strategy needs of the bundle."""
-    from pfedsam.strategies import find_strategy
+    from pfedsam.training.catalogue import find_strategy
 
     return dict(find_strategy(strategy).overrides)

@@ -58,7 +58,7 @@ def job_export(
     An exported job that is as it was written is replaced. One that somebody has changed, or made by hand, is replaced
     with --force only; a folder that is no job, never.
     """
-    from pfedsam.federated.jobs import Privacy, export_job, find_job, plan_settings, server_settings
+    from pfedsam.deployment.jobs import Privacy, export_job, find_job, plan_settings, server_settings
 
     if noise and clip is None:
         raise typer.BadParameter("noise needs --clip: it is a multiple of it", param_hint="--noise")
@@ -122,7 +122,7 @@ def job_submit(
 ) -> None:
     """Submit a job as an administrator, follow it, fetch its result."""
     with console.status("connecting"):
-        from pfedsam.federated.admin import connect, submit
+        from pfedsam.deployment.admin import connect, submit
 
     with connect(admin) as session:
         _until_done(session, submit(session, job), out, wait)
@@ -144,14 +144,14 @@ def job_resume(
     The global model travels in the job, beside the configuration: a job that carries it is still one without code.
     """
     with console.status("connecting"):
-        from pfedsam.federated.admin import connect, resume
+        from pfedsam.deployment.admin import connect, resume
 
     with connect(admin) as session:
         _until_done(session, resume(session, job, global_model, rounds), out, wait)
 
 
 def _until_done(session: Any, job_id: str, out: Path, wait: bool) -> None:
-    from pfedsam.federated.admin import fetch, follow
+    from pfedsam.deployment.admin import fetch, follow
     from pfedsam.federated.records import RECEIVED_FILE
 
     console.print(f"job {job_id}", highlight=False)
@@ -177,7 +177,7 @@ def job_make(
 
     What is replaced is as with `export`.
     """
-    from pfedsam.federated.jobs import make_job
+    from pfedsam.deployment.jobs import make_job
 
     console.print(f"{make_job(strategy, out, force=force)} written; next: pfedsam simulate <data> --job {out}")
 
@@ -188,8 +188,8 @@ def job_allow(
     job: Job = "pfedsam",
 ) -> None:
     """Allow the classes of a locked job at a site: adds them to <workspace>/local/resources.json."""
-    from pfedsam.federated.allowed_classes import allow_classes
-    from pfedsam.federated.jobs import find_job
+    from pfedsam.deployment.allowed_classes import allow_classes
+    from pfedsam.deployment.jobs import find_job
 
     path, added = allow_classes(find_job(job), workspace)
     console.print(f"{path}: {len(added)} classes added", *added, sep="\n  ", highlight=False)

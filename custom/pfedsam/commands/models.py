@@ -63,9 +63,9 @@ def describe_bundle(
     """Show the effective network of BUNDLE under a job's strategy: settings, parameters, bytes on the wire, cost."""
     given = literals(set_ or [])
     with console.status("building the network"):
-        from pfedsam.describe import describe
-        from pfedsam.federated.jobs import find_job, plan_settings
-        from pfedsam.training.phases import Strategy
+        from pfedsam.bundle_tools.describe import describe
+        from pfedsam.deployment.jobs import find_job, plan_settings
+        from pfedsam.training.strategy import Strategy
 
         plan = plan_settings(find_job(job))
         strategy = Strategy.of(plan["strategy"])
@@ -98,10 +98,10 @@ def init_global(
     require_free(out, force)
     with console.status("building the network"):
         from pfedsam.bundles import network_of
-        from pfedsam.federated.jobs import find_job, plan_settings
-        from pfedsam.global_model import write_global_model
+        from pfedsam.deployment.jobs import find_job, plan_settings
         from pfedsam.parameters import manifest, shared_state
-        from pfedsam.training.phases import Strategy
+        from pfedsam.storage.global_model import write_global_model
+        from pfedsam.training.strategy import Strategy
 
         plan = plan_settings(find_job(job))
         roles = Strategy.of(plan["strategy"]).roles

@@ -12,7 +12,7 @@ from pfedsam.commands.console import Force, Fresh, Job, Overrides, console, lite
 from pfedsam.commands.interrupts import command_again, ends_in_order
 from pfedsam.errors import PFedSAMError
 from pfedsam.ranges import MOST_ROUNDS
-from pfedsam.run_folder import move_aside
+from pfedsam.storage.run_folder import move_aside
 
 app = typer.Typer(help="A federation of real processes with mutual TLS on this machine.", no_args_is_help=True)
 
@@ -103,7 +103,7 @@ def submit(
 @app.command("status")
 def status(runtime: Runtime = RUNTIME) -> None:
     """What runs, and the state of each site."""
-    from pfedsam.state import list_states
+    from pfedsam.storage.state import list_states
 
     deployment = _deployment(runtime, runtime / "project.yml", None)
     for name in (deployment.server, *deployment.sites):
@@ -125,7 +125,7 @@ def down(runtime: Runtime = RUNTIME) -> None:
 def _deployment(runtime: Path, project: Path, port: int | None) -> Any:
     with console.status("loading libraries"):
         quiet_libraries()
-        from pfedsam.federated.processes import Deployment
+        from pfedsam.deployment.processes import Deployment
     if not project.is_file():
         raise PFedSAMError("E22", f"there is no {project}.", "Start with `pfedsam poc up` in the project's folder.")
     return Deployment(runtime, project, port)
@@ -137,7 +137,7 @@ def _claim(deployment: Any, force: bool) -> None:
 
 
 def _up(deployment: Any, sites: dict[str, Path]) -> None:
-    from pfedsam.federated.admin import connect
+    from pfedsam.deployment.admin import connect
 
     deployment.stop()
     deployment.require_free_port()
@@ -174,16 +174,16 @@ def _settings(set_: list[str] | None, phantom: bool) -> dict[str, Any]:
 def _check(job: str, overrides: dict[str, Any]) -> None:
     """Refuse wrong settings before anything is provisioned or started."""
     from pfedsam.bundles import require_settings
-    from pfedsam.federated.jobs import find_job, plan_settings
+    from pfedsam.deployment.jobs import find_job, plan_settings
 
     require_settings(plan_settings(find_job(job))["bundle"], overrides)
 
 
 def _terms(deployment: Any, job: str, settings: dict[str, Any], sites: dict[str, Path]) -> dict[str, Any]:
     """What decides the result of a job here."""
-    from pfedsam.federated.job_terms import job_terms
-    from pfedsam.federated.jobs import find_job, plan_settings
-    from pfedsam.run_terms import kept_terms, terms_of, with_data
+    from pfedsam.deployment.job_terms import job_terms
+    from pfedsam.deployment.jobs import find_job, plan_settings
+    from pfedsam.deployment.run_terms import kept_terms, terms_of, with_data
 
     folder = find_job(job)
     plan = {**plan_settings(folder), "federation": FEDERATION, "overrides": settings}
@@ -192,8 +192,8 @@ def _terms(deployment: Any, job: str, settings: dict[str, Any], sites: dict[str,
 
 def _require_same_job(deployment: Any, job: str, settings: dict[str, Any], sites: dict[str, Path], fresh: bool) -> None:
     """Let a job only go on from the states of an earlier one if all but the rounds is the same, and say so."""
-    from pfedsam.run_terms import kept_terms, require_same
-    from pfedsam.state import list_states
+    from pfedsam.deployment.run_terms import kept_terms, require_same
+    from pfedsam.storage.state import list_states
 
     if fresh and (aside := move_aside(deployment.root)):
         console.print(f"states and results of earlier jobs are now in {aside}", highlight=False, soft_wrap=True)
@@ -207,10 +207,10 @@ def _require_same_job(deployment: Any, job: str, settings: dict[str, Any], sites
 
 
 def _submit(deployment: Any, job: str, rounds: int, settings: dict[str, Any], sites: dict[str, Path]) -> None:
-    from pfedsam.federated.admin import connect, fetch, follow, submit
-    from pfedsam.federated.jobs import export_job, find_job
+    from pfedsam.deployment.admin import connect, fetch, follow, submit
+    from pfedsam.deployment.jobs import export_job, find_job
+    from pfedsam.deployment.run_terms import keep_terms
     from pfedsam.federated.records import RECEIVED_FILE
-    from pfedsam.run_terms import keep_terms
 
     keep_terms(deployment.root, _terms(deployment, job, settings, sites))
     folder = export_job(
@@ -245,7 +245,7 @@ def _down(deployment: Any) -> None:
 def _show(deployment: Any, sites: dict[str, Path], job: str, overrides: dict[str, Any]) -> None:
     """The per-site table, from each site's own state."""
     from pfedsam.commands.evaluation import show_evaluation
-    from pfedsam.federated.jobs import find_job, plan_settings
+    from pfedsam.deployment.jobs import find_job, plan_settings
 
     models = {}
     for site in deployment.sites:
@@ -257,7 +257,7 @@ def _show(deployment: Any, sites: dict[str, Path], job: str, overrides: dict[str
 
 def _newest_state(deployment: Any, site: str) -> Path:
     """What a site's personal model is after the run."""
-    from pfedsam.state import newest_states
+    from pfedsam.storage.state import newest_states
 
     entry = newest_states(deployment.state_root(site), FEDERATION).get(site)
     if entry is None:
@@ -267,7 +267,7 @@ def _newest_state(deployment: Any, site: str) -> Path:
 
 def _sent(deployment: Any) -> dict[str, dict[int, int]]:
     """Bytes that left each site in the rounds of its last job, by its own records."""
-    from pfedsam.run_folder import SENT_FILE, bytes_by_round
+    from pfedsam.storage.run_folder import SENT_FILE, bytes_by_round
 
     found = {}
     for site in deployment.sites:

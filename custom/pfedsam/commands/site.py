@@ -65,7 +65,7 @@ def init(
     was added by hand, and says what it changes; a file that it changes is kept as <name>.before. Code in jobs is denied
     again unless --byoc is given.
     """
-    from pfedsam.federated.kits import init_kit, is_server
+    from pfedsam.deployment.kits import init_kit, is_server
     from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings, read_settings
 
     if not is_server(kit) and data_root is None and not read_settings(kit / "local" / SITE_SETTINGS).data_root:
@@ -119,7 +119,7 @@ def _labels(text: str | None) -> Any:
 def check(kit: Kit) -> None:
     """Look at policy, certificates, disk, memory, versions, network, data and state. Exit code 1 if one is wrong."""
     with console.status("looking"):
-        from pfedsam.federated.site_check import check_kit
+        from pfedsam.deployment.site_check import check_kit
 
         findings = list(check_kit(kit))
     for one in findings:
@@ -141,7 +141,7 @@ def clean(
 
     What left the site in a removed job is kept in <kit>/audit: `pfedsam audit <kit>/audit <job>`.
     """
-    from pfedsam.federated.retention import outdated, remove
+    from pfedsam.deployment.retention import outdated, remove
 
     found = outdated(kit, older_than)
     for one in found:

@@ -14,7 +14,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.ownership import require_free
 
 if TYPE_CHECKING:
-    from pfedsam.state import StateEntry
+    from pfedsam.storage.state import StateEntry
 
 app = typer.Typer(help="The personal state of the sites on this machine.", no_args_is_help=True)
 
@@ -30,7 +30,7 @@ def state_list(root: StateRoot = None, kit: Kit = None) -> None:
     """Show the state of every federation and site under the state root."""
     from rich.table import Table
 
-    from pfedsam.state import list_states, told_dice
+    from pfedsam.storage.state import list_states, told_dice
 
     where = _where(root, kit)
     entries = list_states(where)
@@ -74,8 +74,8 @@ def state_export(
     force: Force = False,
 ) -> None:
     """Write a site's model without the optimiser's moments. It holds personal tensors: keep it at the site."""
-    from pfedsam.site_model import read, write
-    from pfedsam.state import described
+    from pfedsam.storage.site_model import read, write
+    from pfedsam.storage.state import described
 
     file = _one(_found(federation, site, _where(root, kit), fingerprint, bundle)).file
     require_free(out, force, keep=file.parent.iterdir())
@@ -99,7 +99,7 @@ def state_delete(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a site's state for good, for example when it leaves a federation."""
-    from pfedsam.state import delete_state
+    from pfedsam.storage.state import delete_state
 
     found = _found(federation, site, _where(root, kit), fingerprint, bundle)
     chosen = found if every else [_one(found)]
@@ -118,7 +118,7 @@ def _where(root: Path | None, kit: Path | None) -> Path:
         PFedSAMError: E13 if a root that is named is none, or cannot be looked for, or if the kit names none: nothing
             is said of states then.
     """
-    from pfedsam.state import ROOT_VARIABLE, state_root
+    from pfedsam.storage.state import ROOT_VARIABLE, state_root
 
     if kit is None:
         # only the default may be missing: nobody has named it
@@ -165,7 +165,7 @@ def _nothing(where: Path) -> str:
 
 def _found(federation: str, site: str, where: Path, fingerprint: str, bundle: str | None) -> list[StateEntry]:
     """The states that are meant, at least one."""
-    from pfedsam.state import list_states
+    from pfedsam.storage.state import list_states
 
     entries = list_states(where)
     found = [

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from pfedsam.data.field_of_view import labelled_outside, share_outside, told
 from pfedsam.data.geometry import same_place, turned_onto
 from pfedsam.data.intensity import NO_WINDOW, window_is_empty
-from pfedsam.data.labels import black_and_white, few, found_values
-from pfedsam.data.pictures import Picture, load_picture
+from pfedsam.data.labels import black_and_white, found_values
+from pfedsam.data.picture import Picture
+from pfedsam.data.reader import load_picture
 from pfedsam.data.site_report import CaseRow, SiteReport
 from pfedsam.data.sites import LAYOUT, Case, Split, emptied, listed_split, no_label, read_site, split_site
 from pfedsam.data.suffixes import SUFFIXES, case_name, visible
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import PFedSAMError, few
 
 #: So many cases with the same warning have a line each.
 FEW = 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pfedsam.data.pictures import Picture
+from pfedsam.data.picture import Picture
 
 
 def _within(picture: Picture, side: float) -> dict[int, tuple[int, int]]:

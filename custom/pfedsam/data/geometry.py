@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from pfedsam.data.pictures import Picture
+from pfedsam.data.picture import Picture
 
 #: An image and its label lie at the same place if no corner is farther apart than this share of a voxel.
 SAME_PLACE = 0.1

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pfedsam.errors import PFedSAMError
-
-if TYPE_CHECKING:
-    from pfedsam.data.pictures import Picture
+from pfedsam.data.picture import Picture
+from pfedsam.errors import PFedSAMError, few
 
 #: A value this near to a whole number is that number: a scale in a header makes 0.9999999 of 1.
 ROUNDING = 1e-2
 #: Foreground where a mask was stored as black and white, in 8 and in 16 bits.
 WHITES = (255, 65535)
-#: Values that a message lists.
-_SHOWN = 5
 
 
 def as_label(picture: Picture) -> Picture:
@@ -84,9 +80,3 @@ def black_and_white(found: Iterable[int], known: Collection[int]) -> int | None:
     """The value of white in a label that holds black and white only, where white is no known value; else None."""
     others = set(found) - {0}
     return next((white for white in WHITES if others == {white} and white not in known), None)
-
-
-def few(names: Iterable[str], limit: int = _SHOWN) -> str:
-    """The first of many names, and how many more there are."""
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

@@ -16,7 +16,8 @@ from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys, ensure_tuple
 from numpy.typing import NDArray
 
 from pfedsam.data.geometry import turned_onto
-from pfedsam.data.pictures import Picture, load_picture
+from pfedsam.data.picture import Picture
+from pfedsam.data.reader import load_picture
 from pfedsam.errors import PFedSAMError
 
 #: White of a colour picture that is given to a network.
@@ -34,7 +35,7 @@ class ReadImaged(MapTransform):
     does, and a label that is stored in another order of the axes is turned as its image.
 
     Args:
-        keys: of the items to read: paths, or `pfedsam.data.pictures.Picture`.
+        keys: of the items to read: paths, or `pfedsam.data.reader.Picture`.
         labels: those of them that are labels.
         colour: whether the bundle takes colour pictures.
     """

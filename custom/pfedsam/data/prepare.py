@@ -33,13 +33,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pfedsam.data.geometry import turned_onto
-from pfedsam.data.labels import black_and_white, few, found_values, whole_numbers
-from pfedsam.data.pictures import Picture, load_picture
+from pfedsam.data.labels import black_and_white, found_values, whole_numbers
+from pfedsam.data.picture import Picture
+from pfedsam.data.reader import load_picture
 from pfedsam.data.sections import FOLDS
 from pfedsam.data.sites import files_by_name
 from pfedsam.data.splitting import write_datalist
 from pfedsam.data.suffixes import case_name, suffix_of, visible
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import PFedSAMError, few
 
 _MASK_FOLDERS = ("labels", "masks")
 _MASK_ENDINGS = ("", "_mask")

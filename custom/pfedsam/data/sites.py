@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from pfedsam.data.datalist_file import entry_name, listed_parts, read_content, wrong
-from pfedsam.data.labels import few
 from pfedsam.data.sections import FOLDS, SECTIONS, VALIDATION_FRACTION, section_by_key
 from pfedsam.data.suffixes import NIFTI, SUFFIXES, case_name, visible
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import PFedSAMError, few
 from pfedsam.files import write_atomically
 from pfedsam.settings import shown
 

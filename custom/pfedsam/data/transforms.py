@@ -14,8 +14,8 @@ from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor
 
 from pfedsam.data.intensity import NO_WINDOW, WINDOW
-from pfedsam.data.labels import black_and_white, few, found_values
-from pfedsam.errors import PFedSAMError
+from pfedsam.data.labels import black_and_white, found_values
+from pfedsam.errors import PFedSAMError, few
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-from pfedsam.data.pictures import Picture
+from pfedsam.data.picture import Picture
 from pfedsam.evaluation.site import CasePrediction, SiteEvaluation
 
 #: Colour-blind safe (Okabe and Ito): truth, prediction, missed, found too much.

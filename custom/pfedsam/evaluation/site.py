@@ -15,12 +15,11 @@ from monai.data.utils import affine_to_spacing
 from torch import Tensor, nn
 
 from pfedsam.bundles import find_bundle, local_settings
-from pfedsam.data.labels import few
-from pfedsam.errors import PFedSAMError, first_of_ours
+from pfedsam.data.seen import Seen, patient_of
+from pfedsam.errors import PFedSAMError, few, first_of_ours
 from pfedsam.evaluation.metrics import case_metrics
-from pfedsam.networks.sam import SegmentAnything
-from pfedsam.seen import Seen, patient_of
-from pfedsam.site_model import SiteModel, read
+from pfedsam.networks.model import SegmentAnything
+from pfedsam.storage.site_model import SiteModel, read
 from pfedsam.training.feature_store import store_settings
 from pfedsam.training.left_out import leave_out
 
@@ -110,7 +109,8 @@ def evaluate_site(
 ) -> SiteEvaluation:
     """Evaluate both models in a site's model file.
 
-    Test cases of patients that the model has seen are left out, see `pfedsam.seen`; in another section they are not.
+    Test cases of patients that the model has seen are left out, see `pfedsam.data.seen`; in another section they are
+    not.
 
     Args:
         bundle: name of an installed bundle.
@@ -122,7 +122,7 @@ def evaluate_site(
         models: which of the two models.
         ensemble: more model files of the same network: their probabilities are averaged with the first's. They are
             other sites' models: what they have seen is not asked, as two sites may have patients of one name.
-        feature_store: see `pfedsam.training.local.LocalTraining`.
+        feature_store: see `pfedsam.training.site.SiteTrainer`.
         output_dir: where the bundle may write.
         refuse_seen: refuse a section with cases to leave out: for numbers that must be of all its cases.
         progress: called with (done, total) after each case and model.

@@ -40,8 +40,8 @@ from pfedsam.federated.persistor import SharedStatePersistor
 from pfedsam.federated.plan import plan_of
 from pfedsam.federated.privacy import holds_update
 from pfedsam.files import read_safetensors, write_atomically
-from pfedsam.global_model import FINGERPRINT, ROUND, SCHEMA
 from pfedsam.parameters import Manifest
+from pfedsam.storage.global_model import FINGERPRINT, ROUND, SCHEMA
 
 try:
     import tenseal

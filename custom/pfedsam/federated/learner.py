@@ -1,4 +1,4 @@
-"""The NVFlare learner: it moves tensors between tasks, `LocalTraining` and the state on disk, and decides nothing."""
+"""The NVFlare learner: it moves tensors between tasks, `SiteTrainer` and the state on disk, and decides nothing."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from pfedsam.data.transforms import class_numbers
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
 from pfedsam.federated.filters import outgoing_filters, require_outgoing_filter
-from pfedsam.federated.jobs import CLIENT
-from pfedsam.federated.kits import require_no_log_streaming
 from pfedsam.federated.least_sites import require_enough_sites
-from pfedsam.federated.literals import require_literal
+from pfedsam.federated.literals import CLIENT, require_literal
+from pfedsam.federated.log_streaming import require_no_log_streaming
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.federated.privacy import require_policy
 from pfedsam.federated.scalars import ListedScalars, phase_tag
@@ -37,9 +36,9 @@ from pfedsam.federated.settings import (
     site_folder,
     site_settings,
 )
-from pfedsam.state import BEST, SiteState, state_root
-from pfedsam.training.local import LocalTraining, RoundResult
-from pfedsam.training.phases import Strategy
+from pfedsam.storage.state import BEST, SiteState, state_root
+from pfedsam.training.site import RoundResult, SiteTrainer
+from pfedsam.training.strategy import Strategy
 
 #: When a job has begun at the site, in its folder there.
 STARTED = "pfedsam_started"
@@ -94,7 +93,7 @@ class PFedSAMLearner(ModelLearner):
 
         Before the training of a round that is not validated, or at a site that tells no Dice, NVFlare gets None and
         sends no metrics with the result. The same for a global model that predicts nothing or everything (see
-        `LocalTraining.answers`), but in a simulation.
+        `SiteTrainer.answers`), but in a simulation.
 
         A Dice far below the best one so far is told in the site's log (see `fall`): the global model may be
         damaged or made to do harm. Where the strategy asks for no validation in a round, none is added for that.
@@ -146,7 +145,7 @@ class PFedSAMLearner(ModelLearner):
         output = Path(self.workspace.get_run_dir(self.job_id)) / "bundle"
         device = site.device or self.device
         told: dict[str, Any] = {"device": device, "checkpoint": site.checkpoint, "label_map": site.labels}
-        self._local = LocalTraining(plan.bundle, folder, strategy, plan.overrides, output, **told)
+        self._local = SiteTrainer(plan.bundle, folder, strategy, plan.overrides, output, **told)
         self._local.open()
         self._open_state(plan, site.state_root)
         simulated = self._is_simulated()

@@ -15,6 +15,8 @@ from typing import Any
 
 from pfedsam.errors import PFedSAMError
 
+#: The configurations of a job, in its app folder's `config`.
+SERVER, CLIENT = "config_fed_server.json", "config_fed_client.json"
 #: At the server a setting of the same file may stand for a number of the workflow.
 _SERVER_REFERENCE = re.compile(r"\{[a-z_]+\}")
 _FORBIDDEN = re.compile(r"[{}$\\/]|\.\.")

@@ -15,7 +15,7 @@ from pfedsam.bundles import network_of, require_settings
 from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import COPY, Manifest, manifest
 from pfedsam.settings import shown
-from pfedsam.training.phases import Strategy
+from pfedsam.training.strategy import Strategy
 
 PLAN_ID = "plan"
 
@@ -26,7 +26,7 @@ class Plan:
     Args:
         federation: name of the federation: the personal state at a site is keyed by it.
         bundle: name of an installed bundle.
-        strategy: settings of `pfedsam.training.phases.Strategy`.
+        strategy: settings of `pfedsam.training.strategy.Strategy`.
         overrides: listed ids of the bundle's configuration with literal values.
         most_cases: the most training cases that a site counts as, as the sites agreed on it: a number for all, or
             numbers by site. Where none was agreed on, a site is held to what the others have, see

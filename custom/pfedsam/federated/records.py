@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedsam.files import append_line
-from pfedsam.run_folder import LEFT, SENT_FILE
+from pfedsam.storage.run_folder import LEFT, SENT_FILE
 
 #: Written by `filters.IncomingGuard` at the server; `SENT_FILE` by `filters.PersonalisedFilter` at a site.
 RECEIVED_FILE = "pfedsam_received.jsonl"

@@ -23,7 +23,7 @@ from nvflare.app_common.widgets.convert_to_fed_event import FED_EVENT_PREFIX
 
 from pfedsam.federated.boundary import METRIC_DECIMALS, rounded_metric
 from pfedsam.federated.records import SCALARS, SENT_FILE, append_record
-from pfedsam.training.phases import Strategy
+from pfedsam.training.strategy import Strategy
 
 #: The event that `TBAnalyticsReceiver` of the packaged jobs waits for.
 EVENT = FED_EVENT_PREFIX + ANALYTIC_EVENT_TYPE

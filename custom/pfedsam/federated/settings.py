@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pfedsam.errors import PFedSAMError
 from pfedsam.files import write_atomically
 from pfedsam.parameters import GROUPS
-from pfedsam.training.phases import Strategy
+from pfedsam.training.strategy import Strategy
 
 SITE_SETTINGS = "pfedsam.json"
 #: Where a site takes the data root from if its settings have none.
@@ -34,7 +34,7 @@ class SiteSettings(BaseModel):
 
     Attributes:
         data_root: folder that holds the site folder `<data_root>/<site name>`, or is the site folder itself.
-        state_root: where the personal state is kept; see `pfedsam.state.state_root`.
+        state_root: where the personal state is kept; see `pfedsam.storage.state.state_root`.
         checkpoint: path of SAM's base weights at this site; by default the environment variable PFEDSAM_CHECKPOINT,
             else the weights folder (see `pfedsam models`).
         device: `auto` or a torch device.

@@ -14,7 +14,7 @@ from torch import nn
 from pfedsam.bundles import class_names, find_bundle, network_of, settings_of
 from pfedsam.errors import PFedSAMError
 from pfedsam.files import when_whole
-from pfedsam.site_model import model_settings, read, write
+from pfedsam.storage.site_model import model_settings, read, write
 
 #: Largest difference of logits between eager, TorchScript and ONNX.
 TOLERANCE = 1e-4

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from pfedsam.errors import PFedSAMError
-from pfedsam.global_model import read_global_model, round_of
 from pfedsam.parameters import TensorSpec
-from pfedsam.site_model import SiteModel, read
+from pfedsam.storage.global_model import read_global_model, round_of
+from pfedsam.storage.site_model import SiteModel, read
 
 
 def pair(global_model: Path, state: Path, mix: bool = False) -> SiteModel:

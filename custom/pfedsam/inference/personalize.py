@@ -10,11 +10,11 @@ from pfedsam.bundles import class_names, field_of_view, find_bundle, is_rgb
 from pfedsam.data.checks import check_site
 from pfedsam.data.site_report import require_valid
 from pfedsam.data.transforms import class_numbers
-from pfedsam.global_model import read_global_model, round_of
 from pfedsam.parameters import manifest
-from pfedsam.site_model import write
-from pfedsam.strategies import find_strategy
-from pfedsam.training.local import LocalTraining
+from pfedsam.storage.global_model import read_global_model, round_of
+from pfedsam.storage.site_model import write
+from pfedsam.training.catalogue import find_strategy
+from pfedsam.training.site import SiteTrainer
 
 
 def fit_personal(
@@ -57,7 +57,7 @@ def fit_personal(
             field_of_view=field_of_view(bundle, settings),
         )
     )
-    local = LocalTraining(
+    local = SiteTrainer(
         bundle, site, find_strategy(strategy).checked(), settings, out, checkpoint=checkpoint, cases=cases
     )
     local.open()

@@ -20,11 +20,12 @@ from pfedsam.bundles import find_bundle, local_settings
 from pfedsam.data import transforms
 from pfedsam.data.field_of_view import share_outside
 from pfedsam.data.intensity import NO_WINDOW, window_is_empty
-from pfedsam.data.pictures import Picture, load_picture
+from pfedsam.data.picture import Picture
+from pfedsam.data.reader import load_picture
 from pfedsam.errors import PFedSAMError, first_of_ours
 from pfedsam.inferers import PromptedSliceInferer
 from pfedsam.networks.prompts import boxes_of
-from pfedsam.site_model import model_settings
+from pfedsam.storage.site_model import model_settings
 
 #: Foreground of the mask that a box becomes.
 _INSIDE = 255
@@ -114,7 +115,7 @@ class Predictor:
         """Segment one image.
 
         Args:
-            source: see `pfedsam.data.pictures.load_picture`.
+            source: see `pfedsam.data.reader.load_picture`.
             box: first and last voxel along each axis of the image, `(x0, x1, y0, y1[, z0, z1])`: what is to be
                 segmented lies inside. For models that were trained with boxes.
 

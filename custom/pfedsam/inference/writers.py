@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pfedsam.data.labels import few
-from pfedsam.data.pictures import Picture
+from pfedsam.data.picture import Picture
 from pfedsam.data.suffixes import NIFTI, case_name
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import PFedSAMError, few
 from pfedsam.files import when_whole
 
 LABEL, PICTURE, PROBABILITY, OVERLAY, SEGMENTATION = ".nii.gz", ".png", "_probability.nii.gz", "_overlay.png", ".dcm"

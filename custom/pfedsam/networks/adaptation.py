@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from segment_anything.modeling.common import MLPBlock
@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.networks.lora import Layout, LoRA, QVLoRA
+from pfedsam.networks.model import SegmentAnything
 from pfedsam.networks.moe import Gate, LMoE
-
-if TYPE_CHECKING:
-    from pfedsam.networks.sam import SegmentAnything
 
 #: Where experts may be: beside the MLPs of the adapted encoder blocks, the neck's 3x3 convolution, the decoder's MLPs.
 Place = Literal["encoder", "neck", "decoder"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import PFedSAMError, few
 from pfedsam.networks.vit import resize_positions
 from pfedsam.networks.weights import check_file
 from pfedsam.parameters import ADDED, group_of
@@ -50,7 +50,7 @@ def read_checkpoint(path: Path, checksum: str | None = None) -> dict[str, Tensor
         wrong = [str(n) for n, value in state.items() if not isinstance(n, str) or not isinstance(value, Tensor)]
         raise PFedSAMError(
             "E10",
-            f"{path} holds no state dict of tensors: {_few(wrong)} is none.",
+            f"{path} holds no state dict of tensors: {few(map(repr, wrong), 3)} is none.",
             f"Give a SAM checkpoint: tensors by name, or the same under one of {list(WRAPPERS)}.",
         )
     return _without_prefix(state)
@@ -78,10 +78,6 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _few(names: list[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def load_base(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load SAM's weights, strictly, before or after the network was adapted.
 
@@ -98,7 +94,7 @@ def load_base(network: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     shapes = [n for n in target if n in state and target[n].shape != state[n].shape]
     for names, what in ((missing, "is missing"), (unknown, "is unknown"), (shapes, "has another shape")):
         if names:
-            others = f"; the file has {_few(unknown)}" if what == "is missing" and unknown else ""
+            others = f"; the file has {few(map(repr, unknown), 3)}" if what == "is missing" and unknown else ""
             raise PFedSAMError(
                 "E10",
                 f"{source}: tensor '{names[0]}' {what} ({len(names)} such tensors){others}.",
@@ -108,7 +104,7 @@ def load_base(network: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     if broken:
         raise PFedSAMError(
             "E10",
-            f"{source}: tensor {_few(broken)} holds values that are not finite (NaN or infinity).",
+            f"{source}: tensor {few(map(repr, broken), 3)} holds values that are not finite (NaN or infinity).",
             "The checkpoint is damaged, or its training diverged: take an earlier one.",
         )
     with torch.no_grad():

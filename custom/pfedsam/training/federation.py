@@ -24,15 +24,15 @@ from filelock import FileLock
 from torch import Tensor
 
 from pfedsam.bundles import network_of
+from pfedsam.data.seen import POOL
 from pfedsam.errors import PFedSAMError
 from pfedsam.files import append_line, read_lines, read_safetensors, write_atomically
 from pfedsam.networks.adaptation import EXPERT_SETTINGS
 from pfedsam.parameters import shared_state
-from pfedsam.seen import POOL
-from pfedsam.site_model import SiteModel, read, write
+from pfedsam.storage.site_model import SiteModel, read, write
 from pfedsam.training.aggregation import aggregate
-from pfedsam.training.local import LocalTraining, RoundResult
-from pfedsam.training.phases import Strategy
+from pfedsam.training.site import RoundResult, SiteTrainer
+from pfedsam.training.strategy import Strategy
 
 ROUND_FILE, HISTORY_FILE, MODELS = "global.safetensors", "history.jsonl", "models"
 
@@ -48,7 +48,7 @@ class Federation:
         out: run folder; models and history are written here.
         rounds: number of rounds.
         overrides: listed ids of the bundle's configuration.
-        settings: of `LocalTraining`, for example `checkpoint`, `device`, `feature_store`.
+        settings: of `SiteTrainer`, for example `checkpoint`, `device`, `feature_store`.
         begun: a federation of the rounds alone, in which nothing personal takes part; it is run first, or what is left
             of it, and this one adds its final phases only.
     """
@@ -152,9 +152,9 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
         tell(f"{strategy.name}: final phase, {name}: global {before:.3f}, personal {after:.3f}")
 
 
-def _open(federation: Federation, name: str) -> LocalTraining:
+def _open(federation: Federation, name: str) -> SiteTrainer:
     output = federation.out / "sites" / name
-    local = LocalTraining(
+    local = SiteTrainer(
         federation.bundle,
         federation.sites[name],
         federation.strategy,
@@ -169,7 +169,7 @@ def _open(federation: Federation, name: str) -> LocalTraining:
     return local
 
 
-def _start(federation: Federation, sites: Mapping[str, LocalTraining]) -> tuple[dict[str, Tensor], int]:
+def _start(federation: Federation, sites: Mapping[str, SiteTrainer]) -> tuple[dict[str, Tensor], int]:
     """The global model to go on from and the number of rounds done (E11 if they are of other base weights)."""
     theta, done = federation.global_model()
     if done and not federation.begun:
@@ -191,7 +191,7 @@ def _theta_0(federation: Federation) -> dict[str, Tensor]:
 
 
 def _round(
-    federation: Federation, name: str, local: LocalTraining, theta: Mapping[str, Tensor], number: int
+    federation: Federation, name: str, local: SiteTrainer, theta: Mapping[str, Tensor], number: int
 ) -> tuple[RoundResult, SiteModel]:
     started = time.monotonic()
     local.receive(theta, local.fingerprint)

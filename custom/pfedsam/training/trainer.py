@@ -19,12 +19,12 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from pfedsam.errors import PFedSAMError
+from pfedsam.networks.model import SegmentAnything
 from pfedsam.networks.prompts import training_boxes
-from pfedsam.networks.sam import SegmentAnything
 from pfedsam.parameters import Role, Roles, group_of, held, set_trainable, short, trains_encoder
 from pfedsam.training.distillation import QualityGate, TeacherLogits, distillation_loss
 from pfedsam.training.feature_cache import FeatureCache
-from pfedsam.training.phases import Phase
+from pfedsam.training.strategy import Phase
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""How each format is read; `pfedsam.data.pictures.load_picture` chooses among them."""
+"""How each format is read; `pfedsam.data.reader.load_picture` chooses among them."""

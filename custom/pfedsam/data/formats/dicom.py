@@ -23,7 +23,7 @@ from pydicom.pixels import apply_modality_lut, pixel_array
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from pfedsam.data.limits import check_claim, limit_bytes
-from pfedsam.data.pictures import Picture
+from pfedsam.data.picture import Picture
 from pfedsam.data.suffixes import visible
 from pfedsam.errors import PFedSAMError
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from pfedsam.data.limits import check_claim
-from pfedsam.data.pictures import Picture
+from pfedsam.data.picture import Picture
 from pfedsam.errors import PFedSAMError
 
 #: Bytes of a pixel of each of Pillow's modes, where it is not one byte a band.

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 
 from pfedsam.data.limits import check_claim
-from pfedsam.data.pictures import Picture
+from pfedsam.data.picture import Picture
 from pfedsam.errors import PFedSAMError
 
 #: Millimetres of the units that a header may state; nibabel's affine is in the unit that the header states.

@@ -1,0 +1,1 @@
+"""What people run around a federation: jobs, kits, the simulator, the console."""

@@ -1,0 +1,246 @@
+"""What `pfedsam site check` looks at: everything that a job will need at a site or a server. It changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_IROTH, S_IXOTH
+from typing import Any
+
+from nvflare.fuel.sec.authz import parse_policy_config
+from nvflare.security.security import COMMAND_CATEGORIES
+
+from pfedsam.deployment.allowed_classes import needed_classes
+from pfedsam.deployment.kits import AUTHORIZATION, FILTER, PRIVACY, RESOURCES, SHELL, is_server, outgoing
+from pfedsam.errors import PFedSAMError
+from pfedsam.federated.literals import CLIENT, SERVER
+from pfedsam.federated.log_streaming import LOG_SENDERS
+from pfedsam.federated.settings import SITE_SETTINGS
+
+#: A certificate that expires sooner is a problem.
+_EXPIRES_SOON_DAYS = 30
+_LEAST_DISK_GIB, _LEAST_MEMORY_GIB = 5, 4
+_CONNECT_SECONDS = 5
+#: What NVFlare writes of a site and of a job, in the kit and in the job's folder there.
+_LOGS = ("log*.txt*", "error_log.txt*", "log.json*")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `pfedsam site check`.
+
+    Attributes:
+        name: what was looked at.
+        fine: False if jobs would fail, or the site would allow more than it should.
+        message: what was found.
+        warning: fine, but somebody should have decided so.
+    """
+
+    name: str
+    fine: bool
+    message: str
+    warning: bool = False
+
+
+def check_kit(kit: Path) -> Iterator[Finding]:
+    """Look at everything that a job will need, and change nothing.
+
+    Raises:
+        PFedSAMError: E01 if it is no startup kit.
+    """
+    server = is_server(kit)
+    yield from _check_policy(kit, server)
+    yield from _check_access("kit", kit, _of_kit(kit))
+    yield from _check_certificate(kit)
+    yield from _check_machine(kit)
+    yield _check_port(kit) if server else _check_reachable(kit)
+    if not server:
+        yield from _check_data(kit)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _check_policy(kit: Path, server: bool) -> Iterator[Finding]:
+    local = kit / "local"
+    resources = _read(local / RESOURCES) or {}
+    allowed, needed = set(resources.get("class_allow_list", ())), set(needed_classes(SERVER if server else CLIENT))
+    missing, prefixes = sorted(needed - allowed), sorted(name for name in allowed if name.endswith("."))
+    fine = not missing and not prefixes and resources.get("class_list_enforcement_mode") == "enforce"
+    wrong = f"missing {missing[:2]}" if missing else f"prefixes {prefixes[:2]}, or not enforced"
+    what = "exact classes, enforced" if fine else wrong
+    yield Finding("classes", fine, f"{local / RESOURCES}: {what}")
+    extra = sorted(allowed - needed - set(prefixes))
+    if extra:
+        yield Finding("classes", True, f"{local / RESOURCES} allows more than our jobs need: {extra}", warning=True)
+    streams = resources.get("allow_log_streaming", True) or any(
+        one["path"].endswith(LOG_SENDERS) for one in resources.get("components", ())
+    )
+    yield Finding("log streaming", not streams, "off" if not streams else f"on in {local / RESOURCES}: logs name cases")
+    yield from _check_rights(local / AUTHORIZATION)
+    if server:
+        return
+    yield _check_scopes(local / PRIVACY)
+
+
+def _check_rights(path: Path) -> Iterator[Finding]:
+    """Whether any role may bring code in a job, or read files of the machine with a shell command."""
+    try:
+        policy, problem = parse_policy_config(_read(path) or {}, COMMAND_CATEGORIES)
+    except TypeError as error:
+        policy, problem = None, str(error)
+    for name, rights in (("code in jobs", ("byoc",)), ("shell commands", SHELL)):
+        if policy is None:
+            yield Finding(name, False, f"not denied in {path}: {problem}")
+            continue
+        allowed = [role for role, given in policy.role_rights.items() if any(_allows(given, one) for one in rights)]
+        yield Finding(name, not allowed, f"allowed for {allowed} in {path}" if allowed else "denied")
+
+
+def _allows(given: Mapping[str, Any], right: str) -> bool:
+    """Whether a role has a right, be it on a condition; "*" stands where one word is for all rights."""
+    condition = given.get("*", given.get(right, "none"))
+    return not isinstance(condition, str) or condition.strip().lower() not in ("none", "no")
+
+
+def _check_scopes(path: Path) -> Finding:
+    """Whether our filter comes first in every scope: a job may name any of them in its meta.json."""
+    privacy = _read(path) or {}
+    first = {str(one.get("name")): (outgoing(one) or [{}])[0].get("path") for one in privacy.get("scopes") or ()}
+    others = {name: found for name, found in first.items() if found != FILTER}
+    default = privacy.get("default_scope")
+    if default not in first:
+        return Finding("outgoing filter", False, f"{path}: there is no default scope '{default}'")
+    if others:
+        told = ", ".join(f"{found} in scope '{name}'" for name, found in others.items())
+        return Finding("outgoing filter", False, f"{path}: the first filter is {told}; jobs may name any scope")
+    return Finding("outgoing filter", True, f"{path}: the first filter is {FILTER} in every scope")
+
+
+def _of_kit(kit: Path) -> Iterator[Path]:
+    """Settings, policy and logs."""
+    yield from (kit / "local" / name for name in (SITE_SETTINGS, RESOURCES, PRIVACY, AUTHORIZATION))
+    yield from (log for folder in ("", "*/") for name in _LOGS for log in kit.glob(folder + name))
+
+
+def _check_access(name: str, top: Path, paths: Iterable[Path]) -> Iterator[Finding]:
+    """A warning if everybody with an account on this machine can read one of these files or folders of `top`."""
+    found = sorted(str(path) for path in paths if _others_may_read(path))
+    if found:
+        message = f"others on this machine can read {', '.join(found[:3])}{' ...' if len(found) > 3 else ''}"
+        yield Finding(f"{name} access", True, f"{message}: chmod -R o-rwx {shlex.quote(str(top))}", warning=True)
+
+
+def _others_may_read(path: Path) -> bool:
+    """Whether others may read a file, or list a folder, and pass through all folders above it."""
+    if not path.exists() or not path.stat().st_mode & S_IROTH:
+        return False
+    return all(folder.stat().st_mode & S_IXOTH for folder in path.resolve().parents)
+
+
+def _check_certificate(kit: Path) -> Iterator[Finding]:
+    from datetime import datetime, timezone
+
+    from cryptography import x509
+
+    for path in [*sorted((kit / "startup").glob("*.crt")), kit / "startup" / "rootCA.pem"]:
+        try:
+            expires = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+        except (OSError, ValueError) as error:
+            yield Finding("certificate", False, f"{path}: {error}")
+            continue
+        days = (expires - datetime.now(timezone.utc)).days
+        message = f"{path.name} expires {expires:%Y-%m-%d}, in {days} days"
+        yield Finding("certificate", days >= _EXPIRES_SOON_DAYS, message)
+
+
+def _target(content: Any) -> tuple[str, int]:
+    """Host and port of the server, as NVFlare's configuration names them."""
+    host, _, port = str(content["servers"][0]["service"]["target"]).rpartition(":")
+    return host, int(port)
+
+
+def _check_reachable(kit: Path) -> Finding:
+    """Whether the server's port answers from this machine."""
+    try:
+        host, port = _target(_read(kit / "startup" / "fed_client.json"))
+    except (KeyError, IndexError, TypeError, ValueError):
+        return Finding("server", False, f"{kit / 'startup' / 'fed_client.json'} names no server")
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
+            return Finding("server", True, f"{host} port {port} answers")
+    except OSError as error:
+        why = f"{type(error).__name__}: {error}"
+        return Finding("server", False, f"{host} port {port} does not answer ({why}): not running, or a firewall")
+
+
+def _check_port(kit: Path) -> Finding:
+    """Whether the port that the server will open is free, or the server's own."""
+    import psutil
+
+    try:
+        _, port = _target(_read(kit / "startup" / "fed_server.json"))
+    except (KeyError, IndexError, TypeError, ValueError):
+        return Finding("port", False, f"{kit / 'startup' / 'fed_server.json'} names no port")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            return Finding("port", True, f"port {port} is free")
+        except OSError:
+            pass
+    for process in psutil.process_iter(["cmdline"]):
+        if str(kit.resolve()) in (process.info["cmdline"] or ()):
+            return Finding("port", True, f"port {port} is this server's, which runs as process {process.pid}")
+    return Finding("port", False, f"port {port} is taken by something else")
+
+
+def _check_machine(kit: Path) -> Iterator[Finding]:
+    import shutil
+    from importlib.metadata import version
+
+    import psutil
+
+    free = shutil.disk_usage(kit).free / 2**30
+    yield Finding("disk", free >= _LEAST_DISK_GIB, f"{free:.0f} GiB free, at least {_LEAST_DISK_GIB} are wanted")
+    memory = psutil.virtual_memory().available / 2**30
+    message = f"{memory:.0f} GiB available, at least {_LEAST_MEMORY_GIB} are wanted"
+    yield Finding("memory", memory >= _LEAST_MEMORY_GIB, message)
+    told = ", ".join(f"{name} {version(name)}" for name in ("pfedsam", "nvflare", "monai", "torch"))
+    yield Finding("versions", True, told)
+
+
+def _check_data(kit: Path) -> Iterator[Finding]:
+    from pfedsam.data.sites import read_site
+    from pfedsam.federated.settings import read_settings, site_folder
+    from pfedsam.storage.state import state_root
+
+    try:
+        settings = read_settings(kit / "local" / SITE_SETTINGS)
+        name = (_read(kit / "startup" / "fed_client.json") or {}).get("client", {}).get("fqsn", kit.name)
+        folder = site_folder(settings.data_root, str(name))
+        yield Finding("data", True, f"{folder}: {len(read_site(folder))} cases (pfedsam validate {folder} says more)")
+        yield from _check_access("data", folder, [folder, folder / "images", folder / "labels"])
+    except PFedSAMError as error:
+        yield Finding("data", False, str(error))
+        return
+    root = state_root(settings.state_root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / ".probe"
+        probe.write_text("")
+        probe.unlink()
+        inside = kit.resolve() in root.resolve().parents
+        text = f"{root}" + (" lies inside the NVFlare workspace: an upgrade would remove it" if inside else "")
+        yield Finding("state", not inside, text)
+        yield from _check_access("state", root, [root])
+    except OSError as error:
+        yield Finding("state", False, f"{root} cannot be written: {error}")

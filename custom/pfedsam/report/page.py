@@ -1,0 +1,298 @@
+"""One page about a run that a person can look at and keep: no script, no link to another file, no network.
+
+The page names sites, never cases. It shows slices of patients' images and the Dice of single cases: to be shown outside
+the hospitals it is written without them (`pictures=False`). A mean over fewer than `FEW_CASES` cases is then left out,
+too: of one case it is that case's value, of two the other's for whoever knows one.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup, escape
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import pfedsam
+from pfedsam.bundle_tools.describe import describe
+from pfedsam.comparison.compare import read_records
+from pfedsam.comparison.provenance import case_hash
+from pfedsam.comparison.records import problem_of_results
+from pfedsam.comparison.statistics import case_table
+from pfedsam.errors import PFedSAMError
+from pfedsam.evaluation.site import MODELS
+from pfedsam.files import write_atomically
+from pfedsam.parameters import Roles
+from pfedsam.report.plots import plots
+from pfedsam.storage.run_folder import RUN, SENT_FILE, bytes_by_round, starts
+from pfedsam.training.site import SPLIT_FILE
+from pfedsam.training.strategy import Strategy
+
+FEW_CASES = 5
+DEAD_SHARE = 0.02
+#: Values of a site that are of its test cases.
+_OF_CASES = tuple(f"{kind}_{model}" for kind in ("dice", "failures") for model in MODELS)
+EXAMPLES = ("best", "median", "worst")
+
+
+def write_report(run: Path, out: Path | None = None, compare: Path | None = None, *, pictures: bool = True) -> Path:
+    """Write the page about a run of `pfedsam demo` or `pfedsam simulate`.
+
+    Args:
+        run: the run folder; `results.json` must be in it, curves and settings are used where they are there.
+        out: HTML file to write; `report.html` in the run folder by default.
+        compare: records of `pfedsam compare`; those of `local_only` tell where a site does better alone.
+        pictures: with images of patients and results of single cases; False leaves means and curves of sites with at
+            least `FEW_CASES` cases (test, validation or training cases, whichever a value is of), and the mean of
+            those sites.
+
+    Returns:
+        The file written.
+
+    Raises:
+        PFedSAMError: E02 if the folder holds no finished run or no sound results, E16 if its job is none, or `compare`
+            holds no record of `local_only` with test cases of this run.
+    """
+    path = run / "results.json"
+    if not path.is_file():
+        raise PFedSAMError(
+            "E02", f"{run} holds no results.json.", "Give the run folder of a finished demo or simulate."
+        )
+    results = _read_results(path)
+    alone = _worse_than_alone(results, compare, 1 if pictures else FEW_CASES) if compare else []
+    plan, rounds = _plan(run)
+    curves = read_curves(run)
+    if not pictures:
+        results, curves = _without_few(results), _of_many(curves, run)
+    about = results.get("about", {})
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pfedsam.evaluation", "templates"), autoescape=True, trim_blocks=True
+    )
+    environment.filters |= {"code": _code, "number": _number}
+    page = environment.get_template("report.html.j2").render(
+        version=pfedsam.__version__,
+        title=plan.get("federation", run.name),
+        results=results,
+        models=MODELS,
+        rounds=rounds,
+        strategy=plan.get("strategy", {}),
+        settings=_settings(plan, about),
+        groups=_groups(plan),
+        plots=plots(curves, results, _sent(run, results["sites"]), cases=pictures),
+        pictures=_pictures(run, results) if pictures else {},
+        warnings=[*_warnings(results, curves), *alone],
+        compared=compare is not None,
+        shown=pictures,
+        gain=_gain,
+        few=FEW_CASES,
+    )
+    out = out or run / "report.html"
+    write_atomically(out, page.encode())
+    return out
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    remedy = "Evaluate the run again: call the command that made it once more."
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PFedSAMError("E02", f"{path} is not readable: {error}.", remedy) from None
+    problem = problem_of_results(results)
+    if problem:
+        raise PFedSAMError("E02", f"{path} holds no results: {problem}.", remedy)
+    return results
+
+
+def _code(text: str) -> Markup:
+    """Escaped text in which what stands between backticks is code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _number(value: float | None, form: str = "%.3f") -> str:
+    return "-" if value is None else form % value
+
+
+def read_curves(run: Path) -> pd.DataFrame:
+    """The scalars that the sites sent, from TensorBoard's files of all starts: columns `site`, `tag`, `round`, `value`.
+
+    Of a round that was done twice the last value counts.
+    """
+    values: dict[tuple[str, str, int], float] = {}
+    for start in starts(run):
+        for folder in sorted(path for path in start.glob(f"server/{RUN}/tb_events/*") if path.is_dir()):
+            events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+            for tag in events.Tags()["scalars"]:
+                values |= {(folder.name, tag, event.step): event.value for event in events.Scalars(tag)}
+    rows = [(*key, value) for key, value in sorted(values.items())]
+    return pd.DataFrame(rows, columns=["site", "tag", "round", "value"])
+
+
+def read_alone(path: Path) -> dict[tuple[str, str], float]:
+    """Dice of the models that sites trained alone, by site and hash of the case.
+
+    The mean over the classes, and over the records of `local_only` that tested the case.
+    """
+    records = [one for one in read_records(path) if one["strategy"] == "local_only" and not one["held_out"]]
+    cases = case_table(records)
+    return {(str(site), str(case)): float(rows.dice.mean()) for (site, case), rows in cases.groupby(["site", "case"])}
+
+
+def _plan(run: Path) -> tuple[dict[str, Any], int | None]:
+    """The plan of the job that was run, and its number of rounds."""
+    path = run / "job" / "app" / "config" / "config_fed_server.json"
+    if not path.is_file():
+        return {}, None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        plan = next(one["args"] for one in config["components"] if one["id"] == "plan")
+        return dict(plan), int(config["start_round"]) + int(config["num_rounds"])
+    except (OSError, ValueError, TypeError, KeyError, StopIteration) as error:
+        told = f"{path} is no configuration of ours ({type(error).__name__}: {error})"
+        raise PFedSAMError("E16", f"{told}.", "Bring it back, or take the job's folder away.") from None
+
+
+def _sent(run: Path, sites: Iterable[str]) -> pd.DataFrame:
+    """What left each site after all filters, as its own record has it: columns `site`, `round`, `bytes`."""
+    rows = [
+        {"site": site, "round": number, "bytes": count}
+        for site in sites
+        for number, count in bytes_by_round(start / site / RUN / SENT_FILE for start in starts(run)).items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _settings(plan: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, str]:
+    """What was set, in words; of the base weights only whether they are a file of this machine, not where it lies."""
+    from pfedsam.bundles import settings_of
+
+    bundle = plan.get("bundle") or about.get("bundle")
+    if not bundle:
+        return {}
+    overrides = plan.get("overrides") or about.get("overrides")
+    told = settings_of(bundle, overrides) | describe(bundle, Roles(), overrides).settings
+    if "checkpoint" in told and not str(told["checkpoint"]).isidentifier():
+        told["checkpoint"] = "a file of this machine"
+    return {"bundle": bundle, **{key: json.dumps(value) for key, value in told.items()}}
+
+
+def _groups(plan: Mapping[str, Any]) -> list[Any]:
+    """Parameter groups with their roles and sizes."""
+    if not plan:
+        return []
+    strategy = Strategy.of(plan["strategy"])
+    return list(describe(plan["bundle"], strategy.roles, plan.get("overrides"), copies=strategy.has_copy).groups)
+
+
+def _without_few(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results without single cases, and without the values of sites with few of them: None in their place.
+
+    Means and worst are those of the sites that are shown: else they would tell what is left out.
+    """
+    sites = {
+        name: site if site["cases"] >= FEW_CASES else site | dict.fromkeys(_OF_CASES)
+        for name, site in results["sites"].items()
+    }
+    summary: dict[str, Any] = {}
+    for model in MODELS:
+        values = [site[f"dice_{model}"] for site in sites.values() if site[f"dice_{model}"] is not None]
+        summary[f"mean_{model}"] = float(np.mean(values)) if values else None
+        summary[f"worst_{model}"] = min(values, default=None)
+    return {**results, "sites": sites, **summary, "cases": []}
+
+
+def _of_many(curves: pd.DataFrame, run: Path) -> pd.DataFrame:
+    """The curves of sites whose own record of the split has enough cases of the section that a value is of."""
+    counts: dict[tuple[str, str], int] = {}
+    for path in (path for start in starts(run) for path in start.glob(f"*/{RUN}/bundle/{SPLIT_FILE}")):
+        split = json.loads(path.read_text())
+        counts |= {(path.parts[-4], section): len(split[section]) for section in ("training", "validation")}
+    sections = ["validation" if tag.startswith("val_") else "training" for tag in curves["tag"]]
+    keys = zip(curves["site"], sections, strict=True)
+    return curves[np.array([counts.get(key, 0) >= FEW_CASES for key in keys], dtype=bool)]
+
+
+def _gain(site: Mapping[str, Any]) -> float | None:
+    """What the personal model has more than the global one; None where it is not shown."""
+    return None if site["dice_personal"] is None else site["dice_personal"] - site["dice_global"]
+
+
+def _warnings(results: Mapping[str, Any], curves: pd.DataFrame) -> list[str]:
+    """What a careful reader would ask about."""
+    found = []
+    few = [f"{name} ({site['cases']})" for name, site in results["sites"].items() if site["cases"] < FEW_CASES]
+    if few:
+        found.append(
+            f"Fewer than {FEW_CASES} test cases, so that a mean says little: {', '.join(few)}. Test all folds."
+        )
+    for name, site in results["sites"].items():
+        gain = _gain(site)
+        if gain is not None and gain < 0:
+            found.append(
+                f"At {name} the personal model is worse than the global one by {-gain:.3f}. Serve the global model "
+                f"there (`pfedsam infer --global`), or keep less of the personal one (a smaller `interpolation`, if "
+                f"its strategy can have one)."
+            )
+        for model in MODELS:
+            if missed := site[f"failures_{model}"]:
+                found.append(f"At {name} the {model} model missed a class in {missed} of {site['cases']} cases.")
+    shares = curves[curves["tag"].str.startswith("expert_share_")] if len(curves) else curves
+    for (site, tag), values in shares.groupby(["site", "tag"]):
+        last = values.sort_values("round").iloc[-1].value
+        if last < DEAD_SHARE:
+            expert, layer = re.findall(r"\d+", str(tag))
+            found.append(
+                f"At {site} expert {expert} of layer {layer} is dead (share of the gate {last:.1%}): try fewer experts."
+            )
+    if (results["mean_personal"] or 0.0) < (results["mean_global"] or 0.0):
+        found.append(
+            "Over all sites the personal models are no better than the global one: compare with fedavg_lora "
+            "(`pfedsam compare`) before you use them."
+        )
+    return found
+
+
+def _worse_than_alone(results: Mapping[str, Any], compare: Path, least: int) -> list[str]:
+    """Sites whose personal model is worse than the one that they trained alone, on at least so many common cases."""
+    alone = read_alone(compare)
+    gains: dict[str, list[float]] = {site: [] for site in results["sites"]}
+    for case in results["cases"]:
+        key = case["site"], case_hash(case["site"], case["case"])
+        if case["model"] == "personal" and key in alone:
+            gains[case["site"]].append(float(np.mean(case["dice"])) - alone[key])
+    if not any(gains.values()):
+        raise PFedSAMError(
+            "E16",
+            f"{compare} holds no record of local_only with a test case of the sites {', '.join(gains)}.",
+            "Run `pfedsam compare <data> --strategies local_only` on the same sites with the seed of the run.",
+        )
+    found = []
+    for site, values in gains.items():
+        if not values:
+            found.append(f"{site} is in no record of local_only, so whether it does better alone is not known.")
+        elif len(values) >= least and np.mean(values) < 0:
+            found.append(
+                f"At {site} the personal model is worse than the site's own training (local_only) by "
+                f"{-np.mean(values):.3f} on the same {len(values)} test case(s). Let it use the model that it trains "
+                f"alone, or keep more of the personal one (`interpolation` nearer to 1, if the strategy has one), or "
+                f"give its final phase more epochs."
+            )
+    return found
+
+
+def _pictures(run: Path, results: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
+    """Each site's example pictures as data in the page."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for site in results["sites"]:
+        for example in EXAMPLES:
+            path = run / "pictures" / f"{site}-{example}.png"
+            if path.is_file():
+                data = base64.b64encode(path.read_bytes()).decode()
+                found.setdefault(site, []).append({"example": example, "data": f"data:image/png;base64,{data}"})
+    return found

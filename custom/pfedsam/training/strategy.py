@@ -1,0 +1,226 @@
+"""A strategy is data: which groups of tensors have which role, and the list of phases of local training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import Self
+
+from pfedsam.errors import PFedSAMError
+from pfedsam.parameters import GROUPS, LAYER_NORM, Roles
+from pfedsam.ranges import MOST_EPOCHS, MOST_ROUNDS
+from pfedsam.settings import shown
+
+MOST_PHASES, LARGEST_RATE, LARGEST_FACTOR = 20, 10.0, 1000.0
+# a text or a truth value is no number
+Whole = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+Factor = Annotated[Number, Field(ge=0, le=LARGEST_FACTOR)]
+Rounds = Annotated[Whole, Field(ge=0, le=MOST_ROUNDS)]
+Name = Annotated[str, Field(max_length=100)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """From plain settings.
+
+        Raises:
+            PFedSAMError: E16 naming the first wrong key, its value and what was expected.
+        """
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or cls.__name__
+            raise PFedSAMError(
+                "E16",
+                f"{cls.__name__.lower()} setting '{where}' = {shown(first.get('input'))}: {first['msg']}.",
+                "The settings are described in pfedsam/training/strategy.py.",
+            ) from None
+
+
+class Distillation(_Settings):
+    """Extra loss `weight * temperature^2 * KL(teacher || student)` of a phase (METHOD.md, one round, step 2).
+
+    The teacher is the network as it is when the phase starts: with the experts off it is the global model as received
+    (`global_to_local`, in a phase that trains personal tensors); with the experts on it is the last personal pair
+    (`local_to_global`, in a phase that trains shared tensors); both phases with a teacher are `mutual`. [ours]
+
+    Attributes:
+        teacher: `global` (experts off) or `personal` (experts on).
+        weight: lambda. [ours]
+        temperature: tau, softens both distributions (Hinton et al., arXiv 1503.02531). [ours]
+        band: a pixel is in the band if its label is 1, or the teacher's or the student's probability exceeds this; the
+            divergence is averaged over the band and over the rest separately, 1:1, because nearly all pixels are
+            background. [ours]
+        warmup_rounds: rounds without distillation: an untrained teacher teaches noise. [ours]
+        quality_gate: no distillation while the teacher's Dice on the training slices is below the student's. [ours]
+    """
+
+    teacher: Literal["global", "personal"] = "global"
+    weight: Factor = 0.5
+    temperature: Number = Field(2.0, gt=0, le=100)
+    band: Number = Field(0.05, gt=0, lt=1)
+    warmup_rounds: Rounds = 2
+    quality_gate: Switch = True
+
+
+class Phase(_Settings):
+    """One step of local training.
+
+    Attributes:
+        name: for logs and curves.
+        trains: roles whose parameters are trained; `copy` is the site's own copy of the shared tensors, which starts as
+            the global model and is a part of the personal state.
+        experts: whether the experts are on in the student.
+        epochs: passes over one drawn epoch of slices.
+        learning_rate: of the bundle's optimiser in this phase.
+        rates: factors of the learning rate by group of tensors, 1 for those that are not named: what is pretrained,
+            such as the decoder, takes a lower rate than LoRA [ours], and LoRA's B, which starts at zero, a higher one
+            than its A (LoRA+: Hayou et al., arXiv 2402.12354).
+        keep_moments: go on with the optimiser's moments of the last round (personal tensors) or start anew (shared).
+        warmup_rounds: in these first rounds the learning rate rises linearly from a tenth over the phase's steps.
+        decay: the learning rate is multiplied by this once for every round before (exponential decay).
+        inverse_time_decay: d in `rate / (1 + d * rounds before)`, a fall that fits few rounds and many. On sites that
+            differ, averaging comes to rest with a rate that falls so (Li et al., arXiv 1907.02189).
+        anneal: `cosine`: within the phase the learning rate falls to zero as half a cosine over its steps (SGDR without
+            restarts: Loshchilov and Hutter, arXiv 1608.03983).
+        distillation: the extra loss, or None.
+        balance: weight of the experts' load-balance loss, where only the top k gates count.
+        proximal: mu of the extra loss `mu / 2 * ||w - theta||^2`, w what is trained of the shared tensors or of their
+            copy, theta as received (FedProx: Li et al., arXiv 1812.06127; Ditto: Li et al., arXiv 2012.04221).
+    """
+
+    name: Name
+    trains: tuple[Literal["shared", "personal", "copy"], ...] = Field(min_length=1, max_length=2)
+    experts: Switch
+    epochs: Whole = Field(1, ge=0, le=MOST_EPOCHS)
+    learning_rate: Number = Field(1e-3, gt=0, le=LARGEST_RATE)
+    rates: dict[str, Annotated[Number, Field(gt=0, le=LARGEST_FACTOR)]] = Field(default_factory=dict)
+    keep_moments: Switch = False
+    warmup_rounds: Rounds = 0
+    decay: Number = Field(1.0, gt=0, le=1)
+    inverse_time_decay: Factor = 0.0
+    anneal: Literal["none", "cosine"] = "none"
+    distillation: Distillation | None = None
+    balance: Factor = 0.01
+    proximal: Factor = 0.0
+
+    @field_validator("rates")
+    @classmethod
+    def _of_groups(cls, rates: dict[str, float]) -> dict[str, float]:
+        known = [group for group in GROUPS if group != LAYER_NORM]  # layer norms are in the groups of their layers
+        unknown = sorted(set(rates) - set(known))
+        if unknown:
+            raise ValueError(f"no group(s) {unknown}; there are {known}")
+        return rates
+
+    @model_validator(mode="after")
+    def _copy_alone(self) -> Phase:
+        if "copy" in self.trains and "shared" in self.trains:
+            raise ValueError("a phase trains the shared tensors or the site's copy of them, not both")
+        return self
+
+
+class Strategy(_Settings):
+    """Roles, phases of a round, and the phases after the last aggregation.
+
+    Attributes:
+        name: of the strategy, for logs and tables.
+        shared: groups that are averaged (see `pfedsam.parameters.GROUPS`).
+        personal: groups that stay at the site.
+        phases: the phases of one round, in order.
+        final: the phases after the last aggregation; they may train personal tensors only, as nothing is sent.
+        interpolation: alpha, where on the way from the global model (0) to the personal one as the final phases left it
+            (1) the one lies that the site keeps: the tensors in which the two differ, the experts' last layers or the
+            site's copy of the shared ones, are interpolated linearly (WiSE-FT: Wortsman et al., arXiv 2109.01903). Less
+            than 1 is for sites with few cases, whose personal model follows them too closely. [ours]
+        validate_every: the global model is validated before the training of every such round; the last theta always is.
+        aggregation: how the sites' updates become one, see `pfedsam.training.aggregation`: `norm_clipped`, the weighted
+            mean in which no site owns more than its share; `mean`, every claim as it is; `trimmed_mean`, `median`,
+            `krum`; or, for LoRA's factors, with the bounds of `norm_clipped`: `svd`, the weighted mean of the products,
+            factored again to the same rank; `alternate`: B in even rounds and A in odd ones, so that the mean is exact.
+        weights: of the sites in the mean: by `cases`, or `uniform`, which also keeps the number of cases at the site:
+            nothing that is sent tells it then.
+    """
+
+    name: Name = "pfedsam"
+    shared: tuple[str, ...] = ("lora_a", "lora_b", "decoder_subset")
+    personal: tuple[str, ...] = ("experts",)
+    phases: tuple[Phase, ...] = Field((), max_length=MOST_PHASES)
+    final: tuple[Phase, ...] = Field((), max_length=MOST_PHASES)
+    interpolation: Number = Field(1.0, gt=0, le=1)
+    validate_every: Whole = Field(1, ge=1, le=MOST_ROUNDS)
+    aggregation: Literal["norm_clipped", "mean", "trimmed_mean", "median", "krum", "svd", "alternate"] = "norm_clipped"
+    weights: Literal["cases", "uniform"] = "cases"
+
+    @model_validator(mode="after")
+    def _roles_are_possible(self) -> Strategy:
+        _ = self.roles
+        return self
+
+    @model_validator(mode="after")
+    def _final_trains_personal_only(self) -> Strategy:
+        wrong = [phase.name for phase in self.final if "shared" in phase.trains]
+        if wrong:
+            raise ValueError(f"final phase(s) {wrong} train shared tensors, but nothing is sent after them")
+        return self
+
+    @model_validator(mode="after")
+    def _interpolates_what_has_two_ends(self) -> Strategy:
+        others = [group for group in self.personal if group != "experts"]
+        if self.interpolation < 1 and (others or not self.final):
+            what = f"{others} are in no global model" if others else "there is no final phase"
+            raise ValueError(f"interpolation is between the global model and a final personal one, but {what}")
+        return self
+
+    @property
+    def roles(self) -> Roles:
+        """The roles of the groups (E16 if they are impossible)."""
+        return Roles(self.shared, self.personal)
+
+    def rounds_alone(self) -> Strategy | None:
+        """The rounds without the final phases, if nothing personal takes part in them, else None.
+
+        Strategies that differ in what is personal only then have the same rounds, and the same global model.
+        """
+        if any(phase.trains != ("shared",) or phase.experts or phase.distillation for phase in self.phases):
+            return None
+        phases = tuple(
+            phase.model_copy(update={"name": f"global_{number}" if number else "global"})
+            for number, phase in enumerate(self.phases)
+        )
+        alone = {"name": "rounds", "personal": (), "phases": phases, "final": (), "interpolation": 1.0}
+        return self.model_copy(update=alone)
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether a site keeps a copy of the shared tensors of its own."""
+        return any("copy" in phase.trains for phase in (*self.phases, *self.final))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a site has a personal model beside the global one."""
+        return bool(self.personal) or self.has_copy
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a site takes anything of its own from one round to the next: a personal model or moments."""
+        return self.keeps or any(phase.keep_moments for phase in self.phases)
+
+    @property
+    def rounds_are_personal(self) -> bool:
+        """Whether the rounds, and not only the final phases, train a personal model beside the global one."""
+        return bool(self.shared) and any(set(phase.trains) - {"shared"} for phase in self.phases)
+
+    def resting(self, round_number: int) -> frozenset[str]:
+        """Groups that are not trained in a round though they are shared."""
+        if self.aggregation != "alternate":
+            return frozenset()
+        return frozenset({"lora_a"} if round_number % 2 == 0 else {"lora_b"})
