@@ -36,7 +36,7 @@ cases: $(STAMP)
 	done; rm -f .case.log; exit $$failed
 
 # Real data: make lgg LGG=<folder with the four site folders>. It is only read: links to it are in LGG_DATA, with the split
-# of the README's table, which is even and written down (the default split goes by names and needs no file).
+# of the table in tests/benchmarks, which is even and written down (the default split goes by names and needs no file).
 LGG_DATA := runs/lgg-data
 lgg: $(STAMP)
 	@test -n "$(LGG)" || { echo "say where the data is: make lgg LGG=<folder>"; exit 2; }
@@ -45,7 +45,7 @@ lgg: $(STAMP)
 		--set image_size=64 --set batch_size=4 --set augmentations=2 \
 		--set positives_per_case=4 --set negatives_per_case=2 $(LGG_SETTINGS)
 
-# Tables of the README. Runs that are in the records are not repeated; stopped, it goes on.
+# Tables of tests/benchmarks. Runs that are in the records are not repeated; stopped, it goes on.
 STRATEGIES := pfedsam,without_interpolation,one_adapter,fedavg_lora,fedavg_lora_ft,fedavg_lora_ft_interpolated,local_only,ensemble_local,centralised,feddpa,fedprox,fedrep,ditto,fedmsa,fedsam,all_of_sam_shared,narrow_lora,equal_rates
 SEEDS ?= 0,1,2
 bench-lgg: $(STAMP)

@@ -178,7 +178,7 @@ def test_one_site_that_fails_is_one_line_and_exit_code_1(data: Path, tmp_path: P
     ("arguments", "code"),
     [
         (("simulate", "nowhere"), "E02"),
-        (("job", "export", "nojob", "out"), "E16"),
+        (("job", "export", "nojob", "out"), "E28"),
         (("simulate", "{data}", "--set", "batch_size"), "E18"),
         (("state", "export", "no", "site", "x"), "E13"),
     ],

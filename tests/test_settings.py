@@ -193,7 +193,7 @@ def test_a_bundle_of_another_shape_is_an_error_that_names_the_file(
     else:
         calls = [lambda: class_names(find_bundle("mine")), lambda: is_rgb(find_bundle("mine"))]
     for call in calls:
-        with pytest.raises(PFedSAMError, match=rf"E16.*{name}"):
+        with pytest.raises(PFedSAMError, match=rf"E29.*{name}"):
             call()
 
 
@@ -203,13 +203,13 @@ def test_metadata_without_classes_are_an_error(told: Any, tmp_path: Path) -> Non
 
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "metadata.json").write_text(json.dumps(told))
-    with pytest.raises(PFedSAMError, match="E16"):
+    with pytest.raises(PFedSAMError, match="E29"):
         class_names(tmp_path)
 
 
 @pytest.mark.parametrize("bundle", [["brain_lesion_mri"], None, 3, {"a": 1}, "../brain_lesion_mri"])
 def test_a_bundle_that_is_no_name_is_not_installed(bundle: Any) -> None:
-    with pytest.raises(PFedSAMError, match="E16"):
+    with pytest.raises(PFedSAMError, match="E28"):
         require_settings(bundle)
 
 

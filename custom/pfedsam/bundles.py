@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pfedsam.errors import PFedSAMError, first_of_ours
+from pfedsam.errors import ErrorCode, PFedSAMError, first_of_ours
 from pfedsam.settings import Setting, all_settings, checked, require_together, shown
 
 #: Path of the base weights on this machine, for all sites and the server that run on it.
@@ -45,12 +45,12 @@ def find_bundle(name: str) -> Path:
     """The folder of an installed bundle, by name.
 
     Raises:
-        PFedSAMError: E16 if there is no such bundle. A path is never accepted: a job could point it anywhere.
+        PFedSAMError: E28 if there is no such bundle. A path is never accepted: a job could point it anywhere.
     """
     known = installed_bundles()
     if not isinstance(name, str) or name not in known:
         raise PFedSAMError(
-            "E16",
+            ErrorCode.UNKNOWN_NAME,
             f"there is no installed bundle {shown(name)}.",
             f"Installed bundles: {sorted(known)}; one of your own goes into {own_bundles()}.",
         )
@@ -70,7 +70,7 @@ def require_settings(bundle: str, overrides: Mapping[str, Any] | None = None) ->
     """Refuse overrides that are wrong, each by itself or together with the bundle's own values. Needs no MONAI.
 
     Raises:
-        PFedSAMError: E16 if there is no such bundle or its configuration cannot be read, E18 for wrong settings.
+        PFedSAMError: E28 if there is no such bundle, E29 if its configuration cannot be read, E18 for wrong settings.
     """
     require_together({**_configuration(find_bundle(bundle), TRAIN), **checked(overrides)}, bundle)
 
@@ -98,7 +98,8 @@ def network_of(
         checkpoint: see `local_settings`.
 
     Raises:
-        PFedSAMError: E10 if the base weights cannot be loaded, E16 or E18 for wrong settings.
+        PFedSAMError: E10 if the base weights cannot be loaded, E30 if the network cannot be built, E16 or E18 for wrong
+            settings.
     """
     import torch
 
@@ -112,7 +113,9 @@ def network_of(
     except Exception as error:
         # MONAI wraps an error of a component in a RuntimeError
         raise first_of_ours(error) or PFedSAMError(
-            "E16", f"the network of bundle '{bundle}' could not be built: {error}", "Check the overrides."
+            ErrorCode.BUNDLE_FAILED,
+            f"the network of bundle '{bundle}' could not be built: {error}",
+            "Check the overrides.",
         ) from error
 
 
@@ -140,34 +143,44 @@ def _parser(bundle: str, settings: Mapping[str, Any]) -> Any:
 
 
 def _configuration(folder: Path, name: str) -> dict[str, Any]:
-    """One JSON file of a bundle's configuration (E16 if it cannot be read or is no JSON object)."""
+    """One JSON file of a bundle's configuration (E29 if it cannot be read or is no JSON object)."""
     path = folder / "configs" / name
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise PFedSAMError("E16", f"{path} is not readable: {error}.", "Correct the bundle.") from None
+        raise PFedSAMError(
+            ErrorCode.CONFIGURATION_FILE, f"{path} is not readable: {error}.", "Correct the bundle."
+        ) from None
     if not isinstance(content, dict):
-        raise PFedSAMError("E16", f"{path} is {shown(content)}, expected ids with values.", "Correct the bundle.")
+        raise PFedSAMError(
+            ErrorCode.CONFIGURATION_FILE,
+            f"{path} is {shown(content)}, expected ids with values.",
+            "Correct the bundle.",
+        )
     return content
 
 
 def metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of a bundle's folder (E16 if they cannot be read)."""
+    """The metadata of a bundle's folder (E29 if they cannot be read)."""
     return _configuration(folder, METADATA)
 
 
 def class_names(folder: Path) -> list[str]:
-    """Names of a bundle's classes, by channel; label value n is the n-th name (E16 if the metadata tell none)."""
+    """Names of a bundle's classes, by channel; label value n is the n-th name (E29 if the metadata tell none)."""
     channels = _told_of_network(folder, "outputs", "pred", "channel_def")
     numbers = [str(number) for number in range(len(channels))] if isinstance(channels, dict) else []
     if not numbers or any(not isinstance(channels.get(number), str) for number in numbers):
         where = folder / "configs" / METADATA
-        raise PFedSAMError("E16", f"{where}: channel_def is {shown(channels)}.", 'For example: {"0": "lesion"}')
+        raise PFedSAMError(
+            ErrorCode.CONFIGURATION_FILE,
+            f"{where}: channel_def is {shown(channels)}.",
+            'For example: {"0": "lesion"}',
+        )
     return [channels[number] for number in numbers]
 
 
 def is_rgb(folder: Path) -> bool:
-    """Whether a bundle takes colour pictures (E16 if the metadata do not tell)."""
+    """Whether a bundle takes colour pictures (E29 if the metadata do not tell)."""
     return _told_of_network(folder, "inputs", "image", "format") == "RGB"
 
 
@@ -177,7 +190,11 @@ def _told_of_network(folder: Path, *keys: str) -> Any:
     for key in ("network_data_format", *keys):
         if not isinstance(found, dict) or key not in found:
             where, path = ".".join(("network_data_format", *keys)), folder / "configs" / METADATA
-            raise PFedSAMError("E16", f"{path} has no {where}.", "See the metadata of the bundle brain_lesion_mri.")
+            raise PFedSAMError(
+                ErrorCode.CONFIGURATION_FILE,
+                f"{path} has no {where}.",
+                "See the metadata of the bundle brain_lesion_mri.",
+            )
         found = found[key]
     return found
 
@@ -193,5 +210,7 @@ def field_of_view(bundle: str, overrides: Mapping[str, Any] | None = None) -> fl
     if value is None:
         return None
     if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise PFedSAMError("E16", f"{key} is {value!r}.", "Give the side of the field in millimetres, above 0.")
+        raise PFedSAMError(
+            ErrorCode.WRONG_SETTING, f"{key} is {value!r}.", "Give the side of the field in millimetres, above 0."
+        )
     return float(value)

@@ -15,6 +15,7 @@ from pfedsam.commands import (
     bundle,
     compare,
     data,
+    errors,
     evaluation,
     federation,
     inference,
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 for part in (
-    *(data.app, bundle.app, models.app, settings.app),
+    *(data.app, bundle.app, models.app, settings.app, errors.app),
     *(federation.app, evaluation.app, compare.app, inference.app),
 ):
     app.add_typer(part)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pfedsam
-from pfedsam.errors import PFedSAMError, few
+from pfedsam.errors import ErrorCode, PFedSAMError, few
 from pfedsam.files import write_atomically
 
 MARKER = ".pfedsam.json"
@@ -48,16 +48,16 @@ def require_ours(folder: Path, what: str, force: bool = False) -> None:
 def _require_ours(folder: Path, what: str, force: bool, remedy: str) -> None:
     """See `require_ours`; with the remedy for a folder of somebody else."""
     if folder.is_symlink() and not folder.exists():
-        raise PFedSAMError("E24", f"{folder} is a link to nothing.", "Choose another folder.")
+        raise PFedSAMError(ErrorCode.NOT_OURS, f"{folder} is a link to nothing.", "Choose another folder.")
     if folder.exists() and not folder.is_dir():
-        raise PFedSAMError("E24", f"{folder} is a file, a folder was expected.", "Choose another folder.")
+        raise PFedSAMError(ErrorCode.NOT_OURS, f"{folder} is a file, a folder was expected.", "Choose another folder.")
     if force or _is_empty(folder):
         return
     found = (marker(folder) or {}).get("what")
     if found == what:
         return
     told = f"is a folder of another kind ('{found}', not '{what}')" if found else "holds files that are not ours"
-    raise PFedSAMError("E24", f"{folder} {told}.", remedy)
+    raise PFedSAMError(ErrorCode.NOT_OURS, f"{folder} {told}.", remedy)
 
 
 def claim(folder: Path, what: str, force: bool = False) -> None:
@@ -110,7 +110,7 @@ def require_sealed(folder: Path, what: str, force: bool = False) -> None:
     changed = [name for name, digest in _digests(folder).items() if sealed.get(name) != digest]
     if changed:
         raise PFedSAMError(
-            "E24",
+            ErrorCode.NOT_OURS,
             f"{folder} was changed since it was written: {few(changed)}.",
             "Move it away, or give --force to replace it.",
         )
@@ -128,11 +128,13 @@ def require_free(path: Path, force: bool = False, keep: Iterable[Path] = ()) -> 
         PFedSAMError: E24 if there is something already, and it is not to be replaced.
     """
     if path.is_dir():
-        raise PFedSAMError("E24", f"{path} is a folder, a file was expected.", "Choose another name.")
+        raise PFedSAMError(ErrorCode.NOT_OURS, f"{path} is a folder, a file was expected.", "Choose another name.")
     if path.resolve() in {one.resolve() for one in keep}:
-        raise PFedSAMError("E24", f"{path} is read, so it cannot be written.", "Choose another name.")
+        raise PFedSAMError(ErrorCode.NOT_OURS, f"{path} is read, so it cannot be written.", "Choose another name.")
     if not force and (path.exists() or path.is_symlink()):
-        raise PFedSAMError("E24", f"{path} is there already.", "Choose another name, or give --force to replace it.")
+        raise PFedSAMError(
+            ErrorCode.NOT_OURS, f"{path} is there already.", "Choose another name, or give --force to replace it."
+        )
 
 
 def _is_empty(folder: Path) -> bool:
@@ -144,7 +146,9 @@ def _is_empty(folder: Path) -> bool:
     try:
         return not folder.exists() or all(path.match(f".{MARKER}.*.tmp") for path in folder.iterdir())
     except OSError as error:
-        raise PFedSAMError("E24", f"{folder} cannot be looked into: {error}.", "Choose another folder.") from None
+        raise PFedSAMError(
+            ErrorCode.NOT_OURS, f"{folder} cannot be looked into: {error}.", "Choose another folder."
+        ) from None
 
 
 def _mark(folder: Path, content: dict[str, Any]) -> None:

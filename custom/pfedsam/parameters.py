@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 Role = Literal["shared", "personal", "frozen"]
 
@@ -66,7 +66,9 @@ def group_of(name: str) -> str:
         if pattern.fullmatch(name):
             return group
     raise PFedSAMError(
-        "E12", f"tensor '{name}' belongs to no known group {list(GROUPS)}.", "Classify it in pfedsam/parameters.py."
+        ErrorCode.SHARED_TENSORS,
+        f"tensor '{name}' belongs to no known group {list(GROUPS)}.",
+        "Classify it in pfedsam/parameters.py.",
     )
 
 
@@ -90,16 +92,26 @@ class Roles:
         object.__setattr__(self, "personal", tuple(self.personal))
         unknown = [group for group in (*self.shared, *self.personal) if group not in GROUPS]
         if unknown:
-            raise PFedSAMError("E16", f"unknown parameter group(s) {unknown}.", f"Use some of {list(GROUPS)}.")
+            raise PFedSAMError(
+                ErrorCode.WRONG_SETTING, f"unknown parameter group(s) {unknown}.", f"Use some of {list(GROUPS)}."
+            )
         above = [group for group in self.shared if group not in CEILING]
         if above:
-            raise PFedSAMError("E16", f"group(s) {above} may never be shared.", f"Share some of {sorted(CEILING)}.")
+            raise PFedSAMError(
+                ErrorCode.WRONG_SETTING, f"group(s) {above} may never be shared.", f"Share some of {sorted(CEILING)}."
+            )
         fixed = [group for group in self.personal if group not in MAY_BE_PERSONAL]
         if fixed:
-            raise PFedSAMError("E16", f"group(s) {fixed} are always frozen.", f"Use some of {sorted(MAY_BE_PERSONAL)}.")
+            raise PFedSAMError(
+                ErrorCode.WRONG_SETTING,
+                f"group(s) {fixed} are always frozen.",
+                f"Use some of {sorted(MAY_BE_PERSONAL)}.",
+            )
         both = sorted(set(self.shared) & set(self.personal))
         if both:
-            raise PFedSAMError("E16", f"group(s) {both} are both shared and personal.", "Give each group one role.")
+            raise PFedSAMError(
+                ErrorCode.WRONG_SETTING, f"group(s) {both} are both shared and personal.", "Give each group one role."
+            )
 
     def group(self, name: str) -> str:
         """The group that gives a tensor its role: its own, or `layer_norm` where that is personal (E12 if unknown)."""
@@ -200,12 +212,12 @@ def personal_state(network: nn.Module, roles: Roles) -> dict[str, Tensor]:
 
 def load_shared_state(network: nn.Module, roles: Roles, state: Mapping[str, Any]) -> None:
     """Copy shared tensors into the network; E12 if names, shapes, dtypes or values do not fit."""
-    _load(network, roles, "shared", state, code="E12", what="shared state")
+    _load(network, roles, "shared", state, code=ErrorCode.SHARED_TENSORS, what="shared state")
 
 
 def load_personal_state(network: nn.Module, roles: Roles, state: Mapping[str, Any]) -> None:
     """Copy personal tensors into the network; E13 if names, shapes, dtypes or values do not fit."""
-    _load(network, roles, "personal", state, code="E13", what="personal state")
+    _load(network, roles, "personal", state, code=ErrorCode.PERSONAL_STATE, what="personal state")
 
 
 def set_trainable(network: nn.Module, roles: Roles, trained: Iterable[Role]) -> list[nn.Parameter]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.weights import CHECKPOINTS
 from pfedsam.ranges import LARGEST_SEED, MOST_EPOCHS
 
@@ -169,7 +169,9 @@ def checked(overrides: Any) -> dict[str, Any]:
     if overrides is None:
         return {}
     if not isinstance(overrides, Mapping):
-        raise PFedSAMError("E18", f"overrides are {shown(overrides)}, expected names with values.", _LIST)
+        raise PFedSAMError(
+            ErrorCode.OVERRIDE_NOT_ALLOWED, f"overrides are {shown(overrides)}, expected names with values.", _LIST
+        )
     for name in overrides:
         if name not in JOB_SETTINGS:
             raise _not_for_a_job(name)
@@ -212,7 +214,9 @@ def require_together(settings: Mapping[str, Any], where: str) -> None:
     if named and backbone not in (None, "vit_test", named.backbone):
         wrong.append(f"checkpoint is '{settings['checkpoint']}' of backbone '{named.backbone}', not of '{backbone}'")
     if wrong:
-        raise PFedSAMError("E18", f"bundle '{where}': {'; '.join(wrong)}.", "Change one of them with --set.")
+        raise PFedSAMError(
+            ErrorCode.OVERRIDE_NOT_ALLOWED, f"bundle '{where}': {'; '.join(wrong)}.", "Change one of them with --set."
+        )
 
 
 def shown(value: Any) -> str:
@@ -227,16 +231,26 @@ def shown(value: Any) -> str:
 def _not_for_a_job(name: Any) -> PFedSAMError:
     told = all_settings().get(name) if isinstance(name, str) else None
     if told is not None:
-        return PFedSAMError("E18", f"override {name!r} is not allowed: only a {told.by} sets it.", _LIST)
+        return PFedSAMError(
+            ErrorCode.OVERRIDE_NOT_ALLOWED, f"override {name!r} is not allowed: only a {told.by} sets it.", _LIST
+        )
     close = difflib.get_close_matches(str(name), JOB_SETTINGS, n=1)
     hint = f"Did you mean '{close[0]}'? " if close else ""
-    return PFedSAMError("E18", f"override {shown(name)} is not allowed: there is no such setting.", f"{hint}{_LIST}")
+    return PFedSAMError(
+        ErrorCode.OVERRIDE_NOT_ALLOWED,
+        f"override {shown(name)} is not allowed: there is no such setting.",
+        f"{hint}{_LIST}",
+    )
 
 
 def _wrong(name: str, overrides: Mapping[str, Any]) -> PFedSAMError:
     told = all_settings()[name]
     unit = f" ({told.unit})" if told.unit else ""
-    return PFedSAMError("E18", f"override '{name}' is {shown(overrides[name])}, expected {told.allowed}{unit}.", _LIST)
+    return PFedSAMError(
+        ErrorCode.OVERRIDE_NOT_ALLOWED,
+        f"override '{name}' is {shown(overrides[name])}, expected {told.allowed}{unit}.",
+        _LIST,
+    )
 
 
 __all__ = ["JOB_SETTINGS", "Setting", "Settings", "all_settings", "checked", "require_together", "shown"]

@@ -148,8 +148,9 @@ def test_a_new_bundle_passes_and_trains_in_a_federation_and_infers(
 
 
 def test_a_new_bundle_with_a_wrong_name_is_refused(tmp_path: Path) -> None:
-    for name, classes, modality in (("../x", ["a"], "mri"), ("x", ["a", "a"], "mri"), ("x", ["a"], "ct")):
-        with pytest.raises(PFedSAMError, match="E16"):
+    wrong = (("../x", ["a"], "mri", "E16"), ("x", ["a", "a"], "mri", "E16"), ("x", ["a"], "ct", "E28"))
+    for name, classes, modality, code in wrong:
+        with pytest.raises(PFedSAMError, match=code):
             new_bundle(name, classes, modality, tmp_path)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 

@@ -458,10 +458,10 @@ def test_without_a_final_phase_an_unseen_hospital_has_the_global_model_only(data
 
 
 def test_an_ensemble_has_nothing_for_an_unseen_hospital(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(PFedSAMError, match=r"E16.*ensemble_local.*centralised.*local_only"):
+    with pytest.raises(PFedSAMError, match=r"E32.*ensemble_local.*centralised.*local_only"):
         execute(unseen_run(data, "ensemble_local"), tmp_path)
     told = run(data, tmp_path / "out", "pfedsam,ensemble_local", "--unseen")
-    assert told.returncode == 1 and "E16" in told.stderr
+    assert told.returncode == 1 and "E32" in told.stderr
     assert list(tmp_path.iterdir()) == []  # not even of the strategy that can
 
 

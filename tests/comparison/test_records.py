@@ -141,5 +141,5 @@ def test_two_strategies_of_one_name_are_not_compared(tmp_path: Path) -> None:
     same = write_strategy(tmp_path / "c.json")
     _require_own_names([one, same, "pfedsam", "one_adapter"])
     for names in ([one, other], [write_strategy(tmp_path / "d.json", "pfedsam")]):
-        with pytest.raises(PFedSAMError, match=r"E16.*two strategies named"):
+        with pytest.raises(PFedSAMError, match=r"E32.*two strategies named"):
             _require_own_names(names)

@@ -189,7 +189,7 @@ def test_what_is_not_documented_is_refused_and_nothing_is_written(tmp_path: Path
         prepare("images", tmp_path / "in", tmp_path / "out")
     with pytest.raises(PFedSAMError, match="E02"):
         prepare("fundus", tmp_path / "in", tmp_path / "out")
-    with pytest.raises(PFedSAMError, match="E16"):
+    with pytest.raises(PFedSAMError, match="E28"):
         prepare("teeth", tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     picture(tmp_path / "in" / "clinic" / "labels" / "a.png", noise((4, 6), 0))
@@ -197,5 +197,5 @@ def test_what_is_not_documented_is_refused_and_nothing_is_written(tmp_path: Path
         prepare("images", tmp_path / "in", tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
     (tmp_path / "out" / "clinic").mkdir()
-    with pytest.raises(PFedSAMError, match="E16"):
+    with pytest.raises(PFedSAMError, match="E24"):
         prepare("images", tmp_path / "in", tmp_path / "out")

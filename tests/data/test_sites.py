@@ -194,7 +194,7 @@ def test_datalist_of_a_site_without_file_is_the_split_by_seed(tmp_path):
         entries = datalist(site, section, seed=1)
         assert [entry["case"] for entry in entries] == [case.name for case in split[section]]
         assert all(Path(entry["image"]).is_file() and Path(entry["label"]).is_file() for entry in entries)
-    with refused("E16", "testing"):
+    with refused("E28", "testing"):
         datalist(site, "testing")
 
 

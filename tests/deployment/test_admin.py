@@ -43,5 +43,5 @@ def test_a_resumed_job_does_the_rounds_that_are_left_also_none(
 
 
 def test_a_job_that_went_further_than_was_asked_for_is_refused(job: Path, model: Path, tmp_path: Path) -> None:
-    with pytest.raises(PFedSAMError, match=r"E16.*3 rounds are done, 2 were asked for"):
+    with pytest.raises(PFedSAMError, match=r"E32.*3 rounds are done, 2 were asked for"):
         resumed_job(job, tmp_path / "again", model, 2)

@@ -11,7 +11,7 @@ import pytest
 from nvflare.apis.dxo import MetaKey
 
 from pfedsam.deployment.audit import audit, statement
-from pfedsam.errors import CODES
+from pfedsam.errors import ErrorCode
 from pfedsam.federated.boundary import FINGERPRINT_KEY, METADATA, METRIC_DECIMALS, METRICS
 from pfedsam.federated.literals import CLIENT
 from pfedsam.federated.packing import PACKED
@@ -85,7 +85,7 @@ def test_the_scalars_of_a_job_are_counted_over_all_of_its_records(kit: Path) -> 
 
 def test_the_statement_names_everything_that_the_allow_list_lets_pass() -> None:
     text = statement()
-    for word in (*METADATA, *METRICS, *CEILING, *CODES, *PHASES, "initial_metrics"):
+    for word in (*METADATA, *METRICS, *CEILING, *ErrorCode, *PHASES, "initial_metrics"):
         assert word in text, word
     for word in ("n_validation", "train_loss"):
         assert word not in text, word

@@ -72,7 +72,7 @@ def test_an_export_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     before, broken = content(out), tmp_path / "broken"
     shutil.copytree(JOB, broken)
     (broken / "app" / "config" / SERVER).write_text(json.dumps({"components": []}))
-    with pytest.raises(PFedSAMError, match="E16"):
+    with pytest.raises(PFedSAMError, match="E29"):
         export_job(broken, out)
     assert content(out) == before and sorted(os.listdir(tmp_path)) == ["broken", "job"]
 
@@ -82,6 +82,6 @@ def test_a_job_is_not_written_into_or_around_the_one_that_is_copied(place: str, 
     source = tmp_path / "outer" / "job"
     shutil.copytree(JOB, source)
     before = content(source)
-    with pytest.raises(PFedSAMError, match="E16"):
+    with pytest.raises(PFedSAMError, match="E32"):
         export_job(source, source / place, force=True)
     assert content(source) == before

@@ -75,7 +75,7 @@ def test_seconds_of_a_workflow_are_in_a_range(value: Any, job: Path) -> None:
 @pytest.mark.parametrize("name", [META, SERVER, CLIENT])
 def test_a_file_of_another_shape_is_named(name: str, content: str, job: Path, tmp_path: Path) -> None:
     (job / name if name == META else config_of(job, name)).write_text(content)
-    with pytest.raises(PFedSAMError, match=rf"E16.*{name}"):
+    with pytest.raises(PFedSAMError, match=rf"E29.*{name}"):
         if name == CLIENT:
             classes_of(find_job(str(job)))
         else:
@@ -99,7 +99,7 @@ def test_a_file_of_another_shape_is_named(name: str, content: str, job: Path, tm
 def test_a_configuration_without_a_plan_of_ours_is_refused(content: dict[str, Any], job: Path) -> None:
     config_of(job).write_text(json.dumps(content))
     for call in (lambda: find_job(str(job)), lambda: plan_settings(job), lambda: export_job(job, job.parent / "out")):
-        with pytest.raises(PFedSAMError, match="E16"):
+        with pytest.raises(PFedSAMError, match="E29"):
             call()
     assert not (job.parent / "out").exists()
 
@@ -108,13 +108,13 @@ WRONG_PLANS: list[tuple[dict[str, Any], str]] = [
     ({"overrides": {"image_sise": 96}}, "E18"),
     ({"overrides": {"top_k": 9}}, "E18"),
     ({"overrides": [1]}, "E1[68]"),
-    ({"bundle": ["brain_lesion_mri"]}, "E16"),
-    ({"bundle": "knee"}, "E16"),
+    ({"bundle": ["brain_lesion_mri"]}, "E28"),
+    ({"bundle": "knee"}, "E28"),
     ({"strategy": [1]}, "E16"),
     ({"strategy": {"phases": 3}}, "E16"),
     ({"federation": ["a"]}, "E16"),
     ({"federation": "../a"}, "E16"),
-    ({"other": 1}, "E16"),
+    ({"other": 1}, "E29"),
 ]
 
 
@@ -196,7 +196,7 @@ def test_encryption_looks_at_the_rule_that_the_job_will_have(rule: str, refused:
     strategy = {**plan_settings(SOURCE)["strategy"], "aggregation": rule}
     how = {"plan": {"strategy": strategy}, "privacy": Privacy(encrypt=True)}
     if refused:
-        with pytest.raises(PFedSAMError, match=rf"E16.*'{rule}'"):
+        with pytest.raises(PFedSAMError, match=rf"E32.*'{rule}'"):
             export_job(SOURCE, tmp_path / "out", **how)
         return
     job = export_job(SOURCE, tmp_path / "out", **how)

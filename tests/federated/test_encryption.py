@@ -256,18 +256,18 @@ def test_the_exported_job_encrypts_last_and_names_the_servers_parts(tmp_path: Pa
 
 
 def test_what_cannot_be_encrypted_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(PFedSAMError, match=r"E16.*added up encrypted"):
+    with pytest.raises(PFedSAMError, match=r"E32.*added up encrypted"):
         Privacy(precision="int8", encrypt=True)
     file = tmp_path / "mine.json"
     settings = json.loads((find_job("pfedsam").parent / "strategies" / "fedavg_lora.json").read_text())
     settings["strategy"] |= {"name": "mine", "aggregation": "svd"}
     file.write_text(json.dumps(settings))
     job = make_job(str(file), tmp_path / "svd")
-    with pytest.raises(PFedSAMError, match=r"E16.*mean"):
+    with pytest.raises(PFedSAMError, match=r"E32.*mean"):
         export_job(job, tmp_path / "job", privacy=Privacy(encrypt=True))
     monkeypatch.setitem(sys.modules, "tenseal", None)
     monkeypatch.setattr("pfedsam.deployment.jobs.find_spec", lambda name: None)
-    with pytest.raises(PFedSAMError, match=r"E16.*TenSEAL"):
+    with pytest.raises(PFedSAMError, match=r"E31.*TenSEAL"):
         export_job(find_job("pfedsam"), tmp_path / "job", privacy=Privacy(encrypt=True))
     assert not (tmp_path / "job").exists()
 
@@ -275,4 +275,4 @@ def test_what_cannot_be_encrypted_is_refused(tmp_path: Path, monkeypatch: pytest
 def test_a_site_without_tenseal_says_so() -> None:
     program = "import sys; sys.modules['tenseal'] = None; import pfedsam.federated.encryption"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "E16: encryption needs TenSEAL" in done.stderr and "extra 'he'" in done.stderr
+    assert "E31: encryption needs TenSEAL" in done.stderr and "extra 'he'" in done.stderr

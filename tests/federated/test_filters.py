@@ -148,10 +148,13 @@ def test_a_code_of_the_site_leaves(tmp_path):
     )
 
 
-@pytest.mark.parametrize("plan", [object(), Plan("demo", "no such bundle", {}), Plan("a/b", "x", {})])
+@pytest.mark.parametrize(
+    ("plan", "code"),
+    [(object(), "E29"), (Plan("demo", "no such bundle", {}), "E28"), (Plan("a/b", "x", {}), "E16")],
+)
 @pytest.mark.parametrize("result", [trained(), make_reply(ReturnCode.OK)])
-def test_without_a_right_plan_nothing_leaves(tmp_path, plan, result):
-    assert PersonalisedFilter().process(result, context(tmp_path, plan=plan)) == make_reply("SITE_REFUSED:E16")
+def test_without_a_right_plan_nothing_leaves(tmp_path, plan, code, result):
+    assert PersonalisedFilter().process(result, context(tmp_path, plan=plan)) == make_reply(f"SITE_REFUSED:{code}")
 
 
 def test_an_unexpected_error_in_the_filter_is_a_refusal(tmp_path, monkeypatch):

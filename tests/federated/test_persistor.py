@@ -236,7 +236,7 @@ def test_a_site_that_fails_the_final_phase_is_named_and_ends_nothing(started, ca
     assert phase.process_client_response(Client("site-3", ""), "configure", failed, run.fl_ctx)
     assert phase.final_process(run.fl_ctx)
     assert re.search(r"1 of 3 sites", caplog.text)
-    assert "['site-2', 'site-3']" in caplog.text and "loss is not finite" in caplog.text
+    assert "['site-2', 'site-3']" in caplog.text and "parameter is not finite" in caplog.text
 
 
 def test_without_a_global_model_there_is_no_final_phase(started):

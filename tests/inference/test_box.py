@@ -90,7 +90,7 @@ def test_a_box_is_refused_outside_the_image_and_for_a_model_without_boxes(
     Image.fromarray(np.zeros((40, 30), np.uint8)).save(site / "p.png")
     with pytest.raises(PFedSAMError, match=r"E16.*6 numbers.*p\.png has 2 axes"):
         Predictor(file)(site / "p.png", [0, 9, 0, 10, 0, 0])
-    with pytest.raises(PFedSAMError, match=r"E16.*trained with boxes"):
+    with pytest.raises(PFedSAMError, match=r"E32.*trained with boxes"):
         Predictor(model)(image, [0, 10, 0, 10])
     wrong = CliRunner().invoke(app, ["infer", str(image), "--model", str(file), "--box", "1,2,x,4"])
     assert wrong.exit_code == 2

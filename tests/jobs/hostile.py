@@ -17,7 +17,8 @@ class Attack(Filter):
     """Changes what the site sends after training, in the same way in every round.
 
     Args:
-        attacks: some of `ATTACKS`; `all` is all but the old round at once.
+        attacks: some of `ATTACKS`; `all` is all but the old round at once. `old round` says in every round, also in
+            the first, that the update is of the round before.
     """
 
     def __init__(self, attacks: list[str]) -> None:
@@ -36,5 +37,5 @@ class Attack(Filter):
         if "dice" in chosen:
             dxo.meta[MetaKey.INITIAL_METRICS] = {"val_dice": 1.0}
         if "old round" in chosen:
-            dxo.meta["pfedsam_round"] = 0
+            dxo.meta["pfedsam_round"] -= 1
         return dxo.update_shareable(shareable)

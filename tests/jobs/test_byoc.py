@@ -71,6 +71,6 @@ def test_the_job_holds_what_a_site_needs_and_nothing_else(tmp_path: Path) -> Non
 
 
 def test_a_locked_job_with_code_is_a_contradiction(tmp_path: Path) -> None:
-    with pytest.raises(PFedSAMError, match=r"E16.*carries no code"):
+    with pytest.raises(PFedSAMError, match=r"E32.*carries no code"):
         export_job(SOURCE, tmp_path / "job", byoc=True, locked=True)
     assert not (tmp_path / "job").exists()

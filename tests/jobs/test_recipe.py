@@ -95,9 +95,9 @@ def test_the_simulator_runs_it(federation: Path, tmp_path: Path, monkeypatch: py
     }
 
 
-@pytest.mark.parametrize("wrong", ["local_only", "no such"])
-def test_a_strategy_without_a_job_is_refused(wrong: str) -> None:
-    with pytest.raises(PFedSAMError, match="E16"):
+@pytest.mark.parametrize(("wrong", "code"), [("local_only", "E32"), ("no such", "E28")])
+def test_a_strategy_without_a_job_is_refused(wrong: str, code: str) -> None:
+    with pytest.raises(PFedSAMError, match=code):
         PFedSAMRecipe(wrong)
 
 

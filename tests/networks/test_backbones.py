@@ -132,8 +132,8 @@ def test_class_tokens_are_sams_own_repeated(classes, checkpoints):
 
 
 def test_unknown_backbone_is_refused():
-    assert code_of(get_backbone, "vit_tset") == "E16"
-    assert code_of(build_network, "vit_tset") == "E16"
+    assert code_of(get_backbone, "vit_tset") == "E28"
+    assert code_of(build_network, "vit_tset") == "E28"
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,7 @@ def test_a_comparison_without_the_sites_alone_is_an_error(run: Path, page: str, 
         write_records(tmp_path / "elsewhere.jsonl", local_only("hospital", 0.5)),
     ]
     for file in files:
-        with pytest.raises(PFedSAMError, match=rf"E16: .*{file.name} holds no record of local_only"):
+        with pytest.raises(PFedSAMError, match=rf"E33: .*{file.name} holds no record of local_only"):
             write_report(run, tmp_path / "page.html", file)
     assert not (tmp_path / "page.html").exists()
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pfedsam.bundles import folder
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 Modality = Literal["mri", "rgb"]
 
@@ -35,16 +35,23 @@ def new_bundle(name: str, classes: Sequence[str], modality: Modality, out: Path,
         The bundle's folder.
 
     Raises:
-        PFedSAMError: E16 for a name that is no identifier, double classes, an unknown modality or a folder that exists.
+        PFedSAMError: E16 for a name that is no identifier or double classes, E28 for an unknown modality, E24 for a
+            folder that exists.
     """
     words = [name, *classes]
     if modality not in TEMPLATES:
-        raise PFedSAMError("E16", f"there is no modality '{modality}'.", f"Modalities: {sorted(TEMPLATES)}.")
+        raise PFedSAMError(
+            ErrorCode.UNKNOWN_NAME, f"there is no modality '{modality}'.", f"Modalities: {sorted(TEMPLATES)}."
+        )
     if not classes or len(set(classes)) < len(classes) or not all(word.isidentifier() for word in words):
-        raise PFedSAMError("E16", f"name and classes are {words}.", "Give plain, different words: letters, digits, _.")
+        raise PFedSAMError(
+            ErrorCode.WRONG_SETTING,
+            f"name and classes are {words}.",
+            "Give plain, different words: letters, digits, _.",
+        )
     target = out / name
     if target.exists():
-        raise PFedSAMError("E16", f"{target} exists.", "Choose another name, or remove it.")
+        raise PFedSAMError(ErrorCode.NOT_OURS, f"{target} exists.", "Choose another name, or remove it.")
     source = folder("bundles") / TEMPLATES[modality]
     (target / "configs").mkdir(parents=True)
     (target / "docs").mkdir()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pfedsam.data.splitting import write_datalist
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 CONFIGS = ("train.json", "evaluate.json", "inference.json")
 FILES = ("LICENSE", "docs/README.md", "configs/metadata.json", *(f"configs/{name}" for name in CONFIGS))
@@ -93,7 +93,7 @@ def verify_bundle(bundle: Bundle) -> Iterator[Check]:
     """
     for path, what in ((bundle.root, "bundle"), (bundle.schema, "schema file")):
         if not path.exists():
-            raise PFedSAMError("E02", f"there is no {what} {path}.", "Give its path.")
+            raise PFedSAMError(ErrorCode.SITE_FOLDER, f"there is no {what} {path}.", "Give its path.")
     with tempfile.TemporaryDirectory(prefix="pfedsam-verify-") as scratch:
         for name, check in CHECKS.items():
             try:

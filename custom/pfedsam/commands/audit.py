@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pfedsam.commands.console import OPERATE, console
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 app = typer.Typer()
 
@@ -32,7 +32,9 @@ def audit(
         print(rooms.statement())
         return
     if workspace is None:
-        raise PFedSAMError("E01", "no workspace is given.", "pfedsam audit <startup kit> <job>, or --statement.")
+        raise PFedSAMError(
+            ErrorCode.SITE_SETTINGS, "no workspace is given.", "pfedsam audit <startup kit> <job>, or --statement."
+        )
     found = rooms.audit(workspace, job)
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from pfedsam.api import planned_runs
+from pfedsam.api import require_own_names as _require_own_names  # noqa: F401
 from pfedsam.commands.console import LOOK, Bundle, Force, Overrides, bar, claim_folder, console, literals
 from pfedsam.commands.interrupts import command_again, ends_in_order
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ranges import LARGEST_SEED, MOST_ROUNDS, MOST_WORKERS
 from pfedsam.storage.run_folder import is_comparison
 
@@ -47,7 +49,7 @@ def compare(
     ] = False,
     aggregation: Annotated[
         str | None,
-        typer.Option(help="Rule of the server for strategies that name none, for example mean; see README."),
+        typer.Option(help="Rule of the server for strategies that name none, for example mean; see jobs/README.md."),
     ] = None,
     reference: Annotated[str, typer.Option(help="Strategy that the others are tested against.")] = "pfedsam",
     records: Annotated[Path | None, typer.Option(help="File of the records; by default <out>/runs.jsonl.")] = None,
@@ -89,7 +91,7 @@ def compare(
     if outdated and not (fresh or table_only):
         told = f"{comparison.record_file} does not tell of what is here now: {'; '.join(outdated)}."
         remedy = "--fresh runs them again, another --records keeps both, --table shows the old ones."
-        raise PFedSAMError("E25", told, remedy)
+        raise PFedSAMError(ErrorCode.OTHER_RUN, told, remedy)
     claim_folder(out, "comparison", is_comparison, force)
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} done before; records: {comparison.record_file}")
     if missing and not table_only:
@@ -136,13 +138,9 @@ def _runs(
     aggregation: str | None,
     overrides: dict[str, Any],
 ) -> list[Any]:
-    from pfedsam.bundles import require_settings
-    from pfedsam.comparison.run import Run
     from pfedsam.data.sites import site_names
-    from pfedsam.training.catalogue import find_strategy
 
-    sites = site_names(data)
-    if not sites:
+    if not site_names(data):
         raise typer.BadParameter(f"{data} holds no site folder (<data>/<site>/images)", param_hint="DATA")
     try:
         chosen = [int(seed) for seed in seeds.split(",")]
@@ -151,35 +149,8 @@ def _runs(
     wrong = [seed for seed in chosen if not 0 <= seed <= LARGEST_SEED]
     if wrong:
         raise typer.BadParameter(f"{wrong} are not from 0 to {LARGEST_SEED}", param_hint="--seeds")
-    for name in names:
-        require_settings(bundle, {**overrides, **find_strategy(name).overrides})
-    _require_own_names(names)
-    common: dict[str, Any] = {"overrides": overrides, "validate_every": validate_every, "simulator": nvflare}
-    common["aggregation"] = aggregation
-    runs = [
-        Run(str(data.resolve()), sites, bundle, name, seed, rounds, held_out=held_out, **common)
-        for seed in chosen
-        for held_out in (sites if unseen else (None,))
-        for name in names
-    ]
-    for run in runs:
-        run.check()
-        run.file.checked()  # E16 for a rule that there is not
-    return runs
-
-
-def _require_own_names(names: list[str]) -> None:
-    """Refuse two strategies of one name: records and tables could not tell them apart."""
-    from pfedsam.training.catalogue import ablation_names, find_strategy, strategy_name, strategy_names
-
-    known = {name: name for name in (*strategy_names(), *ablation_names())}
-    for path in names:
-        name = strategy_name(path)
-        other = known.setdefault(name, path)
-        if other != path and find_strategy(other) != find_strategy(path):
-            raise PFedSAMError(
-                "E16", f"'{path}' and '{other}' are two strategies named '{name}'.", "Give each a `name` of its own."
-            )
+    common = {"validate_every": validate_every, "simulator": nvflare, "aggregation": aggregation}
+    return planned_runs(data, names, chosen, rounds, bundle, overrides, unseen, **common)
 
 
 def show_comparison(comparison: Any, reference: str) -> None:

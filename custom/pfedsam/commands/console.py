@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.storage.run_folder import claim_run
 
 #: Paths and names may hold brackets: a text is printed as it is, unless a call asks for markup.
@@ -65,7 +65,11 @@ def literals(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise PFedSAMError("E18", f"override {shlex.quote(pair)} is not key=value.", "For example: batch_size=4")
+            raise PFedSAMError(
+                ErrorCode.OVERRIDE_NOT_ALLOWED,
+                f"override {shlex.quote(pair)} is not key=value.",
+                "For example: batch_size=4",
+            )
         try:
             literals[key] = json.loads(value)
         except (ValueError, RecursionError):

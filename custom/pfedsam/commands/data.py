@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from pfedsam.commands.console import DATA, Bundle, Force, Overrides, bar, console, literals
+from pfedsam.errors import ErrorCode
 from pfedsam.ranges import LARGEST_SEED, MOST_CASES, MOST_SITES
 
 app = typer.Typer()
@@ -86,7 +87,13 @@ def validate(
     if report.ok and not quick:
         if values != known:
             text = f"no case was loaded through the bundle: --labels gives {values}, the bundle's are {known}."
-            report.add("E07", "note", "", text, "A site maps its own values with 'labels' in local/pfedsam.json.")
+            report.add(
+                ErrorCode.LABEL_OUT_OF_RANGE,
+                "note",
+                "",
+                text,
+                "A site maps its own values with 'labels' in local/pfedsam.json.",
+            )
         else:
             with console.status("loading the first batch through the bundle's transforms"):
                 from pfedsam.training.rehearsal import rehearse

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,7 +62,7 @@ def simulate(
         int | None, typer.Option(min=1, max=MOST_ROUNDS, help="Rounds in all; by default the job's.")
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help="Of the draws, and the test fold: seed modulo 3.")
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of the draws, and the test fold: seed modulo `folds`.")
     ] = 0,
     validate_every: Annotated[
         int | None, typer.Option(min=1, max=MOST_ROUNDS, help="Validate every so many rounds only.")
@@ -78,23 +77,15 @@ def simulate(
     same; else it says what differs, and stops.
     """
     overrides = {"seed": seed, **literals(set_ or [])}
-    from pfedsam.bundles import require_settings
-    from pfedsam.deployment.jobs import find_job, make_job, plan_settings
-    from pfedsam.deployment.simulation import Simulation, require_splits
+    from pfedsam.api import planned_simulation
+    from pfedsam.deployment.simulation import require_splits
     from pfedsam.training.catalogue import find_strategy
 
-    plan = plan_settings(find_job(job))
-    file = None if strategy is None else find_strategy(strategy)
-    if file is not None and file.kind != "federated":
+    if strategy is not None and find_strategy(strategy).kind != "federated":
         raise typer.BadParameter(f"'{strategy}' needs no server: use `pfedsam compare`", param_hint="--strategy")
-    brought = (plan.get("overrides") or {}) if file is None else file.overrides
-    require_settings(bundle or plan["bundle"], {**brought, **overrides})
-    every = {} if validate_every is None else {"validate_every": validate_every}
     out = out or Path(f"runs/simulation-{time.strftime('%Y%m%d-%H%M%S')}")
-    with ends_in_order(f"To go on: {command_again(out)}"), tempfile.TemporaryDirectory() as scratch:
-        # not in the run folder: it may be another run's
-        made = str(make_job(strategy, Path(scratch) / "job", job)) if strategy else job
-        simulation = Simulation(data, out, made, federation, bundle, rounds, overrides, every)
+    planned = planned_simulation(data, out, job, strategy, federation, bundle, rounds, overrides, validate_every)
+    with ends_in_order(f"To go on: {command_again(out)}"), planned as simulation:
         require_splits(simulation)
         claim_folder(out, "simulation", is_simulation, force)
         federate(simulation, fresh)

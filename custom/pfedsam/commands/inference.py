@@ -20,7 +20,7 @@ from pfedsam.commands.console import (
     quiet_libraries,
 )
 from pfedsam.commands.evaluation import show_evaluation
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ownership import require_free, require_ours, use
 from pfedsam.ranges import LARGEST_SEED, MOST_CASES
 
@@ -69,17 +69,16 @@ def infer(
     quiet_libraries()
     corners = _box(box)
     if corners is not None and len(images) != 1:
-        raise PFedSAMError("E16", "a box is for one image.", "Give one image, or leave the box out.")
+        raise PFedSAMError(ErrorCode.CONTRADICTION, "a box is for one image.", "Give one image, or leave the box out.")
     with console.status("loading the model"):
-        from pfedsam.bundles import class_names, find_bundle
-        from pfedsam.inference.predict import Predictor
+        from pfedsam.api import load_model
         from pfedsam.inference.writers import OVERLAY, PROBABILITY, SEGMENTATION, check_results
         from pfedsam.storage.state import described
 
-        predictor = Predictor(model, bundle=bundle, overrides=overrides, checkpoint=checkpoint, experts=not global_)
-        predictor.open()
-    console.print(described(model), highlight=False, soft_wrap=True)
-    labels = class_names(find_bundle(predictor.bundle))
+        how: dict[str, Any] = {"overrides": overrides, "bundle": bundle, "checkpoint": checkpoint}
+        loaded = load_model(model, which="global" if global_ else "personal", **how)
+    console.print(described(loaded.file), highlight=False, soft_wrap=True)
+    labels = list(loaded.class_names)
     asked = {PROBABILITY: probabilities, OVERLAY: overlay, SEGMENTATION: dicom_seg}
     check_results(images, out, labels, force, [ending for ending, wanted in asked.items() if wanted])
     if dicom_seg:
@@ -91,14 +90,16 @@ def infer(
     with bar("segmenting", len(images)) as advance:
         for number, image in enumerate(images, 1):
             try:
-                found = predictor(image, corners)
-                lines += _write(found, out, labels, predictor.bundle, probabilities, overlay, dicom_seg)
+                found = loaded.segment(image, corners).prediction
+                lines += _write(found, out, labels, loaded.bundle, probabilities, overlay, dicom_seg)
             except PFedSAMError as error:
                 failed.append((image, error))
             # a library that writes one format must not cost the other images
             except Exception as error:
                 text = f"{image}: its results could not be written ({type(error).__name__}: {error})."
-                failed.append((image, PFedSAMError("E05", text, "Try it without its optional results.")))
+                failed.append(
+                    (image, PFedSAMError(ErrorCode.UNREADABLE_IMAGE, text, "Try it without its optional results."))
+                )
             advance(number, image.name)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
@@ -213,7 +214,7 @@ def pull(
         with tempfile.TemporaryDirectory(prefix="pfedsam-pull-") as scratch, connect(admin) as session:
             file = fetch(session, job, Path(scratch)).file(name)
             if file is None:
-                raise PFedSAMError("E22", f"job {job} has no {name}.", "Take --last, or another job.")
+                raise PFedSAMError(ErrorCode.DEPLOYMENT, f"job {job} has no {name}.", "Take --last, or another job.")
             model = pair(file, state, mix)
     write(out, model)
     console.print(f"{out}: use it with `pfedsam infer --model {out}`; it stays at this site", highlight=False)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pfedsam.commands.console import Admin, Force, Job, console, show_doubts
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ranges import MOST_ROUNDS, MOST_SITES
 
 app = typer.Typer(help="NVFlare jobs.", no_args_is_help=True)
@@ -164,7 +164,9 @@ def _until_done(session: Any, job_id: str, out: Path, wait: bool) -> None:
     if (received := result.file(RECEIVED_FILE)) is not None:
         show_doubts([received.parent])
     if not result.completed:
-        raise PFedSAMError("E22", f"the job ended as {result.status}: {result.problem()}.", f"See {result.folder}.")
+        raise PFedSAMError(
+            ErrorCode.DEPLOYMENT, f"the job ended as {result.status}: {result.problem()}.", f"See {result.folder}."
+        )
 
 
 @app.command("make")

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from pfedsam.commands.console import Force, Fresh, Job, Overrides, console, literals, quiet_libraries, show_doubts
 from pfedsam.commands.interrupts import command_again, ends_in_order
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ranges import MOST_ROUNDS
 from pfedsam.storage.run_folder import move_aside
 
@@ -127,7 +127,9 @@ def _deployment(runtime: Path, project: Path, port: int | None) -> Any:
         quiet_libraries()
         from pfedsam.deployment.processes import Deployment
     if not project.is_file():
-        raise PFedSAMError("E22", f"there is no {project}.", "Start with `pfedsam poc up` in the project's folder.")
+        raise PFedSAMError(
+            ErrorCode.DEPLOYMENT, f"there is no {project}.", "Start with `pfedsam poc up` in the project's folder."
+        )
     return Deployment(runtime, project, port)
 
 
@@ -231,7 +233,9 @@ def _submit(deployment: Any, job: str, rounds: int, settings: dict[str, Any], si
     if (received := found.file(RECEIVED_FILE)) is not None:
         show_doubts([received.parent])
     if not result.completed:
-        raise PFedSAMError("E22", f"the job ended as {result.status}: {found.problem()}.", f"See {found.folder}.")
+        raise PFedSAMError(
+            ErrorCode.DEPLOYMENT, f"the job ended as {result.status}: {found.problem()}.", f"See {found.folder}."
+        )
     model = found.file("global_model.safetensors")
     console.print(f"{result.status}; global model: {model}", highlight=False, soft_wrap=True)
 
@@ -261,7 +265,9 @@ def _newest_state(deployment: Any, site: str) -> Path:
 
     entry = newest_states(deployment.state_root(site), FEDERATION).get(site)
     if entry is None:
-        raise PFedSAMError("E13", f"site {site} has kept no readable state.", f"See {deployment.log(site)}.")
+        raise PFedSAMError(
+            ErrorCode.PERSONAL_STATE, f"site {site} has kept no readable state.", f"See {deployment.log(site)}."
+        )
     return entry.file
 
 

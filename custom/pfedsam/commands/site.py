@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pfedsam.commands.console import console
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 app = typer.Typer(help="A startup kit made ready for a hospital, and checked.", no_args_is_help=True)
 
@@ -69,7 +69,7 @@ def init(
     from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings, read_settings
 
     if not is_server(kit) and data_root is None and not read_settings(kit / "local" / SITE_SETTINGS).data_root:
-        raise PFedSAMError("E01", "a site needs its data.", "Say where: --data-root.")
+        raise PFedSAMError(ErrorCode.SITE_SETTINGS, "a site needs its data.", "Say where: --data-root.")
     told = {
         "data_root": data_root and str(data_root.resolve()),
         "state_root": state_root and str(state_root.resolve()),
@@ -92,7 +92,9 @@ def init(
     try:
         settings = SiteSettings.model_validate(given)
     except ValueError as error:
-        raise PFedSAMError("E01", f"{error}".replace("\n", " "), "See `pfedsam site init --help`.") from None
+        raise PFedSAMError(
+            ErrorCode.SITE_SETTINGS, f"{error}".replace("\n", " "), "See `pfedsam site init --help`."
+        ) from None
     for file in init_kit(kit, settings, byoc=byoc):
         said = "written" if file.changes is None else "changed" if file.changes else "as before"
         _say(f"{file.path}: {said}", *(file.changes or ()), sep="\n  ")
@@ -112,7 +114,9 @@ def _labels(text: str | None) -> Any:
     try:
         return None if text is None else json.loads(text)
     except ValueError as error:
-        raise PFedSAMError("E01", f"--labels is no JSON: {error}.", 'For example: {"1": "disc"}') from None
+        raise PFedSAMError(
+            ErrorCode.SITE_SETTINGS, f"--labels is no JSON: {error}.", 'For example: {"1": "disc"}'
+        ) from None
 
 
 @app.command("check")

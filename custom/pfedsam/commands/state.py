@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pfedsam.commands.console import Force, StateRoot, console
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ownership import require_free
 
 if TYPE_CHECKING:
@@ -130,11 +130,15 @@ def _where(root: Path | None, kit: Path | None) -> Path:
 
     path = kit / "local" / SITE_SETTINGS
     if not path.is_file():
-        raise PFedSAMError("E01", f"there is no {path}.", "Make the kit ready with `pfedsam site init`, or use --root.")
+        raise PFedSAMError(
+            ErrorCode.SITE_SETTINGS,
+            f"there is no {path}.",
+            "Make the kit ready with `pfedsam site init`, or use --root.",
+        )
     told = read_settings(path).state_root
     if not told:
         raise PFedSAMError(
-            "E13",
+            ErrorCode.PERSONAL_STATE,
             f"{path} names no state_root: the user that the service runs as keeps the state in its own home, or where "
             f"its {ROOT_VARIABLE} says, so what states there are is not known.",
             "Say where to look: --root <folder>, which is ~/.pfedsam of that user by default.",
@@ -150,7 +154,7 @@ def _required(root: Path) -> Path:
     except OSError as error:
         problem = f"cannot be looked at ({error.strerror})"
     raise PFedSAMError(
-        "E13",
+        ErrorCode.PERSONAL_STATE,
         f"the state root {root} {problem}, so what states there are is not known.",
         "See that the disk is there, and call it as the user that the site runs as.",
     )
@@ -178,10 +182,10 @@ def _found(federation: str, site: str, where: Path, fingerprint: str, bundle: st
     if found:
         return found
     if not entries:
-        raise PFedSAMError("E13", _nothing(where))
+        raise PFedSAMError(ErrorCode.PERSONAL_STATE, _nothing(where))
     known = sorted({f"{entry.federation} {entry.site}" for entry in entries})
     raise PFedSAMError(
-        "E13",
+        ErrorCode.PERSONAL_STATE,
         f"no state of site '{site}' in federation '{federation}' with this bundle and fingerprint under {where}.",
         f"There are: {', '.join(known)}; see `pfedsam state list`, --kit and --root.",
     )
@@ -191,7 +195,7 @@ def _one(found: list[StateEntry]) -> StateEntry:
     if len(found) > 1:
         names = ", ".join(f"{entry.bundle}-{entry.fingerprint}" for entry in found)
         raise PFedSAMError(
-            "E13",
+            ErrorCode.PERSONAL_STATE,
             f"{len(found)} states of site '{found[0].site}' in federation '{found[0].federation}': {names}.",
             "Choose one with --fingerprint or --bundle (`delete` also takes --all).",
         )

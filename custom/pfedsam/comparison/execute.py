@@ -40,7 +40,7 @@ def execute(
         simulator: trains the runs that ask for NVFlare's simulator.
 
     Raises:
-        PFedSAMError: E16 if the run makes no sense, see `Run.check`; else of the first site that fails.
+        PFedSAMError: E32 if the run makes no sense, see `Run.check`; else of the first site that fails.
         ValueError: if the run asks for a simulator and none is given.
     """
     run.check()

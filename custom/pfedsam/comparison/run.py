@@ -16,7 +16,7 @@ from pfedsam.comparison.provenance import (
     weights_checksum,
 )
 from pfedsam.data.sites import Split, read_split
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.training.catalogue import StrategyFile, find_strategy, strategy_name, strategy_names
 from pfedsam.training.federation import Federation, pooled_site
 
@@ -69,12 +69,12 @@ class Run:
 
     @property
     def named(self) -> StrategyFile:
-        """The strategy as its file has it (E16 if there is none)."""
+        """The strategy as its file has it (E28 if there is none)."""
         return find_strategy(self.strategy)
 
     @property
     def file(self) -> StrategyFile:
-        """The strategy with the rule of the server (E16 if there is none)."""
+        """The strategy with the rule of the server (E28 if there is none)."""
         found = self.named
         if self.aggregation is None or found.kind != "federated" or "aggregation" in found.strategy:
             return found
@@ -86,16 +86,20 @@ class Run:
         return self.simulator and self.file.kind == "federated"
 
     def check(self) -> None:
-        """Raise PFedSAMError E16 if the strategy has nothing for an unseen site."""
+        """Raise PFedSAMError E32 if the strategy has nothing for an unseen site."""
         if self.held_out and self.file.kind == "ensemble":
             can = [name for name in strategy_names() if find_strategy(name).kind != "ensemble"]
             raise PFedSAMError(
-                "E16",
+                ErrorCode.CONTRADICTION,
                 f"'{self.label}' has no model for an unseen site: it is a vote of models.",
                 f"Take any of {can}.",
             )
         if self.held_out and self.simulated:
-            raise PFedSAMError("E16", f"'{self.name}': NVFlare's simulator has no unseen site.", "Leave out --nvflare.")
+            raise PFedSAMError(
+                ErrorCode.CONTRADICTION,
+                f"'{self.name}': NVFlare's simulator has no unseen site.",
+                "Leave out --nvflare.",
+            )
 
     def folders(self) -> dict[str, Path]:
         """Site folders by name."""

@@ -22,7 +22,7 @@ from pfedsam.data.reader import load_picture
 from pfedsam.data.site_report import CaseRow, SiteReport
 from pfedsam.data.sites import LAYOUT, Case, Split, emptied, listed_split, no_label, read_site, split_site
 from pfedsam.data.suffixes import SUFFIXES, case_name, visible
-from pfedsam.errors import PFedSAMError, few
+from pfedsam.errors import ErrorCode, PFedSAMError, few
 
 #: So many cases with the same warning have a line each.
 FEW = 5
@@ -69,9 +69,9 @@ def check_site(
             progress(number, len(cases))
     _add_remarks(report)
     complete = sum(case.label is not None for case in cases)
-    if complete < minimum_cases and not any(finding.code == "E06" for finding in report.findings):
+    if complete < minimum_cases and not any(finding.code == ErrorCode.TOO_FEW_CASES for finding in report.findings):
         report.add(
-            "E06",
+            ErrorCode.TOO_FEW_CASES,
             "error",
             "",
             f"'{folder}' holds {complete} case(s) with a label, {minimum_cases} are needed.",
@@ -90,14 +90,22 @@ def _check_files(report: SiteReport, folder: Path) -> None:
     for path in visible(folder / "images"):
         if case_name(path) is None:
             expected = "Convert it to one of " + ", ".join(SUFFIXES) + "."
-            report.add("E09", "warning", "", f"'{path}' is no image of a known format and is ignored.", expected)
+            report.add(
+                ErrorCode.SITE_DATA, "warning", "", f"'{path}' is no image of a known format and is ignored.", expected
+            )
     if not (folder / "labels").is_dir():
-        report.add("E03", "error", "", f"site folder '{folder}': there is no folder '{folder / 'labels'}'.", LAYOUT)
+        report.add(
+            ErrorCode.MISSING_LABEL,
+            "error",
+            "",
+            f"site folder '{folder}': there is no folder '{folder / 'labels'}'.",
+            LAYOUT,
+        )
     for path in visible(folder / "labels"):
         name = case_name(path)
         if name not in names or name is None:
             text = f"label '{path}' belongs to no image and is ignored."
-            report.add("E09", "warning", name or "", text, "Name it as its image, or take it away.")
+            report.add(ErrorCode.SITE_DATA, "warning", name or "", text, "Name it as its image, or take it away.")
 
 
 def _check_split(
@@ -124,7 +132,9 @@ def _check_split(
     unused = [case.name for case in cases if case.name not in section_of] if section_of else []
     if unused:
         text = f"'{folder / 'datalist.json'}' leaves out {len(unused)} case(s): {few(unused)}."
-        report.add("E08", "warning", "", text, f"Add them with `pfedsam split {folder}` if they shall be used.")
+        report.add(
+            ErrorCode.WRONG_SPLIT, "warning", "", text, f"Add them with `pfedsam split {folder}` if they shall be used."
+        )
     return sorted(by_name.values(), key=lambda case: case.name), section_of
 
 
@@ -171,10 +181,12 @@ def _check_intensity(report: SiteReport, row: CaseRow, case: Case, image: Pictur
     row.intensity = (float(image.values.min()), float(image.values.max()))
     if row.intensity[0] == row.intensity[1]:
         text = f"image '{case.image}' is constant, every value is {row.intensity[0]:g}."
-        report.add("E09", "error", case.name, text, "Export the image again, or take the case away.")
+        report.add(ErrorCode.SITE_DATA, "error", case.name, text, "Export the image again, or take the case away.")
     elif not report.colour and window_is_empty(image.values):
         text = f"image '{case.image}': {NO_WINDOW}."
-        report.add("E09", "warning", case.name, text, "Make sure that it is an image of the kind that is meant.")
+        report.add(
+            ErrorCode.SITE_DATA, "warning", case.name, text, "Make sure that it is an image of the kind that is meant."
+        )
 
 
 def _check_fit(report: SiteReport, case: Case, image: Picture) -> None:
@@ -182,7 +194,13 @@ def _check_fit(report: SiteReport, case: Case, image: Picture) -> None:
     if report.colour and (image.kind != "picture" or image.white is None):
         what = "is a volume" if image.kind != "picture" else f"holds {image.values.dtype} numbers without a white"
         text = f"image '{case.image}' {what}, and the bundle takes colour pictures."
-        report.add("E05", "error", case.name, text, "Choose a bundle for volumes (--bundle brain_lesion_mri).")
+        report.add(
+            ErrorCode.UNREADABLE_IMAGE,
+            "error",
+            case.name,
+            text,
+            "Choose a bundle for volumes (--bundle brain_lesion_mri).",
+        )
         return
     if not report.colour and image.is_colour:
         report.remark(
@@ -199,14 +217,14 @@ def _check_fit(report: SiteReport, case: Case, image: Picture) -> None:
 def _add_remarks(report: SiteReport) -> None:
     """What was remarked of several cases, each once."""
     for text, names in report.remarks.items():
-        report.add("E09", "note", "", f"{len(names)} case(s) ({few(names)}): {text}.")
+        report.add(ErrorCode.SITE_DATA, "note", "", f"{len(names)} case(s) ({few(names)}): {text}.")
     if report.field_of_view is None:
         return
     _add_unseen(report)
     if report.outside:
         most = max(report.outside.values())
         report.add(
-            "E09",
+            ErrorCode.SITE_DATA,
             "warning" if most >= 0.25 else "note",
             "",
             f"{len(report.outside)} case(s) ({few(report.outside)}): up to {told(most, report.field_of_view)}.",
@@ -221,19 +239,30 @@ def _check_label(
     white = black_and_white(found, labels)
     if white is not None:
         found = [value // white for value in found]
-        report.add("E07", "note", case.name, f"label '{case.label}' holds 0 and {white}: {white} is read as 1.")
+        report.add(
+            ErrorCode.LABEL_OUT_OF_RANGE,
+            "note",
+            case.name,
+            f"label '{case.label}' holds 0 and {white}: {white} is read as 1.",
+        )
     row.label_values = tuple(float(value) for value in found[:256])
     wrong = [value for value in found if value not in labels]
     if wrong:
         text = f"label '{case.label}' holds {few(map(str, wrong))}, expected only {list(labels)}."
-        report.add("E07", "error", case.name, text, "Correct the label, or map its values to the bundle's.")
+        report.add(
+            ErrorCode.LABEL_OUT_OF_RANGE,
+            "error",
+            case.name,
+            text,
+            "Correct the label, or map its values to the bundle's.",
+        )
     positive = values > 0
     row.foreground = int(np.count_nonzero(positive))
     if positive.ndim == 3:
         row.empty_slices = float(1 - positive.any(axis=(0, 1)).mean())
     if not row.foreground:
         text = f"label '{case.label}' is empty, it holds no foreground."
-        report.add("E09", "warning", case.name, text, "Make sure that there is nothing to outline.")
+        report.add(ErrorCode.SITE_DATA, "warning", case.name, text, "Make sure that there is nothing to outline.")
     return positive
 
 
@@ -247,7 +276,7 @@ def _check_pair(
             f"case '{case.name}': image '{case.image}' has shape {list(image.shape)}{upright}, label "
             f"{list(label.shape)}."
         )
-        report.add("E04", "error", case.name, text, "Resample the label to the image.")
+        report.add(ErrorCode.SHAPES_DIFFER, "error", case.name, text, "Resample the label to the image.")
         return
     _count_unseen(report, row, image, positive)
     if image.affine is None or label.affine is None:
@@ -259,12 +288,12 @@ def _check_pair(
     where = f"label '{case.label}' and its image differ in"
     if image.orientation != label.orientation:
         text = f"{where} orientation, {label.orientation} and {image.orientation}."
-        report.add("E09", "error", case.name, text, remedy)
+        report.add(ErrorCode.SITE_DATA, "error", case.name, text, remedy)
     elif not np.allclose(image.spacing, label.spacing, rtol=1e-2):
         text = f"{where} spacing, {_steps(label.spacing)} and {_steps(image.spacing)} mm."
-        report.add("E09", "error", case.name, text, remedy)
+        report.add(ErrorCode.SITE_DATA, "error", case.name, text, remedy)
     else:
-        report.add("E09", "warning", case.name, f"{where} the affine (position or rotation).", remedy)
+        report.add(ErrorCode.SITE_DATA, "warning", case.name, f"{where} the affine (position or rotation).", remedy)
 
 
 def _count_unseen(report: SiteReport, row: CaseRow, image: Picture, positive: NDArray[np.bool_]) -> None:
@@ -285,11 +314,11 @@ def _add_unseen(report: SiteReport) -> None:
         text = (
             f"{len(rows)} case(s) ({names}): up to {worst.unseen / worst.foreground:.0%} of the labelled voxels {where}"
         )
-        report.add("E09", "warning", "", text, remedy)
+        report.add(ErrorCode.SITE_DATA, "warning", "", text, remedy)
         return
     for row in rows:
         text = f"case '{row.name}': {row.unseen} labelled voxel(s), {row.unseen / row.foreground:.0%}, {where}"
-        report.add("E09", "warning", row.name, text, remedy)
+        report.add(ErrorCode.SITE_DATA, "warning", row.name, text, remedy)
 
 
 def _check_duplicates(report: SiteReport, hashes: dict[str, list[str]], section_of: dict[str, str]) -> None:
@@ -299,10 +328,16 @@ def _check_duplicates(report: SiteReport, hashes: dict[str, list[str]], section_
         sections = sorted({section_of[name] for name in names if name in section_of})
         if len(sections) > 1:
             text = f"leakage: the cases {few(names)} hold the same image and are in the sections {sections}."
-            report.add("E08", "error", names[0], text, "Keep one of them, or give them one patient in datalist.json.")
+            report.add(
+                ErrorCode.WRONG_SPLIT,
+                "error",
+                names[0],
+                text,
+                "Keep one of them, or give them one patient in datalist.json.",
+            )
         else:
             text = f"the cases {few(names)} hold the same image."
-            report.add("E09", "warning", names[0], text, "Keep one of them.")
+            report.add(ErrorCode.SITE_DATA, "warning", names[0], text, "Keep one of them.")
 
 
 def _check_geometry(report: SiteReport) -> None:
@@ -312,12 +347,14 @@ def _check_geometry(report: SiteReport) -> None:
     if len(orientations) > 1:
         counts = ", ".join(f"{code} in {count}" for code, count in orientations.most_common())
         text = f"the cases of '{report.folder}' differ in orientation: {counts}."
-        report.add("E09", "warning", "", text, "Let the bundle's transforms reorient them, or export them alike.")
+        report.add(
+            ErrorCode.SITE_DATA, "warning", "", text, "Let the bundle's transforms reorient them, or export them alike."
+        )
     if rows and all(row.spacing is None for row in rows):
-        report.add("E09", "note", "", "no case has a pixel size: distances are in pixels.")
+        report.add(ErrorCode.SITE_DATA, "note", "", "no case has a pixel size: distances are in pixels.")
     elif rows and all(row.spacing is None or np.allclose(row.spacing, 1) for row in rows):
         text = "every case has a spacing of 1 mm, which is what a lost spacing looks like: distances are in voxels."
-        report.add("E09", "note", "", text, "Restore the spacing if it is known.")
+        report.add(ErrorCode.SITE_DATA, "note", "", text, "Restore the spacing if it is known.")
 
 
 def _steps(spacing: Iterable[float]) -> str:

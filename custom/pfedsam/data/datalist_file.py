@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedsam.data.sections import SECTIONS
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 DATALIST = "datalist.json"
 
@@ -78,4 +78,4 @@ def entry_name(entry: Any) -> str:
 
 def wrong(folder: Path, what: str, remedy: str = "Correct the file, or remove it to split by seed.") -> PFedSAMError:
     """The error of a `datalist.json` of which something is wrong."""
-    return PFedSAMError("E08", f"'{folder / DATALIST}': {what}.", remedy)
+    return PFedSAMError(ErrorCode.WRONG_SPLIT, f"'{folder / DATALIST}': {what}.", remedy)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pfedsam.data.picture import Picture
-from pfedsam.errors import PFedSAMError, few
+from pfedsam.errors import ErrorCode, PFedSAMError, few
 
 #: A value this near to a whole number is that number: a scale in a header makes 0.9999999 of 1.
 ROUNDING = 1e-2
@@ -28,7 +28,7 @@ def as_label(picture: Picture) -> Picture:
     if picture.is_colour:
         if (values != values[..., :1]).any():
             raise PFedSAMError(
-                "E07",
+                ErrorCode.LABEL_OUT_OF_RANGE,
                 f"label '{picture.source}' has {values.shape[-1]} different channels, expected one.",
                 "Store the label as one channel of integers; a palette keeps its numbers.",
             )
@@ -54,7 +54,7 @@ def whole_numbers(values: NDArray[Any], source: str) -> NDArray[Any]:
         if off.any():
             wrong = np.unique(values[off])
             raise PFedSAMError(
-                "E07",
+                ErrorCode.LABEL_OUT_OF_RANGE,
                 f"label '{source}' holds {few(f'{value:.6g}' for value in wrong)}, expected whole numbers.",
                 "Store class numbers; a label that was resampled needs nearest-neighbour interpolation.",
             )
@@ -64,7 +64,9 @@ def whole_numbers(values: NDArray[Any], source: str) -> NDArray[Any]:
     kind = next((one for one in kinds if np.iinfo(one).min <= low and high <= np.iinfo(one).max), None)
     if kind is None:
         far = high if high > np.iinfo(np.int32).max else low
-        raise PFedSAMError("E07", f"label '{source}' holds {far:g}, which is no class number.", "Correct it.")
+        raise PFedSAMError(
+            ErrorCode.LABEL_OUT_OF_RANGE, f"label '{source}' holds {far:g}, which is no class number.", "Correct it."
+        )
     return values.astype(kind, copy=False)
 
 

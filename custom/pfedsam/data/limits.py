@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 #: Environment variable of this machine: gigabytes that a strongly compressed file may unpack to.
 LIMIT_VARIABLE = "PFEDSAM_IMAGE_LIMIT_GB"
@@ -26,7 +26,9 @@ def limit_bytes() -> int:
     except ValueError:
         limit = -1.0
     if not 0 < limit < float("inf"):
-        raise PFedSAMError("E01", f"{LIMIT_VARIABLE} is '{text}', no positive number.", "Give gigabytes, as 0.5.")
+        raise PFedSAMError(
+            ErrorCode.SITE_SETTINGS, f"{LIMIT_VARIABLE} is '{text}', no positive number.", "Give gigabytes, as 0.5."
+        )
     return int(limit * 1e9)
 
 
@@ -42,7 +44,7 @@ def check_claim(path: Path, claimed: int) -> None:
     """
     if claimed > limit_bytes() and claimed > HONEST_RATIO * path.stat().st_size:
         raise PFedSAMError(
-            "E05",
+            ErrorCode.UNREADABLE_IMAGE,
             f"{path} has {path.stat().st_size / 1e6:.1f} MB and claims to unpack to {claimed / 1e9:.2f} GB, more than "
             f"the limit of {limit_bytes() / 1e9:g} GB.",
             f"If it really holds that much, raise the limit with the environment variable {LIMIT_VARIABLE}.",

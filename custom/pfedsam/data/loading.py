@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pfedsam.data.geometry import turned_onto
 from pfedsam.data.picture import Picture
 from pfedsam.data.reader import load_picture
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 #: White of a colour picture that is given to a network.
 WHITE = 255.0
@@ -70,7 +70,7 @@ class ReadImaged(MapTransform):
             picture = replace(picture, values=picture.values[..., 0], kind="picture", affine=None)
         if self.colour and picture.kind != "picture":
             raise PFedSAMError(
-                "E05",
+                ErrorCode.UNREADABLE_IMAGE,
                 f"{picture.source} is a volume, and the bundle takes colour pictures.",
                 "Use a bundle for volumes, as brain_lesion_mri, or give PNG, JPG or TIFF pictures.",
             )
@@ -95,7 +95,7 @@ def _colours(picture: Picture) -> NDArray[Any]:
         return np.moveaxis(picture.values, -1, 0)
     if picture.white is None:
         raise PFedSAMError(
-            "E05",
+            ErrorCode.UNREADABLE_IMAGE,
             f"{picture.source} holds {picture.values.dtype} numbers: nothing says which of them is white.",
             "Save it as a picture of 8 or 16 bits.",
         )
@@ -107,7 +107,9 @@ def _single(values: NDArray[Any], source: Path) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):
         found = np.ascontiguousarray(values, dtype=np.float32)
     if values.dtype.itemsize > 4 and values.dtype.kind == "f" and not np.isfinite(found).all():
-        raise PFedSAMError("E05", f"{source} holds {np.abs(values).max():g}, too large.", "Rescale the image.")
+        raise PFedSAMError(
+            ErrorCode.UNREADABLE_IMAGE, f"{source} holds {np.abs(values).max():g}, too large.", "Rescale the image."
+        )
     return found
 
 
@@ -116,7 +118,7 @@ def _check_shapes(pictures: list[Picture]) -> None:
     for other in pictures[1:]:
         if other.volume_shape != first.volume_shape:
             raise PFedSAMError(
-                "E04",
+                ErrorCode.SHAPES_DIFFER,
                 f"{first.source} has shape {list(first.shape)}, {other.source} {list(other.shape)}.",
                 "Resample the label to the image.",
             )

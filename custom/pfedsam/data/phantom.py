@@ -20,7 +20,7 @@ from pfedsam.data.sections import FOLDS
 from pfedsam.data.sites import Case
 from pfedsam.data.splitting import BEFORE, as_bytes, dealt_folds, write_datalist
 from pfedsam.data.suffixes import NIFTI
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 MARKER = "phantom.json"
 
@@ -61,7 +61,7 @@ def write_phantom(
     shape = (int(shape[0]), int(shape[1]), int(shape[2]))
     if sites < 1 or cases < 1 or seed < 0 or any(side < least for side, least in zip(shape, (16, 16, 4), strict=True)):
         raise PFedSAMError(
-            "E16",
+            ErrorCode.WRONG_SETTING,
             f"a phantom of {sites} sites, {cases} cases, shape {shape} and seed {seed} cannot be drawn.",
             "Use at least 1 site, 1 case, shape (16, 16, 4) and seed 0.",
         )
@@ -77,7 +77,7 @@ def write_phantom(
     if marker and marker["settings"] != content["settings"]:
         if not force:
             raise PFedSAMError(
-                "E24",
+                ErrorCode.NOT_OURS,
                 f"{out} holds a phantom with other settings: {_differences(marker['settings'], content['settings'])}.",
                 "Choose another folder, or give --force to replace it.",
             )
@@ -168,7 +168,9 @@ def _read_marker(out: Path) -> dict[str, Any]:
         return marker
     except (OSError, ValueError, KeyError, TypeError):
         raise PFedSAMError(
-            "E02", f"'{out}' is not empty and holds no phantom ({MARKER}).", "Give a new or empty folder."
+            ErrorCode.SITE_FOLDER,
+            f"'{out}' is not empty and holds no phantom ({MARKER}).",
+            "Give a new or empty folder.",
         ) from None
 
 

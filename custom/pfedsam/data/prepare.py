@@ -40,7 +40,7 @@ from pfedsam.data.sections import FOLDS
 from pfedsam.data.sites import files_by_name
 from pfedsam.data.splitting import write_datalist
 from pfedsam.data.suffixes import case_name, suffix_of, visible
-from pfedsam.errors import PFedSAMError, few
+from pfedsam.errors import ErrorCode, PFedSAMError, few
 
 _MASK_FOLDERS = ("labels", "masks")
 _MASK_ENDINGS = ("", "_mask")
@@ -76,13 +76,15 @@ def prepare(kind: str, source: Path, out: Path, progress: Callable[[int, int], N
     Raises:
         PFedSAMError: E02 if nothing of a documented layout is found, E03 for an image without a mask, E04 if a mask has
             another size, E05, E07 or E09 for a file that cannot be read or a mask that holds no labels, E09 for two
-            images of one name, E16 for an unknown kind or a site that exists.
+            images of one name, E28 for an unknown kind, E24 for a site that exists.
     """
     if kind not in KINDS:
-        raise PFedSAMError("E16", f"there is no kind '{kind}'.", f"Kinds: {sorted(KINDS)}.")
+        raise PFedSAMError(ErrorCode.UNKNOWN_NAME, f"there is no kind '{kind}'.", f"Kinds: {sorted(KINDS)}.")
     pairs = [pair for find in KINDS[kind].finders for pair in find(source)]
     if not pairs:
-        raise PFedSAMError("E02", f"{source} has none of the layouts of '{kind}'.", "See `pfedsam prepare --help`.")
+        raise PFedSAMError(
+            ErrorCode.SITE_FOLDER, f"{source} has none of the layouts of '{kind}'.", "See `pfedsam prepare --help`."
+        )
     _check(pairs, out)
     out.mkdir(parents=True, exist_ok=True)
     # all or nothing: sites appear when all of them are complete
@@ -105,13 +107,15 @@ def _check(pairs: list[Pair], out: Path) -> None:
     seen: dict[tuple[str, str], Path] = {}
     for pair in pairs:
         if pair.mask is None:
-            raise PFedSAMError("E03", f"{pair.image} has no mask.", "Add it, or take the image away.")
+            raise PFedSAMError(ErrorCode.MISSING_LABEL, f"{pair.image} has no mask.", "Add it, or take the image away.")
         other = seen.setdefault((pair.site, pair.case), pair.image)
         if other != pair.image:
-            raise PFedSAMError("E09", f"{pair.image} and {other} would both be '{pair.case}'.", "Rename one.")
+            raise PFedSAMError(
+                ErrorCode.SITE_DATA, f"{pair.image} and {other} would both be '{pair.case}'.", "Rename one."
+            )
     for site in sorted({pair.site for pair in pairs}):
         if (out / site).exists():
-            raise PFedSAMError("E16", f"{out / site} exists.", "Choose another --out, or remove it.")
+            raise PFedSAMError(ErrorCode.NOT_OURS, f"{out / site} exists.", "Choose another --out, or remove it.")
 
 
 def _write(pair: Pair, out: Path, kind: Kind) -> None:
@@ -123,7 +127,9 @@ def _write(pair: Pair, out: Path, kind: Kind) -> None:
     mask = turned_onto(image, load_picture(pair.mask, label=kind.numbers))
     if image.volume_shape != mask.volume_shape:
         raise PFedSAMError(
-            "E04", f"{pair.image} has size {image.shape}, its mask {pair.mask} {mask.shape}.", "Resample the mask."
+            ErrorCode.SHAPES_DIFFER,
+            f"{pair.image} has size {image.shape}, its mask {pair.mask} {mask.shape}.",
+            "Resample the mask.",
         )
     values = whole_numbers(kind.convert(mask), str(pair.mask))
     if pair.image.is_dir():
@@ -141,7 +147,9 @@ def _write_picture(values: NDArray, path: Path, source: Path) -> None:
     kind = next((one for one in (np.uint8, np.uint16) if values.min() >= 0 and values.max() <= np.iinfo(one).max), None)
     if kind is None:
         wrong = few(str(value) for value in found_values(values) if not 0 <= value <= np.iinfo(np.uint16).max)
-        raise PFedSAMError("E07", f"mask {source} holds {wrong}, which no PNG holds.", "Correct the mask.")
+        raise PFedSAMError(
+            ErrorCode.LABEL_OUT_OF_RANGE, f"mask {source} holds {wrong}, which no PNG holds.", "Correct the mask."
+        )
     Image.fromarray(np.ascontiguousarray(values.reshape(values.shape[:2]).T.astype(kind))).save(path)
 
 
@@ -151,7 +159,9 @@ def _of_images(source: Path) -> Iterator[Pair]:
         unknown = [path.name for path in visible(folder) if case_name(path) is None]
         if unknown:
             raise PFedSAMError(
-                "E09", f"{folder} holds {few(unknown)}, no image of a known format.", "Convert it, or take it away."
+                ErrorCode.SITE_DATA,
+                f"{folder} holds {few(unknown)}, no image of a known format.",
+                "Convert it, or take it away.",
             )
         for image in visible(folder):
             name = case_name(image)
@@ -197,7 +207,9 @@ def _named(folder: Path, suffix: str) -> dict[str, Path]:
         if path.is_file() and path.name.lower().endswith(suffix):
             other = found.setdefault(path.name[: -len(suffix)].lower(), path)
             if other != path:
-                raise PFedSAMError("E09", f"{other} and {path.name} differ in capitals alone.", "Rename one.")
+                raise PFedSAMError(
+                    ErrorCode.SITE_DATA, f"{other} and {path.name} differ in capitals alone.", "Rename one."
+                )
     return found
 
 
@@ -211,7 +223,7 @@ def _cup_in_disc(mask: Picture) -> NDArray:
     grey = mask.grey() * (WHITE / mask.white) if mask.white else mask.grey()
     if mask.kind != "picture" or grey.max() < _DISC:
         raise PFedSAMError(
-            "E07",
+            ErrorCode.LABEL_OUT_OF_RANGE,
             f"mask {mask.source} shows nothing white (values up to {grey.max():g}), expected black in the cup, grey in "
             "the disc and white outside.",
             "Take the mask of the original download.",
@@ -221,7 +233,11 @@ def _cup_in_disc(mask: Picture) -> NDArray:
 
 def _any_zone(mask: Picture) -> NDArray:
     if mask.values.min() < 0:
-        raise PFedSAMError("E07", f"mask {mask.source} holds {mask.values.min()}, which is no zone.", "Correct it.")
+        raise PFedSAMError(
+            ErrorCode.LABEL_OUT_OF_RANGE,
+            f"mask {mask.source} holds {mask.values.min()}, which is no zone.",
+            "Correct it.",
+        )
     return mask.values > 0
 
 

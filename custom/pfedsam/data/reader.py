@@ -12,7 +12,7 @@ import numpy as np
 
 from pfedsam.data.picture import Picture
 from pfedsam.data.suffixes import FLAT, NIFTI, SUFFIXES, is_dicom
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 
 def load_picture(path: Path, label: bool = False) -> Picture:
@@ -28,7 +28,9 @@ def load_picture(path: Path, label: bool = False) -> Picture:
             values that are not finite; E07 for a label that holds no whole numbers, or several channels.
     """
     if not path.exists():
-        raise PFedSAMError("E02", f"there is no image {path}.", "Give a file or a folder of DICOM slices.")
+        raise PFedSAMError(
+            ErrorCode.SITE_FOLDER, f"there is no image {path}.", "Give a file or a folder of DICOM slices."
+        )
     try:
         picture = _read(path, label)
     except PFedSAMError:
@@ -36,7 +38,9 @@ def load_picture(path: Path, label: bool = False) -> Picture:
     # a library may raise anything for a corrupt file
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-        raise PFedSAMError("E05", f"'{path}' cannot be read: {reason.rstrip('.')}.", "Export it again.") from error
+        raise PFedSAMError(
+            ErrorCode.UNREADABLE_IMAGE, f"'{path}' cannot be read: {reason.rstrip('.')}.", "Export it again."
+        ) from error
     _check_values(picture)
     if label:
         from pfedsam.data.labels import as_label
@@ -60,14 +64,18 @@ def _read(path: Path, label: bool) -> Picture:
         from pfedsam.data.formats import dicom
 
         return dicom.read(path, label)
-    raise PFedSAMError("E05", f"{path} has an unknown format.", f"Known: {', '.join(SUFFIXES)}, and DICOM folders.")
+    raise PFedSAMError(
+        ErrorCode.UNREADABLE_IMAGE,
+        f"{path} has an unknown format.",
+        f"Known: {', '.join(SUFFIXES)}, and DICOM folders.",
+    )
 
 
 def _check_values(picture: Picture) -> None:
     values, source = picture.values, picture.source
     if values.size == 0 or values.dtype.kind not in "buif":
         raise PFedSAMError(
-            "E05",
+            ErrorCode.UNREADABLE_IMAGE,
             f"{source} holds {values.dtype}{list(values.shape)}, expected real numbers.",
             "Export it as one grey image.",
         )
@@ -76,7 +84,7 @@ def _check_values(picture: Picture) -> None:
     wrong = int(values.size - np.count_nonzero(np.isfinite(values)))
     if wrong:
         raise PFedSAMError(
-            "E09",
+            ErrorCode.SITE_DATA,
             f"{source} holds {wrong} value(s) that are not finite (NaN or infinity).",
             "Export it again, or replace these values.",
         )

@@ -14,7 +14,7 @@ import hmac
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 SECTIONS: tuple[str, ...] = ("training", "validation", "test")
 FOLDS, VALIDATION_FRACTION = 3, 0.2
@@ -71,7 +71,7 @@ def deal(
     ordered = sorted(set(patients), key=_hash)
     if len(ordered) < max(3, folds):
         raise PFedSAMError(
-            "E06",
+            ErrorCode.TOO_FEW_CASES,
             f"{len(ordered)} patient(s), a split into {folds} folds needs at least {max(3, folds)}.",
             "Add cases, or write a datalist.json with the sections training and validation.",
         )
@@ -84,7 +84,9 @@ def _dealt(ordered: Sequence[str], fold: int, folds: int, validation_fraction: f
     validated = max(1, round(validation_fraction * len(others)))
     if validated >= len(others):
         raise PFedSAMError(
-            "E06", f"no patient of {len(ordered)} is left to train on with {folds} folds.", "Use more folds or cases."
+            ErrorCode.TOO_FEW_CASES,
+            f"no patient of {len(ordered)} is left to train on with {folds} folds.",
+            "Use more folds or cases.",
         )
     numbered = enumerate(others)
     return dict.fromkeys(tested, "test") | {
@@ -116,7 +118,7 @@ def most_below(counts: Mapping[_Place, int], shares: Mapping[_Place, float]) -> 
 def _check(folds: int, validation_fraction: float) -> None:
     if folds < 2 or not 0 < validation_fraction < 1:
         raise PFedSAMError(
-            "E16",
+            ErrorCode.WRONG_SETTING,
             f"cannot split into {folds} folds with a validation fraction of {validation_fraction}.",
             "Use at least 2 folds and a fraction between 0 and 1.",
         )

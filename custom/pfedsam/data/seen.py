@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 #: Key in `SiteModel.info`.
 SEEN = "seen"
@@ -58,7 +58,7 @@ class Seen:
         salt, *lists = [told.get(key) if isinstance(told, dict) else None for key in ("salt", *SECTIONS)]
         named = [frozenset(one) for one in lists if isinstance(one, list) and all(type(name) is str for name in one)]
         if not isinstance(salt, str) or len(named) != len(SECTIONS):
-            raise PFedSAMError("E13", f"the model's '{SEEN}' is no salt with two lists of hashes.")
+            raise PFedSAMError(ErrorCode.PERSONAL_STATE, f"the model's '{SEEN}' is no salt with two lists of hashes.")
         training, validation = named
         return cls(salt, training, validation, told.get("whole", True) is True)
 

@@ -18,7 +18,7 @@ class Finding:
     """One thing to know about a site.
 
     Args:
-        code: a key of `pfedsam.errors.CODES`.
+        code: of `pfedsam.errors.ErrorCode`.
         severity: an `error` forbids training, a `warning` should be looked at, a `note` is for information.
         case: case name, or "" if it concerns the site.
         message: what was found where.

@@ -21,7 +21,7 @@ from typing import Any
 from pfedsam.data.datalist_file import entry_name, listed_parts, read_content, wrong
 from pfedsam.data.sections import FOLDS, SECTIONS, VALIDATION_FRACTION, section_by_key
 from pfedsam.data.suffixes import NIFTI, SUFFIXES, case_name, visible
-from pfedsam.errors import PFedSAMError, few
+from pfedsam.errors import ErrorCode, PFedSAMError, few
 from pfedsam.files import write_atomically
 from pfedsam.settings import shown
 
@@ -62,7 +62,7 @@ def sites_in(data: Path) -> list[Path]:
         return [data]
     names = site_names(data)
     if not names:
-        raise PFedSAMError("E02", f"'{data}' is no site folder and holds none.", LAYOUT)
+        raise PFedSAMError(ErrorCode.SITE_FOLDER, f"'{data}' is no site folder and holds none.", LAYOUT)
     return [data / name for name in names]
 
 
@@ -81,7 +81,7 @@ def read_site(folder: str | Path, require_labels: bool = True) -> list[Case]:
     images = folder / "images"
     if not images.is_dir():
         missing = images if folder.is_dir() else folder
-        raise PFedSAMError("E02", f"site folder '{folder}': there is no folder '{missing}'.", LAYOUT)
+        raise PFedSAMError(ErrorCode.SITE_FOLDER, f"site folder '{folder}': there is no folder '{missing}'.", LAYOUT)
     patients = read_content(folder).get("patients", {})
     labels = files_by_name(folder / "labels", "labels")
     cases = {
@@ -89,7 +89,7 @@ def read_site(folder: str | Path, require_labels: bool = True) -> list[Case]:
         for name, path in files_by_name(images, "images").items()
     }
     if not cases:
-        raise PFedSAMError("E02", f"site folder '{folder}': there is no image in '{images}'.", LAYOUT)
+        raise PFedSAMError(ErrorCode.SITE_FOLDER, f"site folder '{folder}': there is no image in '{images}'.", LAYOUT)
     if require_labels:
         for case in cases.values():
             _require_label(folder, case)
@@ -106,7 +106,7 @@ def site_images(folder: str | Path) -> list[dict[str, str]]:
     left_out = sorted(set(visible(Path(folder) / "images")) - {case.image for case in cases})
     if left_out:
         raise PFedSAMError(
-            "E09",
+            ErrorCode.SITE_DATA,
             f"{few(str(path) for path in left_out)}: no image of a known format.",
             f"Take it out of the folder, or convert it to one of {', '.join(SUFFIXES)}.",
         )
@@ -142,7 +142,7 @@ def split_site(
         images = f" in '{cases[0].image.parent}'" if cases else ""
         site = str(cases[0].image.parent.parent) if cases else "<site>"
         raise PFedSAMError(
-            "E06",
+            ErrorCode.TOO_FEW_CASES,
             f"{patients} patient(s){images} leave {' and '.join(empty)} empty with seed {seed} and {folds} folds.",
             f"Write an even split with `pfedsam split {site}`, or add cases.",
         )
@@ -279,10 +279,12 @@ def datalist(folder: str | Path, section: str, seed: int = 0, folds: int = FOLDS
         Dictionaries with the keys `image` and `label` (paths), `case` and `patient`.
 
     Raises:
-        PFedSAMError: as `read_split`, and E16 for an unknown section.
+        PFedSAMError: as `read_split`, and E28 for an unknown section.
     """
     if section not in SECTIONS:
-        raise PFedSAMError("E16", f"there is no section '{section}' of a site.", f"Use one of {list(SECTIONS)}.")
+        raise PFedSAMError(
+            ErrorCode.UNKNOWN_NAME, f"there is no section '{section}' of a site.", f"Use one of {list(SECTIONS)}."
+        )
     return [
         {"image": str(case.image), "label": str(case.label), "case": case.name, "patient": case.patient}
         for case in read_split(folder, seed, folds)[section]
@@ -360,7 +362,7 @@ def files_by_name(folder: Path, kind: str) -> dict[str, Path]:
         name = case_name(path)
         if name is not None and found.setdefault(name, path) != path:
             raise PFedSAMError(
-                "E09",
+                ErrorCode.SITE_DATA,
                 f"case '{name}' has two {kind}, '{found[name]}' and '{path.name}'.",
                 "Keep one of them or rename it.",
             )
@@ -376,7 +378,7 @@ def no_label(folder: Path, case: Case) -> PFedSAMError:
     """The error of a case without a label."""
     looked = ", ".join(f"{case.name}{end}" for end in SUFFIXES)
     return PFedSAMError(
-        "E03",
+        ErrorCode.MISSING_LABEL,
         f"case '{case.name}' has no label: looked for {looked} in '{folder / 'labels'}'.",
         "Add the label or take the image away.",
     )

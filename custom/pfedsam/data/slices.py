@@ -13,7 +13,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 Grey = Literal["neighbours", "same"]
 
@@ -92,7 +92,9 @@ class SliceDataset(Dataset):
             self.positive.append([first + z for z, found in enumerate(has_label) if found])
             self.negative.append([first + z for z, found in enumerate(has_label) if not found])
         if not any(self.positive):
-            raise PFedSAMError("E06", "no training case has a labelled slice.", "Check the split and the labels.")
+            raise PFedSAMError(
+                ErrorCode.TOO_FEW_CASES, "no training case has a labelled slice.", "Check the split and the labels."
+            )
 
     def __len__(self) -> int:
         return len(self.slices) * self.variants

@@ -19,7 +19,7 @@ from pfedsam.data.datalist_file import DATALIST, entry_name, listed_parts, read_
 from pfedsam.data.sections import FOLDS, SECTIONS, Sections, deal, most_below, place
 from pfedsam.data.sites import Case, listed_split, read_site
 from pfedsam.data.suffixes import case_name
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import write_like
 from pfedsam.ownership import use
 
@@ -162,13 +162,17 @@ def use_for_links(data: Path, sites: Sequence[Path], out: Path, force: bool = Fa
     for one in (data, *sites):
         found = one.resolve()
         if found == place or found in place.parents or place in found.parents:
-            raise PFedSAMError("E24", f"{out} is {one}, or one lies in the other.", "Choose another folder.")
+            raise PFedSAMError(
+                ErrorCode.NOT_OURS, f"{out} is {one}, or one lies in the other.", "Choose another folder."
+            )
     for folder in (_linked(site, out) for site in sites):
         if folder.is_symlink():
-            raise PFedSAMError("E24", f"{folder} is a link, a folder was expected.", "Choose another folder.")
+            raise PFedSAMError(
+                ErrorCode.NOT_OURS, f"{folder} is a link, a folder was expected.", "Choose another folder."
+            )
         for path in (folder / kind for kind in _KINDS):
             if path.exists() and not path.is_symlink():
-                raise PFedSAMError("E24", f"{path} is no link.", "Choose another folder.")
+                raise PFedSAMError(ErrorCode.NOT_OURS, f"{path} is no link.", "Choose another folder.")
     use(out, LINKED, force)
 
 

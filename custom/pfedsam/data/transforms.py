@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pfedsam.data.intensity import NO_WINDOW, WINDOW
 from pfedsam.data.labels import black_and_white, found_values
-from pfedsam.errors import PFedSAMError, few
+from pfedsam.errors import ErrorCode, PFedSAMError, few
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,9 @@ class ClassChannelsd(MapTransform):
         if wrong:
             source = getattr(label, "meta", {}).get("filename_or_obj", "a label")
             shown, known = few(map(str, wrong)), list(self.numbers)
-            raise PFedSAMError("E07", f"{source} holds {shown}, expected only {known}.", "Correct or map it.")
+            raise PFedSAMError(
+                ErrorCode.LABEL_OUT_OF_RANGE, f"{source} holds {shown}, expected only {known}.", "Correct or map it."
+            )
         channels = [self._one_of(numbers, classes) for classes in self.values]
         return convert_to_dst_type(torch.cat(channels), dst=label, dtype=torch.float32)[0]
 
@@ -179,6 +181,8 @@ def class_numbers(names: Sequence[str], label_map: Mapping[str, str] | None = No
     found = {0: 0}
     for value, name in label_map.items():
         if name not in known or not str(value).isdigit():
-            raise PFedSAMError("E01", f"the label map says {value!r}: {name!r}.", f"Value: one of {known}.")
+            raise PFedSAMError(
+                ErrorCode.SITE_SETTINGS, f"the label map says {value!r}: {name!r}.", f"Value: one of {known}."
+            )
         found[int(value)] = known.index(name)
     return found

@@ -21,7 +21,7 @@ from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 from nvflare.fuel.utils.fobs import fobs as serialiser
 
 from pfedsam.deployment.jobs import export_job
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.storage.global_model import round_of
 
 _OURS = re.compile(r"\bE\d\d\b")
@@ -93,7 +93,9 @@ def connect(kit: Path, timeout: float = 60.0) -> Iterator[Session]:
         PFedSAMError: E01 if it is no administrator's kit, E22 with the last reason if the server does not answer.
     """
     if not (kit / "startup" / "fed_admin.json").is_file():
-        raise PFedSAMError("E01", f"{kit} is no startup kit of an administrator.", "Give the folder above startup/.")
+        raise PFedSAMError(
+            ErrorCode.SITE_SETTINGS, f"{kit} is no startup kit of an administrator.", "Give the folder above startup/."
+        )
     kit = kit.resolve()
     # the shell script makes this folder; the API does not
     (kit / "transfer").mkdir(exist_ok=True)
@@ -107,7 +109,9 @@ def connect(kit: Path, timeout: float = 60.0) -> Iterator[Session]:
         except Exception as error:
             if time.monotonic() > until:
                 raise PFedSAMError(
-                    "E22", f"the server does not answer {kit.name}: {reason_of(error)}.", "Is it running?"
+                    ErrorCode.DEPLOYMENT,
+                    f"the server does not answer {kit.name}: {reason_of(error)}.",
+                    "Is it running?",
                 ) from None
             time.sleep(1)
     try:
@@ -149,7 +153,11 @@ def submit(session: Session, job: Path) -> str:
         try:
             return session.submit_job(str(copy))
         except Exception as error:
-            raise PFedSAMError("E22", f"the server refuses the job: {error}.", "See the roles in README.md.") from None
+            raise PFedSAMError(
+                ErrorCode.DEPLOYMENT,
+                f"the server refuses the job: {error}.",
+                "See poc_workspace/README.md: who may submit.",
+            ) from None
 
 
 def follow(
@@ -185,7 +193,9 @@ def follow(
         if status.startswith("FINISHED"):
             return JobResult(job_id, status)
         if timeout and time.monotonic() - started > timeout:
-            raise PFedSAMError("E22", f"job {job_id} is {status} after {timeout:.0f} s.", "Look at the server's log.")
+            raise PFedSAMError(
+                ErrorCode.DEPLOYMENT, f"job {job_id} is {status} after {timeout:.0f} s.", "Look at the server's log."
+            )
         time.sleep(interval)
 
 
@@ -218,7 +228,7 @@ def resume(session: Session, job: Path, global_model: Path, rounds: int) -> str:
         The new job's id.
 
     Raises:
-        PFedSAMError: E10 if the model cannot be read, E16 if more rounds are done than were asked for, E22 if the
+        PFedSAMError: E10 if the model cannot be read, E32 if more rounds are done than were asked for, E22 if the
             server refuses the job.
     """
     with tempfile.TemporaryDirectory(prefix="pfedsam-resume-") as scratch:
@@ -235,11 +245,13 @@ def resumed_job(job: Path, out: Path, global_model: Path, rounds: int) -> Path:
         rounds: of the whole federation; if all are done, the final personal phase is left.
 
     Raises:
-        PFedSAMError: E10 if the model cannot be read, E16 if more rounds are done than were asked for.
+        PFedSAMError: E10 if the model cannot be read, E32 if more rounds are done than were asked for.
     """
     done = round_of(global_model) + 1
     if done > rounds:
-        raise PFedSAMError("E16", f"{done} rounds are done, {rounds} were asked for.", "Ask for more rounds.")
+        raise PFedSAMError(
+            ErrorCode.CONTRADICTION, f"{done} rounds are done, {rounds} were asked for.", "Ask for more rounds."
+        )
     export_job(
         job,
         out,

@@ -8,7 +8,7 @@ from typing import Any
 
 from pfedsam.bundles import folder
 from pfedsam.deployment.jobs import DECRYPT, ENCRYPT, ENCRYPTED, GUARD, MEAN, META, NOISE, PACK, UNPACK, read_json
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.files import write_like
 
@@ -70,7 +70,9 @@ def allow_classes(job: Path, workspace: Path) -> tuple[Path, list[str]]:
             try:
                 settings = json.loads(source.read_text())
             except ValueError as error:
-                raise PFedSAMError("E01", f"{source} is no JSON: {error}.", "Mend it by hand.") from None
+                raise PFedSAMError(
+                    ErrorCode.SITE_SETTINGS, f"{source} is no JSON: {error}.", "Mend it by hand."
+                ) from None
             break
     allowed = list(settings.get("class_allow_list", DEFAULT_CLASS_ALLOW_LIST))
     added = [name for name in classes_of(job) if name not in allowed]

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from nvflare.apis.dxo import MetaKey
 
 import pfedsam
-from pfedsam.errors import CODES, PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated import boundary, scalars
 from pfedsam.federated.literals import CLIENT
 from pfedsam.federated.packing import PACKED, Precision
@@ -78,7 +78,9 @@ def audit(workspace: Path, job: str) -> Audit:
     found = [path for path in workspace.glob(f"{job}*") if (path / "meta.json").is_file()]
     if len(found) != 1:
         known = sorted(path.parent.name for path in workspace.glob("*/meta.json"))
-        raise PFedSAMError("E02", f"{len(found)} jobs in {workspace} start with '{job}'.", f"Jobs: {known}.")
+        raise PFedSAMError(
+            ErrorCode.SITE_FOLDER, f"{len(found)} jobs in {workspace} start with '{job}'.", f"Jobs: {known}."
+        )
     run = found[0]
     log = (run / "audit.log").read_text() if (run / "audit.log").exists() else ""
     site_log = (workspace / "audit.log").read_text() if (workspace / "audit.log").exists() else ""
@@ -155,7 +157,7 @@ def _problems(found: Audit) -> list[str]:
 
 def statement() -> str:
     """The data-flow statement for a privacy officer, as Markdown: every list in it is read from the code."""
-    page = Environment(loader=PackageLoader("pfedsam.federated", "."), undefined=StrictUndefined, autoescape=False)
+    page = Environment(loader=PackageLoader("pfedsam.deployment", "."), undefined=StrictUndefined, autoescape=False)
     return page.get_template("statement.md.j2").render(
         version=pfedsam.__version__,
         shared=sorted(CEILING),
@@ -173,6 +175,6 @@ def statement() -> str:
         precisions=get_args(Precision),
         covered=(LEAST_COVERED, MOST_COVERED),
         tasks=boundary.MODEL_TASKS,
-        codes=CODES,
+        codes={code.value: code.meaning for code in ErrorCode},
         largest=boundary.LARGEST_VALUE,
     )

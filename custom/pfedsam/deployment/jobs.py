@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pfedsam.bundles import checked_overrides, folder, installed_bundles
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.federated.packing import Precision
 from pfedsam.federated.plan import Plan
@@ -82,8 +82,8 @@ class Privacy:
         encrypt: see `pfedsam.federated.encryption`.
 
     Raises:
-        PFedSAMError: E16 for values that no site could apply, noise without a clip, or a packed payload that shall be
-            encrypted.
+        PFedSAMError: E16 for values that no site could apply or noise without a clip, E32 for a packed payload that
+            shall be encrypted.
     """
 
     clip: float | None = None
@@ -94,20 +94,28 @@ class Privacy:
     def __post_init__(self) -> None:
         given = f"clip {self.clip}, noise {self.noise_multiplier}, precision '{self.precision}'"
         if (self.clip is not None and not 0 < self.clip < math.inf) or not 0 <= self.noise_multiplier < math.inf:
-            raise PFedSAMError("E16", f"{given}.", "Clip is the largest norm, above 0; noise is a multiple of it.")
+            raise PFedSAMError(
+                ErrorCode.WRONG_SETTING, f"{given}.", "Clip is the largest norm, above 0; noise is a multiple of it."
+            )
         if self.noise_multiplier and self.clip is None:
-            raise PFedSAMError("E16", f"{given}.", "Noise needs a clip: it is a multiple of it.")
+            raise PFedSAMError(ErrorCode.WRONG_SETTING, f"{given}.", "Noise needs a clip: it is a multiple of it.")
         if self.precision not in ("fp32", *get_args(Precision)):
-            raise PFedSAMError("E16", f"{given}.", f"Precisions: fp32, {', '.join(get_args(Precision))}.")
+            raise PFedSAMError(
+                ErrorCode.WRONG_SETTING, f"{given}.", f"Precisions: fp32, {', '.join(get_args(Precision))}."
+            )
         if self.encrypt and self.precision != "fp32":
-            raise PFedSAMError("E16", f"{self.precision} cannot be added up encrypted.", "Take fp32, or no encryption.")
+            raise PFedSAMError(
+                ErrorCode.CONTRADICTION,
+                f"{self.precision} cannot be added up encrypted.",
+                "Take fp32, or no encryption.",
+            )
 
 
 def find_job(name_or_path: str) -> Path:
     """A job folder by path, or the packaged job of that name.
 
     Raises:
-        PFedSAMError: E16 if there is none, or its files are no job's.
+        PFedSAMError: E28 if there is none, E29 if its files are no job's.
     """
     for path in (Path(name_or_path), folder("jobs") / name_or_path):
         if (path / META).is_file():
@@ -115,7 +123,7 @@ def find_job(name_or_path: str) -> Path:
             plan_settings(path)
             return path
     known = sorted(path.parent.name for path in folder("jobs").glob(f"*/{META}"))
-    raise PFedSAMError("E16", f"there is no job '{name_or_path}'.", f"Packaged jobs: {known}.")
+    raise PFedSAMError(ErrorCode.UNKNOWN_NAME, f"there is no job '{name_or_path}'.", f"Packaged jobs: {known}.")
 
 
 def export_job(
@@ -149,13 +157,15 @@ def export_job(
         force: replace a job folder whosever it is, as in a run folder of ours; another folder is never replaced.
 
     Raises:
-        PFedSAMError: E16 if the job shall be locked and carry code, or be encrypted where TenSEAL is not installed or
-            something else than the mean is taken, if `source` and `out` lie in each other, or, as E18, if the plan or a
-            setting of the server is impossible; E24 if `out` is something else than an exported job.
+        PFedSAMError: E32 if the job shall be locked and carry code, or be encrypted where something else than the mean
+            is taken, or if `source` and `out` lie in each other; E31 if TenSEAL is not installed; E16 or E18 if the
+            plan or a setting of the server is impossible; E24 if `out` is something else than an exported job.
     """
     _check_settings(source, plan or {}, server or {})
     if locked and byoc:
-        raise PFedSAMError("E16", "a locked job carries no code.", "Choose one of --locked and --byoc.")
+        raise PFedSAMError(
+            ErrorCode.CONTRADICTION, "a locked job carries no code.", "--locked and --byoc exclude each other."
+        )
     if privacy and privacy.encrypt:
         _check_encryption({**plan_settings(source), **(plan or {})})
     told = {"strategy": plan_settings(source)["strategy"], **_promised(server or {}), **(plan or {})}
@@ -186,11 +196,15 @@ def _job_folder(source: Path, out: Path, force: bool) -> Iterator[Path]:
     found, place = source.resolve(), out.resolve()
     if found == place or found in place.parents or place in found.parents:
         raise PFedSAMError(
-            "E16", f"{out} is the job that is copied, or one lies in the other.", "Choose another folder."
+            ErrorCode.CONTRADICTION,
+            f"{out} is the job that is copied, or one lies in the other.",
+            "Choose another folder.",
         )
     require_sealed(out, _FOLDER, force)
     if out.is_dir() and any(out.iterdir()) and not (out / META).is_file():
-        raise PFedSAMError("E24", f"{out} is no job folder, so it is not replaced.", "Choose another folder.")
+        raise PFedSAMError(
+            ErrorCode.NOT_OURS, f"{out} is no job folder, so it is not replaced.", "Choose another folder."
+        )
     with when_whole(out) as path:
         yield path
         seal(path, _FOLDER)
@@ -206,12 +220,16 @@ def make_job(strategy: str, out: Path, template: str = "pfedsam", force: bool = 
         force: as in `export_job`.
 
     Raises:
-        PFedSAMError: E16 if there is no such strategy, or it needs no server; E24 if `out` is something else than an
-            exported job.
+        PFedSAMError: E28 if there is no such strategy, E32 if it needs no server; E24 if `out` is something else than
+            an exported job.
     """
     file = find_strategy(strategy)
     if file.kind != "federated":
-        raise PFedSAMError("E16", f"strategy '{strategy}' needs no server, so it has no job.", "Use `pfedsam compare`.")
+        raise PFedSAMError(
+            ErrorCode.CONTRADICTION,
+            f"strategy '{strategy}' needs no server, so it has no job.",
+            "Use `pfedsam compare`.",
+        )
     plan = {"strategy": file.strategy, "overrides": file.overrides}
     return export_job(find_job(template), out, plan=plan, name=file.checked().name, force=force)
 
@@ -268,11 +286,13 @@ def _add_filters(config: dict[str, Any], side: str, privacy: Privacy) -> None:
 
 def _check_encryption(plan: Mapping[str, Any]) -> None:
     if find_spec("tenseal") is None:
-        raise PFedSAMError("E16", "encryption needs TenSEAL.", "Install the extra 'he' of pfedsam.")
+        raise PFedSAMError(ErrorCode.MISSING_LIBRARY, "encryption needs TenSEAL.", "Install the extra 'he' of pfedsam.")
     rule = Strategy.of(plan["strategy"]).aggregation
     if rule not in _OF_CIPHERTEXTS:
         raise PFedSAMError(
-            "E16", f"only the mean can be taken of ciphertexts, not '{rule}'.", "Set aggregation to mean."
+            ErrorCode.CONTRADICTION,
+            f"only the mean can be taken of ciphertexts, not '{rule}'.",
+            "Set aggregation to mean.",
         )
 
 
@@ -291,7 +311,7 @@ def _pretty(content: Mapping[str, Any]) -> str:
 
 
 def plan_settings(job: Path) -> dict[str, Any]:
-    """Arguments of a job's plan, among them `bundle` and `strategy` (E16 if it is no job of ours).
+    """Arguments of a job's plan, among them `bundle` and `strategy` (E29 if it is no job of ours).
 
     The strategy of a job that was made when the plain mean was the default names it here: it stays with it.
     """
@@ -300,14 +320,16 @@ def plan_settings(job: Path) -> dict[str, Any]:
     kinds: dict[str, tuple[type, ...]] = {"bundle": (str,), "strategy": (dict,), "overrides": (dict, type(None))}
     for key, kind in kinds.items():
         if not isinstance(plan.get(key), kind):
-            raise PFedSAMError("E16", f"{job}: {key} of the plan is {shown(plan.get(key))}.", _JOB)
+            raise PFedSAMError(
+                ErrorCode.CONFIGURATION_FILE, f"{job}: {key} of the plan is {shown(plan.get(key))}.", _JOB
+            )
     if _component(config, "aggregator")["path"] == MEAN["path"]:
         plan["strategy"] = {"aggregation": "mean", **plan["strategy"]}
     return plan
 
 
 def server_settings(job: Path) -> dict[str, Any]:
-    """The server's configuration (E16 if it is none, or a setting of it is impossible)."""
+    """The server's configuration (E29 if it is none, E16 if a setting of it is impossible)."""
     path = job / "app" / "config" / SERVER
     config = read_json(path)
     _check_server(config, str(path))
@@ -318,14 +340,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a file of a job.
 
     Raises:
-        PFedSAMError: E16 if the file is missing, not readable, or holds something else.
+        PFedSAMError: E29 if the file is missing, not readable, or holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise PFedSAMError("E16", f"{path} is not readable: {error}.", _JOB) from None
+        raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, f"{path} is not readable: {error}.", _JOB) from None
     if not isinstance(content, dict):
-        raise PFedSAMError("E16", f"{path} is {shown(content)}, expected keys with values.", _JOB)
+        raise PFedSAMError(
+            ErrorCode.CONFIGURATION_FILE, f"{path} is {shown(content)}, expected keys with values.", _JOB
+        )
     return content
 
 
@@ -334,14 +358,16 @@ def _component(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     for component in components if isinstance(components, list) else ():
         if isinstance(component, dict) and component.get("id") == name:
             return component
-    raise PFedSAMError("E16", f"the job has no component '{name}'.", _JOB)
+    raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, f"the job has no component '{name}'.", _JOB)
 
 
 def _arguments(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Arguments of a component; they can be changed in place."""
     found = _component(config, name).setdefault("args", {})
     if not isinstance(found, dict):
-        raise PFedSAMError("E16", f"the arguments of the job's '{name}' are {shown(found)}.", _JOB)
+        raise PFedSAMError(
+            ErrorCode.CONFIGURATION_FILE, f"the arguments of the job's '{name}' are {shown(found)}.", _JOB
+        )
     return found
 
 
@@ -354,7 +380,7 @@ def _check_settings(source: Path, plan: Mapping[str, Any], server: Mapping[str, 
     needed = {name for name, one in known.items() if one.default is one.empty}
     if needed - set(told) or set(told) - set(known):
         raise PFedSAMError(
-            "E16",
+            ErrorCode.CONFIGURATION_FILE,
             f"{source}: the plan has {sorted(told)}, expected {sorted(needed)} and no others than {sorted(known)}.",
             _JOB,
         )
@@ -385,4 +411,4 @@ def _check_server(config: Mapping[str, Any], where: str) -> None:
 
 def _not_between(where: str, key: str, value: Any, expected: str) -> PFedSAMError:
     told = f"{where}: {key} is {shown(value)}, expected {expected}."
-    return PFedSAMError("E16", told, "Correct the job, or give another number.")
+    return PFedSAMError(ErrorCode.WRONG_SETTING, told, "Correct the job, or give another number.")

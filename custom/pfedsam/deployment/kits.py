@@ -21,7 +21,7 @@ from typing import Any
 from nvflare.security.security import COMMAND_CATEGORIES, CommandCategory
 
 from pfedsam.deployment.allowed_classes import needed_classes
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.federated.log_streaming import LOG_SENDERS
 from pfedsam.federated.settings import KIT_DEFAULTS, SITE_SETTINGS, SiteSettings, read_settings
@@ -62,7 +62,9 @@ def is_server(kit: Path) -> bool:
         if (kit / "startup" / name).is_file():
             return server
     raise PFedSAMError(
-        "E01", f"{kit} is no startup kit of a site or a server.", "Give the folder that holds startup/ and local/."
+        ErrorCode.SITE_SETTINGS,
+        f"{kit} is no startup kit of a site or a server.",
+        "Give the folder that holds startup/ and local/.",
     )
 
 
@@ -96,7 +98,11 @@ def init_kit(kit: Path, settings: SiteSettings, *, byoc: bool = False) -> list[P
         told = before.model_copy(update={**missing, **given})
         unknown = sorted(set(told.may_share or ()) - set(GROUPS))
         if unknown:
-            raise PFedSAMError("E01", f"there are no parameter groups {unknown} to share.", f"Some of {list(GROUPS)}.")
+            raise PFedSAMError(
+                ErrorCode.SITE_SETTINGS,
+                f"there are no parameter groups {unknown} to share.",
+                f"Some of {list(GROUPS)}.",
+            )
         files[SITE_SETTINGS] = told.model_dump(mode="json", exclude_unset=True)
     return [_write(local / name, content) for name, content in files.items()]
 
@@ -111,7 +117,9 @@ def _load(path: Path, default: Any) -> Any:
     try:
         return json.loads(path.read_text()) if path.exists() else default
     except (OSError, ValueError) as error:
-        raise PFedSAMError("E01", f"{path} could not be read: {error}.", "Mend it, or move it away.") from None
+        raise PFedSAMError(
+            ErrorCode.SITE_SETTINGS, f"{path} could not be read: {error}.", "Mend it, or move it away."
+        ) from None
 
 
 def _resources(kit: Path, server: bool) -> dict[str, Any]:
@@ -179,7 +187,9 @@ def _write(path: Path, content: Any) -> PolicyFile:
             write_like(path, text, path)
     except OSError as error:
         remedy = "Free some disk space, or see whose folder it is; then call it again."
-        raise PFedSAMError("E01", f"{path} could not be written: {error}; it is as before.", remedy) from None
+        raise PFedSAMError(
+            ErrorCode.SITE_SETTINGS, f"{path} could not be written: {error}; it is as before.", remedy
+        ) from None
     return PolicyFile(path, None if before is None else changes)
 
 

@@ -27,7 +27,7 @@ def run_simulated(run: Run, out: Path, tell: Callable[[str], None]) -> tuple[dic
         phases did stays at the sites: `phases` is None.
 
     Raises:
-        PFedSAMError: E16 for a strategy without a server; else of the first failing site.
+        PFedSAMError: E32 for a strategy without a server; else of the first failing site.
     """
     job = make_job(run.strategy, out / "template", force=True)
     strategy = {"validate_every": run.validate_every, "aggregation": run.file.checked().aggregation}

@@ -21,7 +21,7 @@ import yaml
 from nvflare.fuel.flare_api.flare_api import Session
 
 from pfedsam.deployment.kits import init_kit
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings, read_settings, site_folder
 from pfedsam.storage.run_folder import claim_run, is_deployment
 
@@ -105,7 +105,7 @@ class Deployment:
             path = self.kit(site) / "local" / SITE_SETTINGS
             root = read_settings(path).data_root
             if root is None:
-                raise PFedSAMError("E01", f"{path} names no data.", "Start with `pfedsam poc up`.")
+                raise PFedSAMError(ErrorCode.SITE_SETTINGS, f"{path} names no data.", "Start with `pfedsam poc up`.")
             found[site] = site_folder(root, site)
         return found
 
@@ -139,7 +139,9 @@ class Deployment:
         done = subprocess.run([sys.executable, *command], env=self._environment(), capture_output=True, text=True)
         if done.returncode or not self.kit(self.server).is_dir():
             said = (done.stderr or done.stdout).strip().splitlines()[-1:]
-            raise PFedSAMError("E22", f"provisioning of {self.project} failed: {said}.", "Mend the project file.")
+            raise PFedSAMError(
+                ErrorCode.DEPLOYMENT, f"provisioning of {self.project} failed: {said}.", "Mend the project file."
+            )
 
     def init(self, data: Mapping[str, Path], settings: Mapping[str, Any] | None = None, byoc: bool = False) -> None:
         """Write the policy of the server and of every site.
@@ -173,7 +175,9 @@ class Deployment:
                 probe.bind(("127.0.0.1", int(self.port or 0)))
             except OSError:
                 raise PFedSAMError(
-                    "E22", f"port {self.port} is taken.", "Stop what uses it, or choose another with --port."
+                    ErrorCode.DEPLOYMENT,
+                    f"port {self.port} is taken.",
+                    "Stop what uses it, or choose another with --port.",
                 ) from None
 
     def start(self, names: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> None:
@@ -201,7 +205,9 @@ class Deployment:
                 return
             if time.monotonic() > until:
                 logs = ", ".join(str(self.log(name)) for name in sorted(missing))
-                raise PFedSAMError("E22", f"not connected after {timeout:.0f} s: {sorted(missing)}.", f"See {logs}.")
+                raise PFedSAMError(
+                    ErrorCode.DEPLOYMENT, f"not connected after {timeout:.0f} s: {sorted(missing)}.", f"See {logs}."
+                )
             time.sleep(0.5)
 
     def processes(self, name: str | None = None) -> list[psutil.Process]:

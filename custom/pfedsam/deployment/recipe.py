@@ -24,7 +24,7 @@ from nvflare.job_config.fed_job_config import FedJobConfig
 from nvflare.recipe.spec import Recipe
 
 from pfedsam.deployment.jobs import Privacy, export_job, make_job, plan_settings, server_settings
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 
 class PFedSAMRecipe(Recipe):
@@ -43,7 +43,8 @@ class PFedSAMRecipe(Recipe):
         byoc: with our code, for sites that have not installed it.
 
     Raises:
-        PFedSAMError: E16 if there is no such strategy, it needs no server, or locked and byoc are both asked for.
+        PFedSAMError: E28 if there is no such strategy, E32 if it needs no server, or locked and byoc are both asked
+            for.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class PFedSAMRecipe(Recipe):
         """Write the job folder.
 
         Raises:
-            PFedSAMError: E16, see the class, or if `out` is something else than a job folder.
+            PFedSAMError: E32, see the class, or if `out` is something else than a job folder.
         """
         with tempfile.TemporaryDirectory() as folder:
             made = make_job(self.strategy, Path(folder) / "job")
@@ -92,7 +93,7 @@ class _FolderJob(FedJob):
     def to(self, obj: Any, target: str, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: what a site receives and sends is the strategy's and `Privacy`'s to say."""
         raise PFedSAMError(
-            "E16",
+            ErrorCode.CONTRADICTION,
             f"{type(obj).__name__} cannot be added to this job.",
             "Use the recipe's own arguments, or change the exported folder.",
         )

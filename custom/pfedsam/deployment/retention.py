@@ -21,7 +21,7 @@ import psutil
 
 from pfedsam.deployment.audit import audit
 from pfedsam.deployment.kits import is_server
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.records import SENT_FILE
 
 #: Folder in the kit, and what is kept of each job.
@@ -59,7 +59,9 @@ def outdated(kit: Path, days: float) -> list[Outdated]:
         PFedSAMError: E01 if it is no site's kit: a server's jobs are deleted in NVFlare's console.
     """
     if is_server(kit):
-        raise PFedSAMError("E01", f"{kit} is a server's kit.", "Delete its jobs in the console: delete_job <id>.")
+        raise PFedSAMError(
+            ErrorCode.SITE_SETTINGS, f"{kit} is a server's kit.", "Delete its jobs in the console: delete_job <id>."
+        )
     running = {word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or ()}
     found = [_measure(path) for path in [*_jobs(kit), *_rotated(kit)] if path.name not in running]
     return [one for one in found if one.days >= days]
@@ -78,7 +80,9 @@ def remove(kit: Path, one: Outdated) -> None:
         else:
             one.path.unlink()
     except OSError as error:
-        raise PFedSAMError("E01", f"{one.path} could not be removed: {error}.", "Whose files are they?") from None
+        raise PFedSAMError(
+            ErrorCode.SITE_SETTINGS, f"{one.path} could not be removed: {error}.", "Whose files are they?"
+        ) from None
 
 
 def _jobs(kit: Path) -> Iterator[Path]:

@@ -18,7 +18,7 @@ import pfedsam
 from pfedsam.bundles import settings_of
 from pfedsam.comparison.provenance import INDIFFERENT, bundle_hash, content_hash, hash_of, weights_checksum
 from pfedsam.data.sites import read_split
-from pfedsam.errors import PFedSAMError, few
+from pfedsam.errors import ErrorCode, PFedSAMError, few
 from pfedsam.files import write_atomically
 from pfedsam.training.strategy import Strategy
 
@@ -117,11 +117,11 @@ def require_same(what: str, kept: Mapping[str, Any] | None, terms: Mapping[str, 
     """
     if kept is None:
         told = f"{what} is of an earlier version, which noted neither its settings nor its data."
-        raise PFedSAMError("E25", told, remedy)
+        raise PFedSAMError(ErrorCode.OTHER_RUN, told, remedy)
     found = differences(kept["terms"], terms)
     if found:
         more = f"; and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
-        raise PFedSAMError("E25", f"{what} is another one: {'; '.join(found[:_TOLD])}{more}.", remedy)
+        raise PFedSAMError(ErrorCode.OTHER_RUN, f"{what} is another one: {'; '.join(found[:_TOLD])}{more}.", remedy)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

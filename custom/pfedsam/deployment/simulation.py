@@ -25,7 +25,7 @@ from pfedsam.data.sites import read_split, site_names
 from pfedsam.deployment.job_terms import job_terms
 from pfedsam.deployment.jobs import export_job, find_job, plan_settings, server_settings
 from pfedsam.deployment.run_terms import keep_terms, kept_terms, require_same, terms_of, with_data
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.records import NEWS, RECEIVED_FILE, ROUNDS_FILE
 from pfedsam.files import write_atomically
 from pfedsam.storage.global_model import round_of
@@ -76,7 +76,7 @@ class Simulation:
         names = [name for name in site_names(self.data) if not self.chosen or name in self.chosen]
         if len(names) < 2:
             raise PFedSAMError(
-                "E02",
+                ErrorCode.SITE_FOLDER,
                 f"{self.data} holds {len(names)} site folder(s), at least 2 are needed.",
                 "Lay it out as <data>/<site>/images and <data>/<site>/labels, or make one with `pfedsam phantom`.",
             )
@@ -151,7 +151,7 @@ def require_same_run(simulation: Simulation, data: bool = True) -> dict[str, Any
     done = max([round_of(path) + 1 for path in models], default=0)
     if done > simulation.rounds_in_all:
         told = f"the run in {simulation.out} has done {done} rounds, {simulation.rounds_in_all} are asked for."
-        raise PFedSAMError("E25", told, _ANOTHER)
+        raise PFedSAMError(ErrorCode.OTHER_RUN, told, _ANOTHER)
     return content
 
 
@@ -191,7 +191,7 @@ def _alone(out: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         told = f"another simulation runs in {out}."
-        raise PFedSAMError("E14", told, "Wait for it, or give another --out.") from None
+        raise PFedSAMError(ErrorCode.STATE_IN_USE, told, "Wait for it, or give another --out.") from None
     try:
         yield
     finally:
@@ -222,7 +222,7 @@ def _run(simulation: Simulation, event: Callable[[str], None] | None) -> bool:
     _harvest(simulation)
     if not _finished(simulation, rounds):
         raise _first_problem(simulation) or PFedSAMError(
-            "E99", f"the simulation did not finish, see {log}.", "Start it again to go on."
+            ErrorCode.UNEXPECTED, f"the simulation did not finish, see {log}.", "Start it again to go on."
         )
     return True
 
@@ -240,12 +240,14 @@ def require_splits(simulation: Simulation) -> None:
         try:
             read_split(simulation.data / site, int(settings["seed"]), int(settings["folds"]))
         except PFedSAMError as error:
-            if error.code != "E06":
+            if error.code != ErrorCode.TOO_FEW_CASES:
                 raise
             small.append(f"{site}: {error.message}")
     if small:
         raise PFedSAMError(
-            "E06", " ".join(small), f"Write an even split for all sites: pfedsam split {simulation.data}"
+            ErrorCode.TOO_FEW_CASES,
+            " ".join(small),
+            f"Write an even split for all sites: pfedsam split {simulation.data}",
         )
 
 
@@ -357,7 +359,7 @@ def _put_states_back(simulation: Simulation, done: int) -> None:
                 (entry.folder / name).unlink(missing_ok=True)
         elif done and not (entry and _takes_back(entry, done - 1)):
             told = f"{site} in {simulation.out} has kept no state of round {done - 1}, with which the run goes on."
-            raise PFedSAMError("E25", told, _ANOTHER)
+            raise PFedSAMError(ErrorCode.OTHER_RUN, told, _ANOTHER)
 
 
 def _takes_back(entry: StateEntry, number: int) -> bool:

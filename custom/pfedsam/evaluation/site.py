@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pfedsam.bundles import find_bundle, local_settings
 from pfedsam.data.seen import Seen, patient_of
-from pfedsam.errors import PFedSAMError, few, first_of_ours
+from pfedsam.errors import ErrorCode, PFedSAMError, few, first_of_ours
 from pfedsam.evaluation.metrics import case_metrics
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.storage.site_model import SiteModel, read
@@ -142,7 +142,9 @@ def evaluate_site(
     except Exception as error:
         raise first_of_ours(error) or error from error
     if not len(evaluator.data_loader):
-        raise PFedSAMError("E06", f"{folder} has no {section} case.", "Name some in datalist.json, or remove it.")
+        raise PFedSAMError(
+            ErrorCode.TOO_FEW_CASES, f"{folder} has no {section} case.", "Name some in datalist.json, or remove it."
+        )
     known = seen_cases(kept[0], listed, site)
     excluded = known if section == "test" else {}
     _require_unseen(folder, excluded, 1 if refuse_seen else len(listed))
@@ -181,7 +183,7 @@ def seen_cases(model: SiteModel, listed: Sequence[Mapping[str, Any]], site: str)
 def _require_unseen(folder: str | Path, excluded: Mapping[str, str], too_many: int) -> None:
     if excluded and len(excluded) >= too_many:
         raise PFedSAMError(
-            "E08",
+            ErrorCode.WRONG_SPLIT,
             f"{len(excluded)} test case(s) of '{folder}' are of patients that the model was trained or validated on: "
             f"{few(excluded)}.",
             "Test on the split that it was trained with (seed, datalist.json), or on new patients.",

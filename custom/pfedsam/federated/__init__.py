@@ -1,1 +1,1 @@
-"""The NVFlare side: learner, outgoing filter, guard, persistor. The only room that imports nvflare."""
+"""What NVFlare builds in a job: learner, outgoing filter, guard, aggregator, persistor."""

@@ -33,7 +33,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from safetensors.torch import save
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY
 from pfedsam.federated.filters import IncomingGuard
 from pfedsam.federated.persistor import SharedStatePersistor
@@ -50,7 +50,9 @@ try:
     from nvflare.app_opt.he.model_decryptor import HEModelDecryptor
     from nvflare.app_opt.he.model_encryptor import HEModelEncryptor
 except ImportError as error:
-    raise PFedSAMError("E16", f"encryption needs TenSEAL ({error}).", "Install the extra 'he' of pfedsam.") from None
+    raise PFedSAMError(
+        ErrorCode.MISSING_LIBRARY, f"encryption needs TenSEAL ({error}).", "Install the extra 'he' of pfedsam."
+    ) from None
 
 SERVER_CONTEXT = "server_context.tenseal"
 #: Schema of an encrypted global model: what reads plain ones refuses it.
@@ -178,17 +180,24 @@ def ciphertexts(data: Any, shared: Manifest, context: Any) -> dict[str, Any]:
         PFedSAMError: E20 for other names, something else than ciphertext, or another number of values.
     """
     if type(data) is not dict or set(data) != set(shared):
-        raise PFedSAMError("E20", "the encrypted update does not hold the plan's tensors.")
+        raise PFedSAMError(ErrorCode.REFUSED_BY_GUARD, "the encrypted update does not hold the plan's tensors.")
     found = {}
     for name, spec in shared.items():
         if type(data[name]) is not bytes:
-            raise PFedSAMError("E20", f"'{name}' is {type(data[name]).__name__}, expected ciphertext.")
+            raise PFedSAMError(
+                ErrorCode.REFUSED_BY_GUARD, f"'{name}' is {type(data[name]).__name__}, expected ciphertext."
+            )
         try:
             found[name] = tenseal.ckks_vector_from(context, data[name])
         except Exception as error:
-            raise PFedSAMError("E20", f"'{name}' is no ciphertext ({type(error).__name__}).") from None
+            raise PFedSAMError(
+                ErrorCode.REFUSED_BY_GUARD, f"'{name}' is no ciphertext ({type(error).__name__})."
+            ) from None
         if found[name].size() != math.prod(spec.shape):
-            raise PFedSAMError("E20", f"'{name}' holds {found[name].size()} values, expected {math.prod(spec.shape)}.")
+            raise PFedSAMError(
+                ErrorCode.REFUSED_BY_GUARD,
+                f"'{name}' holds {found[name].size()} values, expected {math.prod(spec.shape)}.",
+            )
     return found
 
 

@@ -24,7 +24,7 @@ from nvflare.apis.utils.task_utils import get_filters
 from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.boundary import (
     FINGERPRINT_KEY,
     ROUND_KEY,
@@ -78,14 +78,19 @@ class PersonalisedFilter(Filter):
             return self._refused(error, fl_ctx)
         except Exception as error:
             self.logger.exception("the outgoing filter failed")
-            return self._refused(PFedSAMError("E19", f"the outgoing filter failed: {type(error).__name__}."), fl_ctx)
+            return self._refused(
+                PFedSAMError(ErrorCode.REFUSED_BY_FILTER, f"the outgoing filter failed: {type(error).__name__}."),
+                fl_ctx,
+            )
 
     def _rebuilt(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
         plan = plan_of(fl_ctx)
         shared = plan.shared()
         check_site_ceiling(shared, site_settings(fl_ctx).may_share)
-        passed = check_result(shareable, task, shared=shared, personal=plan.personal(), code="E19")
+        passed = check_result(
+            shareable, task, shared=shared, personal=plan.personal(), code=ErrorCode.REFUSED_BY_FILTER
+        )
         # a site may apply this filter by its privacy.json and the job once more: the first takes the experts out, the
         # last writes down what leaves
         excluded = passed.excluded + int(fl_ctx.get_prop(_EXCLUDED, 0))
@@ -173,7 +178,7 @@ class IncomingGuard(Filter):
         except PFedSAMError as error:
             refusal = error
         except Exception as error:
-            refusal = PFedSAMError("E20", f"the guard failed: {type(error).__name__}.")
+            refusal = PFedSAMError(ErrorCode.REFUSED_BY_GUARD, f"the guard failed: {type(error).__name__}.")
             refusal.__cause__ = error
         self.logger.error(f"result of site {client} refused: {refusal}")
         with suppress(Exception):
@@ -186,8 +191,8 @@ class IncomingGuard(Filter):
     def _rebuilt(self, shareable: Shareable, client: str, fl_ctx: FLContext) -> Shareable:
         task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
         _check_identity(shareable, client)
-        passed = check_result(shareable, task, shared=plan_of(fl_ctx).shared(), code="E20")
-        headers = check_headers(shareable, code="E20")
+        passed = check_result(shareable, task, shared=plan_of(fl_ctx).shared(), code=ErrorCode.REFUSED_BY_GUARD)
+        headers = check_headers(shareable, code=ErrorCode.REFUSED_BY_GUARD)
         told: dict[str, Any] = {}
         if passed.tensors:
             self._check_metadata(passed.metadata, client, fl_ctx)
@@ -218,7 +223,9 @@ class IncomingGuard(Filter):
         if most is None or cases <= most:
             return cases
         if not self.sees_values:
-            raise PFedSAMError("E20", f"the site reports {cases} training cases, {most} were agreed on.")
+            raise PFedSAMError(
+                ErrorCode.REFUSED_BY_GUARD, f"the site reports {cases} training cases, {most} were agreed on."
+            )
         self.logger.warning(f"site {client} reports {cases} training cases, {most} were agreed on: it counts as {most}")
         return most
 
@@ -226,11 +233,13 @@ class IncomingGuard(Filter):
         model = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
         expected = ((model or {}).get(ModelLearnableKey.META) or {}).get(FINGERPRINT_KEY)
         if expected is not None and metadata[FINGERPRINT_KEY] != expected:
-            raise PFedSAMError("E20", "the site trains other base weights than the federation.")
+            raise PFedSAMError(ErrorCode.REFUSED_BY_GUARD, "the site trains other base weights than the federation.")
         steps = metadata[MetaKey.NUM_STEPS_CURRENT_ROUND]
         first = self._first_steps.get(client, steps)
         if not first <= steps * LARGEST_CHANGE or not steps <= first * LARGEST_CHANGE:
-            raise PFedSAMError("E20", f"the site reports {steps} training cases, and {first} in its first round.")
+            raise PFedSAMError(
+                ErrorCode.REFUSED_BY_GUARD, f"the site reports {steps} training cases, and {first} in its first round."
+            )
         self._first_steps[client] = first
 
 
@@ -262,7 +271,7 @@ def require_outgoing_filter(fl_ctx: FLContext, tasks: Iterable[str]) -> None:
             name = f"{PersonalisedFilter.__module__}.{PersonalisedFilter.__name__}"
             found = [type(one).__name__ for one in chain]
             raise PFedSAMError(
-                "E15",
+                ErrorCode.NO_OUTGOING_FILTER,
                 f"the first outgoing filter of task '{task}' is not {name}: {found}.",
                 "Name it first, with this task, in the task_result_filters of the job's config_fed_client.json.",
             )
@@ -277,7 +286,7 @@ def check_site_ceiling(shared: Manifest, ceiling: Collection[str] | None) -> Non
     above = [] if ceiling is None else sorted({group_of(name) for name in shared} - set(ceiling))
     if above:
         raise PFedSAMError(
-            "E19",
+            ErrorCode.REFUSED_BY_FILTER,
             f"the job shares group(s) {above}, the site allows {sorted(ceiling or ())}.",
             f"Ask for another strategy, or change 'may_share' in local/{SITE_SETTINGS}.",
         )
@@ -323,7 +332,7 @@ def _check_identity(result: Shareable, claimed: str) -> None:
     # the peer context is sent by the site; this header is set by the server from the site's token
     client = result.get_header(ServerCommandKey.FL_CLIENT)
     if isinstance(client, Client) and client.name != claimed:
-        raise PFedSAMError("E20", f"site '{client.name}' calls itself '{claimed}'.")
+        raise PFedSAMError(ErrorCode.REFUSED_BY_GUARD, f"site '{client.name}' calls itself '{claimed}'.")
 
 
 def _check_round(number: int, headers: Mapping[str, Any], task: str, fl_ctx: FLContext) -> None:
@@ -334,7 +343,9 @@ def _check_round(number: int, headers: Mapping[str, Any], task: str, fl_ctx: FLC
     jar = headers.get(ReservedHeaderKey.COOKIE_JAR) or {}
     told = {number, jar.get(AppConstants.CONTRIBUTION_ROUND, number)}
     if told != {current}:
-        raise PFedSAMError("E20", f"the update is of round {sorted(told, key=str)}, this is round {current}.")
+        raise PFedSAMError(
+            ErrorCode.REFUSED_BY_GUARD, f"the update is of round {sorted(told, key=str)}, this is round {current}."
+        )
 
 
 def _show_widgets(rebuilt: Shareable, fl_ctx: FLContext) -> None:

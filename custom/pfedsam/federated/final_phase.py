@@ -13,7 +13,7 @@ from nvflare.app_common.abstract.model import ModelLearnable, model_learnable_to
 from nvflare.app_common.abstract.response_processor import ResponseProcessor
 from nvflare.app_common.app_constant import AppConstants
 
-from pfedsam.errors import CODES, code_of_reply
+from pfedsam.errors import code_of_reply
 
 
 class FinalPersonalPhase(ResponseProcessor):
@@ -56,7 +56,7 @@ class FinalPersonalPhase(ResponseProcessor):
         if reply == ReturnCode.OK:
             self.logger.info(f"final personal phase: site {client.name} is done")
         else:
-            meaning = CODES.get(code_of_reply(reply) or "", "see the site's log")
+            meaning = code.meaning if (code := code_of_reply(reply)) else "see the site's log"
             self.logger.warning(f"final personal phase: site {client.name} failed with {reply} ({meaning})")
         return True
 

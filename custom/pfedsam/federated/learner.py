@@ -18,7 +18,7 @@ from pfedsam.bundles import class_names, field_of_view, find_bundle, is_rgb
 from pfedsam.data.checks import check_site
 from pfedsam.data.site_report import require_valid
 from pfedsam.data.transforms import class_numbers
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
 from pfedsam.federated.filters import outgoing_filters, require_outgoing_filter
 from pfedsam.federated.least_sites import require_enough_sites
@@ -277,7 +277,7 @@ class PFedSAMLearner(ModelLearner):
             problem = error
         except Exception as error:
             self.logger.exception("unexpected error")
-            problem = PFedSAMError("E99", f"{type(error).__name__}: {error}")
+            problem = PFedSAMError(ErrorCode.UNEXPECTED, f"{type(error).__name__}: {error}")
         if work == self._start:
             self._problem = problem
         # not NVFlare's log_error: that also fires an event, which a job may forward

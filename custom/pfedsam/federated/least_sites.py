@@ -22,7 +22,7 @@ from nvflare.apis.job_def import JobMetaKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.federated.settings import SITE_SETTINGS
 from pfedsam.training.aggregation import KEPT, values_behind
@@ -53,17 +53,19 @@ def require_enough_sites(fl_ctx: FLContext, plan: Plan, least: int | None) -> No
     remedy = f"Take part with more sites, or let IT set 'least_sites' in local/{SITE_SETTINGS} (`pfedsam site init`)."
     count = len(sites_of(fl_ctx))
     if count < least:
-        raise PFedSAMError("E27", f"{count} site(s) take part, this site asks for at least {least}.", remedy)
+        raise PFedSAMError(
+            ErrorCode.TOO_FEW_SITES, f"{count} site(s) take part, this site asks for at least {least}.", remedy
+        )
     rule = plan.checked().aggregation
     if values_behind(rule, count) < min(least, KEPT):
         raise PFedSAMError(
-            "E27",
+            ErrorCode.TOO_FEW_SITES,
             f"the job's rule is '{rule}': of {count} site(s) each number of its result may be that of one or two.",
             "Ask for `aggregation` norm_clipped or mean.",
         )
     if (plan.least_sites or 0) < least:
         raise PFedSAMError(
-            "E27",
+            ErrorCode.TOO_FEW_SITES,
             f"the job promises rounds of at least {plan.least_sites or 1} site(s), this site asks for {least}.",
             f"Export the job with `--least-sites {least}`. {remedy}",
         )
@@ -96,7 +98,7 @@ class LeastSites(FLComponent):
         if least is None or len(self._accepted) >= least:
             return
         problem = PFedSAMError(
-            "E27",
+            ErrorCode.TOO_FEW_SITES,
             f"round {fl_ctx.get_prop(AppConstants.CURRENT_ROUND)} has contributions of {sorted(self._accepted)} only, "
             f"the plan promises at least {least} sites.",
             "See in the log which sites failed or were refused, then resume the job (`pfedsam job resume`).",

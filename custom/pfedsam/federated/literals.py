@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 #: The configurations of a job, in its app folder's `config`.
 SERVER, CLIENT = "config_fed_server.json", "config_fed_client.json"
@@ -38,13 +38,17 @@ def require_literal(app: str | Path, name: str, references: bool = False) -> Non
     others = sorted(one.name for one in path.parent.glob(f"{path.stem}.*") if one.name != name)
     if others or not path.is_file():
         found = f"{others or 'nothing'} instead of {name} alone"
-        raise PFedSAMError("E18", f"the job's configuration is {found}.", "Make the job with `pfedsam job make`.")
+        raise PFedSAMError(
+            ErrorCode.OVERRIDE_NOT_ALLOWED,
+            f"the job's configuration is {found}.",
+            "Make the job with `pfedsam job make`.",
+        )
     for place, text in _texts(json.loads(path.read_text(encoding="utf-8"))):
         if references and _SERVER_REFERENCE.fullmatch(text):
             continue
         if _FORBIDDEN.search(text):
             raise PFedSAMError(
-                "E18",
+                ErrorCode.OVERRIDE_NOT_ALLOWED,
                 f"{name}, {place}: {text!r} holds a variable, a path or an expression.",
                 "A job says plain words; data, devices and paths are the site's own settings (local/pfedsam.json).",
             )

@@ -8,7 +8,7 @@ from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.logging.constants import is_log_streaming_allowed
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.literals import CLIENT
 
 #: Components of NVFlare that send a site's log files to the server.
@@ -34,7 +34,7 @@ def require_no_log_streaming(fl_ctx: FLContext, app: str | Path) -> None:
     sends = config.is_file() and any(name in config.read_text() for name in LOG_SENDERS)
     if sends or is_log_streaming_allowed(fl_ctx):
         raise PFedSAMError(
-            "E01",
+            ErrorCode.SITE_SETTINGS,
             "NVFlare may send the logs of this site, which name cases and paths, to the server.",
             "Stop the site, run `pfedsam site init <kit>`, and start it again.",
         )

@@ -19,7 +19,7 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.privacy import holds_update
 from pfedsam.files import write_atomically
 
@@ -90,7 +90,9 @@ class UnpackPayload(Filter):
         try:
             dxo.data = unpack(dxo.data, told["precision"], told["scales"])
         except Exception as error:
-            raise PFedSAMError("E20", f"the payload could not be unpacked ({type(error).__name__}).") from None
+            raise PFedSAMError(
+                ErrorCode.REFUSED_BY_GUARD, f"the payload could not be unpacked ({type(error).__name__})."
+            ) from None
         result = dxo.to_shareable()
         for key, value in (shareable.get(ReservedHeaderKey.HEADERS) or {}).items():
             result.set_header(key, value)

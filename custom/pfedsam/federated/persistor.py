@@ -14,7 +14,7 @@ from nvflare.app_opt.pt.model_persistence_format_manager import PTModelPersisten
 from torch import Tensor
 
 from pfedsam.bundles import network_of
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY
 from pfedsam.federated.literals import SERVER, require_literal
 from pfedsam.federated.plan import Plan, plan_of
@@ -58,7 +58,9 @@ class SharedStatePersistor(PTFileModelPersistor):
         # without this, a job could overwrite any file of the server's account, or send one out as the global model
         for name in (theta0, source_ckpt_file_full_name, global_model_file_name, best_global_model_file_name):
             if name and Path(name).name != name:
-                raise PFedSAMError("E16", f"{name!r} is a path.", "Give a file name; a job carries it in app/config.")
+                raise PFedSAMError(
+                    ErrorCode.WRONG_SETTING, f"{name!r} is a path.", "Give a file name; a job carries it in app/config."
+                )
         self._expected: Manifest = {}
         self._fingerprint = ""
         self._round = -1

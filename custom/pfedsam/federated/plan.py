@@ -12,7 +12,7 @@ from typing import Any
 from nvflare.apis.fl_context import FLContext
 
 from pfedsam.bundles import network_of, require_settings
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.parameters import COPY, Manifest, manifest
 from pfedsam.settings import shown
 from pfedsam.training.strategy import Strategy
@@ -60,18 +60,23 @@ class Plan:
         """The strategy, after a check of all settings.
 
         Raises:
-            PFedSAMError: E16 for a wrong federation name, bundle, strategy or number of sites, E18 for an override.
+            PFedSAMError: E16 for a wrong federation name, strategy or number of sites, E28 for an unknown bundle, E18
+                for an override.
         """
         if not isinstance(self.federation, str) or not self.federation.replace("-", "_").isidentifier():
             told = f"federation name {shown(self.federation)}"
-            raise PFedSAMError("E16", f"{told}.", "Use letters, digits, '-' and '_'.")
+            raise PFedSAMError(ErrorCode.WRONG_SETTING, f"{told}.", "Use letters, digits, '-' and '_'.")
         agreed = self.most_cases.values() if isinstance(self.most_cases, dict) else (self.most_cases,)
         if any(most is not None and (type(most) is not int or most < 1) for most in agreed):
             raise PFedSAMError(
-                "E16", f"most_cases is {shown(self.most_cases)}.", "Give whole numbers from 1, for all or by site."
+                ErrorCode.WRONG_SETTING,
+                f"most_cases is {shown(self.most_cases)}.",
+                "Give whole numbers from 1, for all or by site.",
             )
         if self.least_sites is not None and (type(self.least_sites) is not int or self.least_sites < 1):
-            raise PFedSAMError("E16", f"least_sites is {shown(self.least_sites)}.", "Give a whole number from 1 on.")
+            raise PFedSAMError(
+                ErrorCode.WRONG_SETTING, f"least_sites is {shown(self.least_sites)}.", "Give a whole number from 1 on."
+            )
         require_settings(self.bundle, self.overrides)
         return Strategy.of(self.strategy)
 
@@ -101,10 +106,12 @@ def plan_of(fl_ctx: FLContext) -> Plan:
     """The plan of the running job.
 
     Raises:
-        PFedSAMError: E16 if the job has none.
+        PFedSAMError: E29 if the job has none.
     """
     engine = fl_ctx.get_engine()
     plan = engine.get_component(PLAN_ID) if engine else None
     if not isinstance(plan, Plan):
-        raise PFedSAMError("E16", f"the job has no component '{PLAN_ID}' of class {Plan.__module__}.Plan.")
+        raise PFedSAMError(
+            ErrorCode.CONFIGURATION_FILE, f"the job has no component '{PLAN_ID}' of class {Plan.__module__}.Plan."
+        )
     return plan

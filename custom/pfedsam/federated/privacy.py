@@ -20,7 +20,7 @@ from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 DELTA = 1e-5
 
@@ -76,7 +76,7 @@ def require_policy(chain: Sequence[Filter], largest_clip: float | None, least_no
             return
     told = [f"clip {one.clip:g}, noise {one.noise_multiplier:g}" for one in found] or "no clipping"
     raise PFedSAMError(
-        "E23",
+        ErrorCode.PRIVACY_TOO_WEAK,
         f"the job has {told}, this site asks for clip <= {largest_clip} and noise >= {least_noise}.",
         "Ask for a job made with --clip and --noise, or change the site's own local/pfedsam.json.",
     )
@@ -106,14 +106,16 @@ def epsilon(noise_multiplier: float, rounds: int, delta: float = DELTA) -> float
     """Epsilon at `delta` of so many rounds of the Gaussian mechanism (Renyi accountant of dp-accounting).
 
     Raises:
-        PFedSAMError: E16 if dp-accounting is not installed.
+        PFedSAMError: E31 if dp-accounting is not installed.
     """
     if not noise_multiplier:
         return math.inf
     try:
         from dp_accounting import GaussianDpEvent, rdp
     except ImportError:
-        raise PFedSAMError("E16", "there is no accountant.", "Install the extra 'privacy' of pfedsam.") from None
+        raise PFedSAMError(
+            ErrorCode.MISSING_LIBRARY, "there is no accountant.", "Install the extra 'privacy' of pfedsam."
+        ) from None
     accountant = rdp.RdpAccountant()
     accountant.compose(GaussianDpEvent(noise_multiplier), rounds)
     return float(accountant.get_epsilon(delta))

@@ -10,7 +10,7 @@ from typing import Any
 from nvflare.apis.fl_context import FLContext
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import write_atomically
 from pfedsam.parameters import GROUPS
 from pfedsam.training.strategy import Strategy
@@ -94,15 +94,19 @@ def read_settings(path: Path) -> SiteSettings:
     try:
         settings = SiteSettings.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise PFedSAMError("E01", f"{path} could not be read ({type(error).__name__}).", "Check its mode.") from None
+        raise PFedSAMError(
+            ErrorCode.SITE_SETTINGS, f"{path} could not be read ({type(error).__name__}).", "Check its mode."
+        ) from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the file"
         known = sorted(SiteSettings.model_fields)
-        raise PFedSAMError("E01", f"{path}: {key}: {first['msg']}.", f"Keys: {known}.") from None
+        raise PFedSAMError(ErrorCode.SITE_SETTINGS, f"{path}: {key}: {first['msg']}.", f"Keys: {known}.") from None
     unknown = [group for group in settings.may_share or () if group not in GROUPS]
     if unknown:
-        raise PFedSAMError("E01", f"{path}: 'may_share' names {unknown}.", f"Give some of {list(GROUPS)}.")
+        raise PFedSAMError(
+            ErrorCode.SITE_SETTINGS, f"{path}: 'may_share' names {unknown}.", f"Give some of {list(GROUPS)}."
+        )
     return settings
 
 
@@ -114,7 +118,7 @@ def require_agreed(federation: str, settings: SiteSettings) -> None:
     """
     if settings.federations is not None and federation not in settings.federations:
         raise PFedSAMError(
-            "E21",
+            ErrorCode.FEDERATION_NOT_AGREED,
             f"the job is of federation '{federation}', this site has agreed to {list(settings.federations)}.",
             f"Ask who submitted it, or add the name to 'federations' in local/{SITE_SETTINGS}.",
         )
@@ -185,13 +189,15 @@ class TimeLimit:
         try:
             write_atomically(self.file, f"{now}".encode())
         except OSError as error:
-            raise PFedSAMError("E01", f"{self.file} could not be written: {error}.", "Look at the disk.") from None
+            raise PFedSAMError(
+                ErrorCode.SITE_SETTINGS, f"{self.file} could not be written: {error}.", "Look at the disk."
+            ) from None
         return now
 
 
 def _too_much(asked: str, allowed: Any, key: str) -> PFedSAMError:
     return PFedSAMError(
-        "E26",
+        ErrorCode.BEYOND_LIMITS,
         f"the job asks for {asked}, this site allows {allowed}.",
         f"Ask who submitted it, or set another '{key}' in local/{SITE_SETTINGS} (see `pfedsam site init --help`).",
     )
@@ -206,7 +212,7 @@ def site_folder(data_root: str | None, site: str) -> Path:
     data_root = data_root or os.environ.get(DATA_VARIABLE)
     if not data_root:
         raise PFedSAMError(
-            "E01",
+            ErrorCode.SITE_SETTINGS,
             f"local/{SITE_SETTINGS} has no data_root, and the environment variable {DATA_VARIABLE} is not set.",
             f"Set one of them, for example: export {DATA_VARIABLE}=$PWD/runs/phantom (made by `pfedsam phantom`).",
         )
@@ -215,5 +221,7 @@ def site_folder(data_root: str | None, site: str) -> Path:
         if (folder / "images").is_dir():
             return folder
     raise PFedSAMError(
-        "E02", f"neither {root / site} nor {root} is a site folder.", "A site folder holds images/ and labels/."
+        ErrorCode.SITE_FOLDER,
+        f"neither {root / site} nor {root} is a site folder.",
+        "A site folder holds images/ and labels/.",
     )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pfedsam.bundles import class_names, find_bundle, network_of, settings_of
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import when_whole
 from pfedsam.storage.site_model import model_settings, read, write
 
@@ -76,7 +76,7 @@ def export_torchscript(network: Any, out: str | Path) -> float:
         The largest difference of its logits from the network's, on a batch of another size than it was traced with.
 
     Raises:
-        PFedSAMError: E16 if it exceeds `TOLERANCE`; a file that was there before is intact then.
+        PFedSAMError: E34 if it exceeds `TOLERANCE`; a file that was there before is intact then.
     """
     first, other = _examples(network)
     with _kept_if_right(out) as path, torch.no_grad(), warnings.catch_warnings():
@@ -96,14 +96,16 @@ def export_onnx(network: Any, out: str | Path) -> float:
         The largest difference of its logits from the network's, on a batch of another size than it was exported with.
 
     Raises:
-        PFedSAMError: E16 if it exceeds `TOLERANCE`, or if onnx and onnxruntime are not installed; a file that was there
-            before is intact then.
+        PFedSAMError: E34 if it exceeds `TOLERANCE`, E31 if onnx and onnxruntime are not installed; a file that was
+            there before is intact then.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise PFedSAMError("E16", f"ONNX needs {error.name}.", "Install the extra 'export' of pfedsam.") from None
+        raise PFedSAMError(
+            ErrorCode.MISSING_LIBRARY, f"ONNX needs {error.name}.", "Install the extra 'export' of pfedsam."
+        ) from None
     first, other = _examples(network)
     batch = torch.export.Dim("batch", min=1, max=64)
     with _kept_if_right(out) as path:
@@ -170,11 +172,11 @@ def _examples(network: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _difference(kind: str, found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference; E16 if it is more than `TOLERANCE`, or no number."""
+    """The largest difference; E34 if it is more than `TOLERANCE`, or no number."""
     difference = float((found - expected).abs().max())
     if not difference <= TOLERANCE:
         raise PFedSAMError(
-            "E16",
+            ErrorCode.EXPORT_DIFFERS,
             f"{kind} differs from the network by {difference:.2e}, more than {TOLERANCE:.0e}.",
             "It is not kept: use the model file itself.",
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.parameters import TensorSpec
 from pfedsam.storage.global_model import read_global_model, round_of
 from pfedsam.storage.site_model import SiteModel, read
@@ -29,7 +29,7 @@ def pair(global_model: Path, state: Path, mix: bool = False) -> SiteModel:
     theta, fingerprint = read_global_model(global_model, expected)
     if fingerprint != model.info.get("fingerprint"):
         raise PFedSAMError(
-            "E11",
+            ErrorCode.OTHER_BASE_WEIGHTS,
             f"{global_model} is of base weights {fingerprint[:12]}, {state} of "
             f"{str(model.info.get('fingerprint'))[:12]}.",
             "Take the model of a job of the same bundle and settings.",
@@ -37,7 +37,7 @@ def pair(global_model: Path, state: Path, mix: bool = False) -> SiteModel:
     same = all(torch.equal(theta[name], tensor) for name, tensor in model.shared.items())
     if not same and not mix:
         raise PFedSAMError(
-            "E12",
+            ErrorCode.SHARED_TENSORS,
             f"the experts in {state} (round {model.info.get('round')}) were trained beside another global model than "
             f"{global_model} (round {round_of(global_model)}).",
             "Fit them anew with `pfedsam personalize --global`, or mix the two knowingly with --mix.",

@@ -22,7 +22,7 @@ from pfedsam.data.field_of_view import share_outside
 from pfedsam.data.intensity import NO_WINDOW, window_is_empty
 from pfedsam.data.picture import Picture
 from pfedsam.data.reader import load_picture
-from pfedsam.errors import PFedSAMError, first_of_ours
+from pfedsam.errors import ErrorCode, PFedSAMError, first_of_ours
 from pfedsam.inferers import PromptedSliceInferer
 from pfedsam.networks.prompts import boxes_of
 from pfedsam.storage.site_model import model_settings
@@ -105,7 +105,9 @@ class Predictor:
             self._evaluator = parser.get_parsed_content("evaluator")
         except Exception as error:
             raise first_of_ours(error) or PFedSAMError(
-                "E16", f"inference of bundle '{self.bundle}' could not be started: {error}", "Check the settings."
+                ErrorCode.BUNDLE_FAILED,
+                f"inference of bundle '{self.bundle}' could not be started: {error}",
+                "Check the settings.",
             ) from error
         # the bundle may place one transform or none at all on its dataset
         self._transform = self._evaluator.data_loader.dataset.transform
@@ -120,12 +122,13 @@ class Predictor:
                 segmented lies inside. For models that were trained with boxes.
 
         Raises:
-            PFedSAMError: E02, E05 or E09 for the image, E16 for a box that is not inside or a model without boxes.
+            PFedSAMError: E02, E05 or E09 for the image, E16 for a box that is not inside, E32 for a model without
+                boxes.
         """
         self.open()
         if box is not None and not self.settings.get("box_probability"):
             raise PFedSAMError(
-                "E16",
+                ErrorCode.CONTRADICTION,
                 "a box is for a model that was trained with boxes.",
                 "Train it with --set box_probability=0.5, or leave the box out.",
             )
@@ -134,7 +137,9 @@ class Predictor:
             probabilities = self._probabilities(image, box)
         except Exception as error:
             raise first_of_ours(error) or PFedSAMError(
-                "E05", f"{source} went wrong: {type(error).__name__}: {error}.", "Look at it first."
+                ErrorCode.UNREADABLE_IMAGE,
+                f"{source} went wrong: {type(error).__name__}: {error}.",
+                "Look at it first.",
             ) from error
         return Prediction(image, probabilities, self.field_of_view)
 
@@ -156,9 +161,11 @@ class Predictor:
         pairs = list(zip(box[::2], box[1::2], strict=True))
         sizes = image.shape[: len(pairs)]
         if len(sizes) != len(pairs):
-            raise PFedSAMError("E16", f"the box has {len(box)} numbers, {image.source} has {len(sizes)} axes.", _BOX)
+            raise PFedSAMError(
+                ErrorCode.WRONG_SETTING, f"the box has {len(box)} numbers, {image.source} has {len(sizes)} axes.", _BOX
+            )
         if not all(0 <= first <= last < size for (first, last), size in zip(pairs, sizes, strict=True)):
-            raise PFedSAMError("E16", f"the box {list(box)} is not inside {list(sizes)}.", _BOX)
+            raise PFedSAMError(ErrorCode.WRONG_SETTING, f"the box {list(box)} is not inside {list(sizes)}.", _BOX)
         inside = np.zeros(image.shape, dtype=np.uint8)
         inside[tuple(slice(first, last + 1) for first, last in pairs)] = _INSIDE
         with _without_warnings():

@@ -13,7 +13,7 @@ from pydicom.valuerep import DSfloat
 
 from pfedsam.data.formats.dicom import Frame, named, slices_of
 from pfedsam.data.suffixes import FLAT, NIFTI, is_dicom
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import when_whole
 from pfedsam.inference.writers import SEGMENTATION
 
@@ -74,7 +74,7 @@ def check_series(sources: Sequence[Path]) -> None:
             problems.append(f"{source} holds several multi-frame objects")
     if problems:
         raise PFedSAMError(
-            "E05",
+            ErrorCode.UNREADABLE_IMAGE,
             f"no segmentation object can refer to {len(problems)} series: {'; '.join(problems)}.",
             "Leave out --dicom-seg for them, or restore the attributes.",
         )

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pfedsam.data.picture import Picture
 from pfedsam.data.suffixes import NIFTI, case_name
-from pfedsam.errors import PFedSAMError, few
+from pfedsam.errors import ErrorCode, PFedSAMError, few
 from pfedsam.files import when_whole
 
 LABEL, PICTURE, PROBABILITY, OVERLAY, SEGMENTATION = ".nii.gz", ".png", "_probability.nii.gz", "_overlay.png", ".dcm"
@@ -49,10 +49,10 @@ def check_results(
     for source in sources:
         stem = stem_of(source, out, labels)
         if seen.get(stem) == source:
-            raise PFedSAMError("E09", f"'{source}' is given twice.", "Give each image once.")
+            raise PFedSAMError(ErrorCode.SITE_DATA, f"'{source}' is given twice.", "Give each image once.")
         if stem in seen:
             raise PFedSAMError(
-                "E09",
+                ErrorCode.SITE_DATA,
                 f"'{seen[stem]}' and '{source}' would both be written to '{stem}...'.",
                 "Segment them in two calls with two --out folders, or rename one.",
             )
@@ -60,7 +60,7 @@ def check_results(
         for result in _results(stem, (LABEL, PICTURE, PROBABILITY, OVERLAY, SEGMENTATION)):
             if result.resolve() in inputs:
                 raise PFedSAMError(
-                    "E09",
+                    ErrorCode.SITE_DATA,
                     f"the result of '{source}' would overwrite the image '{inputs[result.resolve()]}'.",
                     "Choose another --out folder.",
                 )
@@ -68,7 +68,7 @@ def check_results(
     if there and not force:
         named = few(f"'{path}'" for path in there)
         raise PFedSAMError(
-            "E24",
+            ErrorCode.NOT_OURS,
             f"{len(there)} file(s) with the name of a result are there already: {named}.",
             "Choose another --out folder, or give --force to replace them.",
         )

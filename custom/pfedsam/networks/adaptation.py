@@ -14,7 +14,7 @@ from segment_anything.modeling.common import MLPBlock
 from segment_anything.modeling.transformer import Attention
 from torch import Tensor, nn
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.lora import Layout, LoRA, QVLoRA
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.networks.moe import Gate, LMoE
@@ -94,7 +94,11 @@ def adapt(
     blocks = network.image_encoder.adaptable_blocks()  # type: ignore[operator]
     number = len(blocks) if adapted_blocks == "all" else adapted_blocks
     if not isinstance(number, int) or not 0 <= number <= len(blocks):
-        raise PFedSAMError("E16", f"adapted_blocks is {adapted_blocks!r}.", f"Use 'auto', 'all' or 0 to {len(blocks)}.")
+        raise PFedSAMError(
+            ErrorCode.WRONG_SETTING,
+            f"adapted_blocks is {adapted_blocks!r}.",
+            f"Use 'auto', 'all' or 0 to {len(blocks)}.",
+        )
     _check(lora_rank, lora_places, decoder_rank, experts, bottleneck, expert_places, gate, top_k)
     generator = torch.Generator().manual_seed(seed)
     # of their own: the shared tensors start alike whatever is personal
@@ -169,7 +173,7 @@ def _check(
     if gate not in get_args(Gate):
         wrong.append(f"gate is {gate!r}, one of {get_args(Gate)}")
     if wrong:
-        raise PFedSAMError("E16", "; ".join(wrong) + ".", "Correct the bundle or the override.")
+        raise PFedSAMError(ErrorCode.WRONG_SETTING, "; ".join(wrong) + ".", "Correct the bundle or the override.")
 
 
 #: Settings of `adapt` with their defaults. They are part of the fingerprint, written out or not.

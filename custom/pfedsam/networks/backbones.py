@@ -10,7 +10,7 @@ from typing import Any
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import nn
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.lora import Layout
 from pfedsam.networks.tiny_vit import TinyViT
 from pfedsam.networks.vit import build_vit
@@ -96,9 +96,9 @@ BACKBONES: dict[str, Backbone] = {
 
 
 def get_backbone(name: str) -> Backbone:
-    """The backbone of this name (E16 if there is none)."""
+    """The backbone of this name (E28 if there is none)."""
     if name not in BACKBONES:
-        raise PFedSAMError("E16", f"unknown backbone '{name}'.", f"Choose one of {sorted(BACKBONES)}.")
+        raise PFedSAMError(ErrorCode.UNKNOWN_NAME, f"unknown backbone '{name}'.", f"Choose one of {sorted(BACKBONES)}.")
     return BACKBONES[name]
 
 
@@ -106,12 +106,12 @@ def build_parts(name: str, image_size: int) -> dict[str, nn.Module]:
     """Image encoder, prompt encoder and mask decoder as in segment-anything, without weights.
 
     Raises:
-        PFedSAMError: E16 if the backbone is unknown or cannot take the image size.
+        PFedSAMError: E28 if the backbone is unknown, E16 if it cannot take the image size.
     """
     backbone = get_backbone(name)
     if image_size < SMALLEST_IMAGE or image_size % backbone.multiple:
         remedy = f"Use a multiple of {backbone.multiple} from {SMALLEST_IMAGE} on."
-        raise PFedSAMError("E16", f"image_size {image_size} for '{name}'.", remedy)
+        raise PFedSAMError(ErrorCode.WRONG_SETTING, f"image_size {image_size} for '{name}'.", remedy)
     encoder = backbone.encoder(image_size)
     grid = image_size // backbone.stride
     dim = backbone.channels

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import requests
 from filelock import FileLock
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.weights import Checkpoint, check_file, weights_folder
 
 #: Seconds to connect, and between two pieces of data.
@@ -48,7 +48,9 @@ def download(
     """
     source = url or checkpoint.url
     if source is None:
-        raise PFedSAMError("E10", f"{checkpoint.filename} ships in a package.", f"See {checkpoint.page}.")
+        raise PFedSAMError(
+            ErrorCode.WRONG_CHECKPOINT, f"{checkpoint.filename} ships in a package.", f"See {checkpoint.page}."
+        )
     folder = folder or weights_folder()
     path, part = folder / checkpoint.filename, folder / f"{checkpoint.filename}.part"
     try:
@@ -66,7 +68,9 @@ def download(
             part.chmod(0o644)  # they are public, and the folder may be of several users
             os.replace(part, path)
     except OSError as error:
-        raise PFedSAMError("E10", f"{path} could not be written ({error}).", _by_hand(source, path)) from None
+        raise PFedSAMError(
+            ErrorCode.WRONG_CHECKPOINT, f"{path} could not be written ({error}).", _by_hand(source, path)
+        ) from None
     return path
 
 
@@ -90,7 +94,9 @@ def _fetch(
             part.unlink()
     path = part.with_suffix("")
     raise PFedSAMError(
-        "E10", f"{source} could not be fetched: {problem}. What there is was kept.", _by_hand(source, path)
+        ErrorCode.WRONG_CHECKPOINT,
+        f"{source} could not be fetched: {problem}. What there is was kept.",
+        _by_hand(source, path),
     )
 
 
@@ -106,7 +112,9 @@ def _stream(source: str, part: Path, checkpoint: Checkpoint, progress: Callable[
             raise requests.ConnectionError("the server has no such rest; starting anew")
         if response.status_code not in (200, 206):
             raise PFedSAMError(
-                "E10", f"{source} answers {response.status_code} {response.reason}.", _by_hand(source, part)
+                ErrorCode.WRONG_CHECKPOINT,
+                f"{source} answers {response.status_code} {response.reason}.",
+                _by_hand(source, part),
             )
         if response.status_code == 200:
             done = 0
@@ -114,10 +122,16 @@ def _stream(source: str, part: Path, checkpoint: Checkpoint, progress: Callable[
         total = done + int(length) if length else checkpoint.bytes
         if total is None or checkpoint.bytes not in (None, total):
             raise PFedSAMError(
-                "E10", f"{source} has {total} bytes, expected {checkpoint.bytes}.", "Look for the published file."
+                ErrorCode.WRONG_CHECKPOINT,
+                f"{source} has {total} bytes, expected {checkpoint.bytes}.",
+                "Look for the published file.",
             )
         if shutil.disk_usage(part.parent).free < total - done:
-            raise PFedSAMError("E10", f"{part.parent} has no room for {total - done} bytes.", "Choose another folder.")
+            raise PFedSAMError(
+                ErrorCode.WRONG_CHECKPOINT,
+                f"{part.parent} has no room for {total - done} bytes.",
+                "Choose another folder.",
+            )
         with part.open("ab" if done else "wb") as file:
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
@@ -145,7 +159,9 @@ def _check_url(url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme == "https" or (parts.scheme == "http" and _is_this_machine(parts.hostname or "")):
         return
-    raise PFedSAMError("E10", f"{url} is not an https address.", "Weights come over https, or as a file by hand.")
+    raise PFedSAMError(
+        ErrorCode.WRONG_CHECKPOINT, f"{url} is not an https address.", "Weights come over https, or as a file by hand."
+    )
 
 
 def _is_this_machine(host: str) -> bool:

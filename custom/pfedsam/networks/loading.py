@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfedsam.errors import PFedSAMError, few
+from pfedsam.errors import ErrorCode, PFedSAMError, few
 from pfedsam.networks.vit import resize_positions
 from pfedsam.networks.weights import check_file
 from pfedsam.parameters import ADDED, group_of
@@ -36,7 +36,9 @@ def read_checkpoint(path: Path, checksum: str | None = None) -> dict[str, Tensor
         PFedSAMError: E10 if the file is missing, has another checksum, is no checkpoint, holds code or several models.
     """
     if not path.is_file():
-        raise PFedSAMError("E10", f"there is no checkpoint at {path}.", "Give the path of a SAM checkpoint.")
+        raise PFedSAMError(
+            ErrorCode.WRONG_CHECKPOINT, f"there is no checkpoint at {path}.", "Give the path of a SAM checkpoint."
+        )
     if checksum is not None:
         check_file(path, checksum)
     try:
@@ -44,12 +46,14 @@ def read_checkpoint(path: Path, checksum: str | None = None) -> dict[str, Tensor
     except Exception as error:  # a broken file can raise anything
         # torch's advice to load what is not safe, in colours, is left out
         reason = _COLOUR.sub("", str(error).split(". ")[0].split("\n")[0]) or type(error).__name__
-        raise PFedSAMError("E10", f"{path} is not a safe checkpoint: {reason}", "Fetch the file again.") from None
+        raise PFedSAMError(
+            ErrorCode.WRONG_CHECKPOINT, f"{path} is not a safe checkpoint: {reason}", "Fetch the file again."
+        ) from None
     state = _unwrapped(path, state)
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         wrong = [str(n) for n, value in state.items() if not isinstance(n, str) or not isinstance(value, Tensor)]
         raise PFedSAMError(
-            "E10",
+            ErrorCode.WRONG_CHECKPOINT,
             f"{path} holds no state dict of tensors: {few(map(repr, wrong), 3)} is none.",
             f"Give a SAM checkpoint: tensors by name, or the same under one of {list(WRAPPERS)}.",
         )
@@ -61,11 +65,15 @@ def _unwrapped(path: Path, state: Any) -> dict[str, Any]:
     while isinstance(state, dict):
         wrapped = [name for name in WRAPPERS if isinstance(state.get(name), dict)]
         if len(wrapped) > 1:
-            raise PFedSAMError("E10", f"{path} holds several models: {wrapped}.", "Save the one that is meant.")
+            raise PFedSAMError(
+                ErrorCode.WRONG_CHECKPOINT, f"{path} holds several models: {wrapped}.", "Save the one that is meant."
+            )
         if not wrapped:
             return state
         state = state[wrapped[0]]
-    raise PFedSAMError("E10", f"{path} holds {type(state).__name__}, no state dict.", "Give a SAM checkpoint.")
+    raise PFedSAMError(
+        ErrorCode.WRONG_CHECKPOINT, f"{path} holds {type(state).__name__}, no state dict.", "Give a SAM checkpoint."
+    )
 
 
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -96,14 +104,14 @@ def load_base(network: nn.Module, state: Mapping[str, Tensor], source: str) -> N
         if names:
             others = f"; the file has {few(map(repr, unknown), 3)}" if what == "is missing" and unknown else ""
             raise PFedSAMError(
-                "E10",
+                ErrorCode.WRONG_CHECKPOINT,
                 f"{source}: tensor '{names[0]}' {what} ({len(names)} such tensors){others}.",
                 "The checkpoint must belong to the chosen backbone.",
             )
     broken = [name for name in target if not bool(torch.isfinite(state[name]).all())]
     if broken:
         raise PFedSAMError(
-            "E10",
+            ErrorCode.WRONG_CHECKPOINT,
             f"{source}: tensor {few(map(repr, broken), 3)} holds values that are not finite (NaN or infinity).",
             "The checkpoint is damaged, or its training diverged: take an earlier one.",
         )

@@ -14,7 +14,8 @@ Gate = Literal["image", "token"]
 class LMoE(nn.Module):
     """Mixture of bottleneck adapters, parallel to an MLP: `s * sum_e g_e(n) * Up_e(GELU(Down_e(n)))`.
 
-    `n` is the normed input of the MLP and `g = softmax(Wg n)` (METHOD.md). `Up` is zero at the start: a no-op.
+    `n` is the normed input of the MLP and `g = softmax(Wg n)`. `Up` is zero at the start: a no-op. The L-MoE of arXiv
+    2509.15638; the form of an expert is ours.
 
     Args:
         dim: channels of the tokens.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.adaptation import ADAPTATION, AUTO, adapt
 from pfedsam.networks.backbones import get_backbone
 from pfedsam.networks.loading import load_base, read_checkpoint
@@ -43,7 +43,7 @@ def build_network(
     unknown = sorted(set(adaptation) - set(ADAPTATION))
     if unknown or classes < 1:
         what = f"unknown setting(s) {unknown}" if unknown else f"classes is {classes}"
-        raise PFedSAMError("E16", f"{what}.", f"Settings: {sorted(ADAPTATION)}; at least one class.")
+        raise PFedSAMError(ErrorCode.WRONG_SETTING, f"{what}.", f"Settings: {sorted(ADAPTATION)}; at least one class.")
     if adaptation.get("adapted_blocks", AUTO) == AUTO:
         adaptation["adapted_blocks"] = registered.adapted_blocks
     meta = torch.empty(()).device.type == "meta"
@@ -54,7 +54,11 @@ def build_network(
     network.checkpointing = checkpointing
     if not meta and registered.checkpoint is not None:
         if checkpoint is None:
-            raise PFedSAMError("E10", f"no checkpoint for '{backbone}'.", "Random weights are never used silently.")
+            raise PFedSAMError(
+                ErrorCode.WRONG_CHECKPOINT,
+                f"no checkpoint for '{backbone}'.",
+                "Random weights are never used silently.",
+            )
         path, checksum = locate(registered.checkpoint if checkpoint == "default" else checkpoint)
         load_base(network, read_checkpoint(path, checksum), str(path))
     if not meta:

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 #: Folder of downloaded weights; by default `~/.cache/pfedsam/weights`.
 FOLDER_VARIABLE = "PFEDSAM_WEIGHTS"
@@ -93,7 +93,9 @@ CHECKPOINTS: dict[str, Checkpoint] = {
 def get_checkpoint(name: str) -> Checkpoint:
     """The checkpoint of this name (E10 if there is none)."""
     if name not in CHECKPOINTS:
-        raise PFedSAMError("E10", f"there is no checkpoint '{name}'.", f"Names: {sorted(CHECKPOINTS)}.")
+        raise PFedSAMError(
+            ErrorCode.WRONG_CHECKPOINT, f"there is no checkpoint '{name}'.", f"Names: {sorted(CHECKPOINTS)}."
+        )
     return CHECKPOINTS[name]
 
 
@@ -111,7 +113,11 @@ def file_of(name: str) -> Path:
     # found without importing the package: only its file is wanted
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise PFedSAMError("E10", f"the package {module}, which ships '{name}', is not installed.", "Install pfedsam.")
+        raise PFedSAMError(
+            ErrorCode.WRONG_CHECKPOINT,
+            f"the package {module}, which ships '{name}', is not installed.",
+            "Install pfedsam.",
+        )
     return Path(spec.submodule_search_locations[0]) / inside
 
 
@@ -129,7 +135,7 @@ def locate(name_or_path: str) -> tuple[Path, str | None]:
     checkpoint, path = CHECKPOINTS[name_or_path], file_of(name_or_path)
     if not path.is_file():
         raise PFedSAMError(
-            "E10",
+            ErrorCode.WRONG_CHECKPOINT,
             f"the weights '{name_or_path}' are not on this machine: there is no {path}.",
             f"Get them with `pfedsam models download {name_or_path}`, or fetch {checkpoint.url} elsewhere and put it "
             "there, or name another file with the environment variable PFEDSAM_CHECKPOINT.",
@@ -147,7 +153,9 @@ def check_file(path: Path, checksum: str) -> None:
     found = file_digest(path, algorithm)
     if found != expected:
         raise PFedSAMError(
-            "E10", f"{path} has {algorithm} {found}, expected {expected}.", "Delete it and fetch it again."
+            ErrorCode.WRONG_CHECKPOINT,
+            f"{path} has {algorithm} {found}, expected {expected}.",
+            "Delete it and fetch it again.",
         )
 
 

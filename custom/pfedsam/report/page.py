@@ -26,7 +26,7 @@ from pfedsam.comparison.compare import read_records
 from pfedsam.comparison.provenance import case_hash
 from pfedsam.comparison.records import problem_of_results
 from pfedsam.comparison.statistics import case_table
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.evaluation.site import MODELS
 from pfedsam.files import write_atomically
 from pfedsam.parameters import Roles
@@ -57,13 +57,15 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
         The file written.
 
     Raises:
-        PFedSAMError: E02 if the folder holds no finished run or no sound results, E16 if its job is none, or `compare`
+        PFedSAMError: E02 if the folder holds no finished run or no sound results, E33 if its job is none, or `compare`
             holds no record of `local_only` with test cases of this run.
     """
     path = run / "results.json"
     if not path.is_file():
         raise PFedSAMError(
-            "E02", f"{run} holds no results.json.", "Give the run folder of a finished demo or simulate."
+            ErrorCode.SITE_FOLDER,
+            f"{run} holds no results.json.",
+            "Give the run folder of a finished demo or simulate.",
         )
     results = _read_results(path)
     alone = _worse_than_alone(results, compare, 1 if pictures else FEW_CASES) if compare else []
@@ -73,7 +75,7 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
         results, curves = _without_few(results), _of_many(curves, run)
     about = results.get("about", {})
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pfedsam.evaluation", "templates"), autoescape=True, trim_blocks=True
+        loader=jinja2.PackageLoader("pfedsam.report", "templates"), autoescape=True, trim_blocks=True
     )
     environment.filters |= {"code": _code, "number": _number}
     page = environment.get_template("report.html.j2").render(
@@ -103,10 +105,10 @@ def _read_results(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise PFedSAMError("E02", f"{path} is not readable: {error}.", remedy) from None
+        raise PFedSAMError(ErrorCode.SITE_FOLDER, f"{path} is not readable: {error}.", remedy) from None
     problem = problem_of_results(results)
     if problem:
-        raise PFedSAMError("E02", f"{path} holds no results: {problem}.", remedy)
+        raise PFedSAMError(ErrorCode.SITE_FOLDER, f"{path} holds no results: {problem}.", remedy)
     return results
 
 
@@ -155,7 +157,9 @@ def _plan(run: Path) -> tuple[dict[str, Any], int | None]:
         return dict(plan), int(config["start_round"]) + int(config["num_rounds"])
     except (OSError, ValueError, TypeError, KeyError, StopIteration) as error:
         told = f"{path} is no configuration of ours ({type(error).__name__}: {error})"
-        raise PFedSAMError("E16", f"{told}.", "Bring it back, or take the job's folder away.") from None
+        raise PFedSAMError(
+            ErrorCode.RUN_INCOMPLETE, f"{told}.", "Bring it back, or take the job's folder away."
+        ) from None
 
 
 def _sent(run: Path, sites: Iterable[str]) -> pd.DataFrame:
@@ -268,7 +272,7 @@ def _worse_than_alone(results: Mapping[str, Any], compare: Path, least: int) -> 
             gains[case["site"]].append(float(np.mean(case["dice"])) - alone[key])
     if not any(gains.values()):
         raise PFedSAMError(
-            "E16",
+            ErrorCode.RUN_INCOMPLETE,
             f"{compare} holds no record of local_only with a test case of the sites {', '.join(gains)}.",
             "Run `pfedsam compare <data> --strategies local_only` on the same sites with the seed of the run.",
         )

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import read_safetensors, write_atomically
 from pfedsam.parameters import Manifest, check_state
 
@@ -44,8 +44,10 @@ def write_global_model(
         PFedSAMError: E10 for a malformed fingerprint, E12 if the state does not fit or is not finite.
     """
     if not _HEX.fullmatch(fingerprint):
-        raise PFedSAMError("E10", "the base fingerprint of a global model must be 64 hexadecimal digits.")
-    check_state(state, expected, code="E12", what=f"global model for {Path(path).name}")
+        raise PFedSAMError(
+            ErrorCode.WRONG_CHECKPOINT, "the base fingerprint of a global model must be 64 hexadecimal digits."
+        )
+    check_state(state, expected, code=ErrorCode.SHARED_TENSORS, what=f"global model for {Path(path).name}")
     tensors = {name: torch.as_tensor(value).contiguous() for name, value in state.items()}
     metadata = {FINGERPRINT: fingerprint, SCHEMA: SCHEMA_VERSION, ROUND: str(round_number), "format": "pt"}
     write_atomically(path, save(tensors, metadata=metadata))
@@ -66,15 +68,21 @@ def read_global_model(path: str | Path, expected: Manifest) -> tuple[dict[str, T
     """
     path = Path(path)
     if not path.is_file():
-        raise PFedSAMError("E10", f"there is no global model {path}.", _REMEDY)
+        raise PFedSAMError(ErrorCode.WRONG_CHECKPOINT, f"there is no global model {path}.", _REMEDY)
     try:
         state, metadata = read_safetensors(path)
     except ValueError as error:
-        raise PFedSAMError("E10", f"global model {path} could not be read ({error}).", _REMEDY) from None
+        raise PFedSAMError(
+            ErrorCode.WRONG_CHECKPOINT, f"global model {path} could not be read ({error}).", _REMEDY
+        ) from None
     fingerprint = metadata.get(FINGERPRINT, "")
     if metadata.get(SCHEMA) != SCHEMA_VERSION or not _HEX.fullmatch(fingerprint):
-        raise PFedSAMError("E10", f"global model {path} has no schema {SCHEMA_VERSION} or no fingerprint.", _REMEDY)
-    check_state(state, expected, code="E12", what=f"global model {path}")
+        raise PFedSAMError(
+            ErrorCode.WRONG_CHECKPOINT,
+            f"global model {path} has no schema {SCHEMA_VERSION} or no fingerprint.",
+            _REMEDY,
+        )
+    check_state(state, expected, code=ErrorCode.SHARED_TENSORS, what=f"global model {path}")
     return state, fingerprint
 
 
@@ -87,4 +95,6 @@ def round_of(path: str | Path) -> int:
     try:
         return int(read_safetensors(path)[1].get(ROUND, -1))
     except ValueError as error:
-        raise PFedSAMError("E10", f"global model {path} could not be read ({error}).", _REMEDY) from None
+        raise PFedSAMError(
+            ErrorCode.WRONG_CHECKPOINT, f"global model {path} could not be read ({error}).", _REMEDY
+        ) from None

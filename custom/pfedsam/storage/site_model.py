@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pfedsam.data.seen import SEEN, Seen, patient_of
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import read_safetensors, write_atomically
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.parameters import (
@@ -67,6 +67,15 @@ class SiteModel:
         }
         return cls(shared_state(network, roles), personal_state(network, roles), info={**told, **info})
 
+    @classmethod
+    def load(cls, path: str | Path) -> SiteModel:
+        """Read a model file; see `read`."""
+        return read(path)
+
+    def save(self, path: str | Path) -> None:
+        """Write the model to a file, atomically; see `write`."""
+        write(path, self)
+
     @property
     def roles(self) -> Roles:
         """Roles of the groups when the model was trained."""
@@ -74,7 +83,9 @@ class SiteModel:
         groups = [roles.get(role) if isinstance(roles, dict) else None for role in ("shared", "personal")]
         lists = [tuple(names) for names in groups if isinstance(names, list) and all(type(one) is str for one in names)]
         if len(lists) != len(groups):
-            raise PFedSAMError("E13", f"the model's roles are {roles!r}, expected two lists of groups.")
+            raise PFedSAMError(
+                ErrorCode.PERSONAL_STATE, f"the model's roles are {roles!r}, expected two lists of groups."
+            )
         return Roles(*lists)
 
     def load_into(self, network: SegmentAnything) -> None:
@@ -85,17 +96,19 @@ class SiteModel:
         """
         if self.info.get("fingerprint") != network.base_fingerprint:
             raise PFedSAMError(
-                "E11",
+                ErrorCode.OTHER_BASE_WEIGHTS,
                 f"the model was trained on base weights {str(self.info.get('fingerprint'))[:12]}, "
                 f"this network has {str(network.base_fingerprint)[:12]}.",
                 "Use the same backbone, image size and checkpoint as in training.",
             )
         # all is checked before a part is loaded: half a model is no model
         own = {name: tensor for name, tensor in self.personal.items() if not name.startswith(COPY)}
-        check_state(own, manifest(network, self.roles, "personal"), code="E13", what="personal state")
+        check_state(
+            own, manifest(network, self.roles, "personal"), code=ErrorCode.PERSONAL_STATE, what="personal state"
+        )
         if self.copy:
             expected = manifest(network, self.roles, "shared")
-            check_state(self.copy, expected, code="E13", what="personal copy of the shared tensors")
+            check_state(self.copy, expected, code=ErrorCode.PERSONAL_STATE, what="personal copy of the shared tensors")
         network.frozen_trunk = not trains_encoder(network, self.roles)
         load_shared_state(network, self.roles, self.shared)
         load_personal_state(network, self.roles, own)
@@ -134,26 +147,28 @@ def read(path: str | Path) -> SiteModel:
     path = Path(path)
     remedy = "Give the state.safetensors of a site (see `pfedsam state list`) or a model.safetensors of a training run."
     if not path.is_file():
-        raise PFedSAMError("E13", f"there is no model file {path}.", remedy)
+        raise PFedSAMError(ErrorCode.PERSONAL_STATE, f"there is no model file {path}.", remedy)
     try:
         tensors, metadata = read_safetensors(path)
         schema, info = metadata.get("schema"), json.loads(metadata.get("info", "null"))
     except ValueError as error:
-        raise PFedSAMError("E13", f"{path} is not readable: {error}.", remedy) from None
+        raise PFedSAMError(ErrorCode.PERSONAL_STATE, f"{path} is not readable: {error}.", remedy) from None
     if schema == _WITHOUT_DIGEST:
         raise PFedSAMError(
-            "E13",
+            ErrorCode.PERSONAL_STATE,
             f"{path} is of schema 1, which has no digest (expected {SCHEMA}): damage in it would not be seen.",
             "A state: take another federation name, or `pfedsam state delete` it. A model: train it again.",
         )
     if schema != str(SCHEMA) or not isinstance(info, dict) or not isinstance(info.get("roles"), dict):
-        raise PFedSAMError("E13", f"{path} has schema {schema}, expected {SCHEMA} with roles.", remedy)
+        raise PFedSAMError(
+            ErrorCode.PERSONAL_STATE, f"{path} has schema {schema}, expected {SCHEMA} with roles.", remedy
+        )
     _check_digest(path, tensors, metadata)
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         if part not in parts or not rest:
-            raise PFedSAMError("E13", f"{path} holds an unknown tensor '{name}'.", remedy)
+            raise PFedSAMError(ErrorCode.PERSONAL_STATE, f"{path} holds an unknown tensor '{name}'.", remedy)
         parts[part][rest] = tensor
     model = SiteModel(**parts, info=info)
     require_finite(model, str(path))
@@ -173,7 +188,9 @@ def require_finite(model: SiteModel, what: str) -> None:
     for name, tensor in _named(model).items():
         if not bool(torch.isfinite(tensor).all()):
             raise PFedSAMError(
-                "E13", f"{what}: '{name}' holds values that are not finite.", "Take an earlier state or model."
+                ErrorCode.PERSONAL_STATE,
+                f"{what}: '{name}' holds values that are not finite.",
+                "Take an earlier state or model.",
             )
 
 
@@ -199,7 +216,7 @@ def _check_digest(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     if found == expected:
         return
     raise PFedSAMError(
-        "E13",
+        ErrorCode.PERSONAL_STATE,
         f"{path} is damaged: its content has SHA-256 {found[:12]}, the file says {(expected or 'nothing')[:12]}.",
         "Check the disk. A job goes on from the state before it; a model of its own comes back from a backup only.",
     )
@@ -235,12 +252,12 @@ def model_settings(
     """The bundle of a model and the settings that its network was built with; what is given comes first.
 
     Raises:
-        PFedSAMError: E13 if the file is no model, E16 if it names no bundle and none is given.
+        PFedSAMError: E13 if the file is no model, E33 if it names no bundle and none is given.
     """
     info = read(model_file).info
     name = bundle or info.get("bundle")
     if not isinstance(name, str):
-        raise PFedSAMError("E16", f"{model_file} names no bundle.", "Name it: --bundle.")
+        raise PFedSAMError(ErrorCode.RUN_INCOMPLETE, f"{model_file} names no bundle.", "Name it: --bundle.")
     told = info.get("overrides")
     return name, {**(told if isinstance(told, dict) else {}), **overrides}
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import write_atomically
 from pfedsam.parameters import Roles
 from pfedsam.storage.site_model import SiteModel, read, require_finite, write
@@ -79,13 +79,15 @@ class SiteState:
                 path.unlink()
         except Timeout:
             raise PFedSAMError(
-                "E14",
+                ErrorCode.STATE_IN_USE,
                 f"another job works on {self.folder}.",
                 "Wait for it or abort it; the lock goes with its process. A second federation needs another name.",
             ) from None
         except OSError as error:
             raise PFedSAMError(
-                "E13", f"the state folder {self.folder} cannot be written: {error}.", f"Set {ROOT_VARIABLE}."
+                ErrorCode.PERSONAL_STATE,
+                f"the state folder {self.folder} cannot be written: {error}.",
+                f"Set {ROOT_VARIABLE}.",
             ) from None
 
     def close(self) -> None:
@@ -115,7 +117,9 @@ class SiteState:
                 os.replace(backup, previous)
         except OSError as error:
             raise PFedSAMError(
-                "E13", f"{current} could not be written: {error}; the last state is intact.", _remedy(error)
+                ErrorCode.PERSONAL_STATE,
+                f"{current} could not be written: {error}; the last state is intact.",
+                _remedy(error),
             ) from None
         try:
             self._keep_best(model.info)
@@ -147,7 +151,9 @@ class SiteState:
         if problem is not None:
             logger.error("%s Trying the state before it.", problem)
         if model is not None and model.info.get("fingerprint") != self.fingerprint:
-            raise PFedSAMError("E11", f"{path} belongs to other base weights.", "Move it away, or use them.")
+            raise PFedSAMError(
+                ErrorCode.OTHER_BASE_WEIGHTS, f"{path} belongs to other base weights.", "Move it away, or use them."
+            )
         self._whole = model is not None and path.name == CURRENT
         return model
 
@@ -170,7 +176,7 @@ class SiteState:
             return
         federation, site = self.folder.parts[-3:-1]
         raise PFedSAMError(
-            "E13",
+            ErrorCode.PERSONAL_STATE,
             f"{self.folder} holds a state of strategy '{name}' ({_told(saved.roles, had)}), the job is of "
             f"'{strategy.name}' ({_told(strategy.roles, has)}).",
             f"Take another federation name, or `pfedsam state delete {federation} {site}`.",
@@ -327,7 +333,7 @@ def _holds_tensors(folder: Path) -> bool:
 
 def _hidden(folder: Path, error: OSError) -> PFedSAMError:
     return PFedSAMError(
-        "E13",
+        ErrorCode.PERSONAL_STATE,
         f"{folder} cannot be looked into ({error.strerror}), so what states it holds is not known.",
         "Call it as the user that the site runs as, or as the administrator of the machine.",
     )
@@ -363,10 +369,10 @@ def delete_state(entry: StateEntry) -> None:
             if not any(folder.iterdir()):
                 folder.rmdir()
     except Timeout:
-        raise PFedSAMError("E14", f"a job works on {entry.folder}.", "Abort the job first.") from None
+        raise PFedSAMError(ErrorCode.STATE_IN_USE, f"a job works on {entry.folder}.", "Abort the job first.") from None
     except OSError as error:
         raise PFedSAMError(
-            "E13",
+            ErrorCode.PERSONAL_STATE,
             f"{entry.folder} is not deleted, or not all of it: {error}.",
             f"{_remedy(error)} Then delete it again.",
         ) from None

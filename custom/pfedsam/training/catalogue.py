@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pfedsam.bundles import checked_overrides, folder
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.settings import shown
 from pfedsam.training.strategy import Strategy
 
@@ -44,7 +44,7 @@ class StrategyFile(BaseModel):
             where: the file, for the sentence.
 
         Raises:
-            PFedSAMError: E16 naming the first wrong key, or E18 for an override.
+            PFedSAMError: E29 naming the first wrong key, or E18 for an override.
         """
         found = _checked(cls, content, where, "is no strategy", "See jobs/strategies/fedavg_lora.json for one.")
         found.checked()
@@ -90,21 +90,23 @@ def find_strategy(name_or_path: str) -> StrategyFile:
     """A strategy by name, by the name of an ablation, or by path.
 
     Raises:
-        PFedSAMError: E16 if there is none, or the file is wrong: the file and its first wrong key are named.
+        PFedSAMError: E28 if there is none, E29 if the file is wrong: the file and its first wrong key are named.
     """
     path = Path(name_or_path) if name_or_path.endswith(".json") else _root() / f"{name_or_path}.json"
     if name_or_path in _ablations():
         return patched(name_or_path, _ablations()[name_or_path])
     if not path.is_file() or path.stem == ABLATIONS:
         raise PFedSAMError(
-            "E16",
+            ErrorCode.UNKNOWN_NAME,
             f"there is no strategy '{name_or_path}'.",
             f"Strategies: {strategy_names()}; ablations: {ablation_names()}; or the path of a .json file.",
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise PFedSAMError("E16", f"{path} is no strategy: {error}.", "Correct the file.") from None
+        raise PFedSAMError(
+            ErrorCode.CONFIGURATION_FILE, f"{path} is no strategy: {error}.", "Correct the file."
+        ) from None
     return StrategyFile.of(content, str(path))
 
 
@@ -112,7 +114,7 @@ def strategy_name(name_or_path: str) -> str:
     """What a strategy is called in records and tables: its name; that of a file is the one in it, else the file's.
 
     Raises:
-        PFedSAMError: E16, see `find_strategy`.
+        PFedSAMError: E28 or E29, see `find_strategy`.
     """
     if not name_or_path.endswith(".json"):
         return name_or_path
@@ -123,14 +125,14 @@ Checked = TypeVar("Checked", bound=BaseModel)
 
 
 def _checked(model: type[Checked], content: Any, where: str, what: str, remedy: str) -> Checked:
-    """A model of a JSON value (E16 with the first wrong key)."""
+    """A model of a JSON value (E29 with the first wrong key)."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         told = f"'{key}': {first['msg']}" if key else f"it is {shown(content)}, expected keys with values"
-        raise PFedSAMError("E16", f"{where} {what}: {told}.", remedy) from None
+        raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, f"{where} {what}: {told}.", remedy) from None
 
 
 def _root() -> Path:
@@ -150,7 +152,7 @@ def patched(name: str, patch: Mapping[str, Any]) -> StrategyFile:
             `phases` by their names; `order`: names of the phases that a round has, in order.
 
     Raises:
-        PFedSAMError: E16 if a phase is named that is not there; E16 or E18 if what comes out is impossible.
+        PFedSAMError: E28 if a phase is named that is not there; E16 or E18 if what comes out is impossible.
     """
     told = _checked(Patch, patch, f"'{name}'", "is no patch", f"See jobs/strategies/{ABLATIONS}.json for some.")
     base = find_strategy(told.base)
@@ -161,7 +163,7 @@ def patched(name: str, patch: Mapping[str, Any]) -> StrategyFile:
     unknown += [one for one in told.order or () if one not in in_round]
     if unknown:
         raise PFedSAMError(
-            "E16",
+            ErrorCode.UNKNOWN_NAME,
             f"'{name}' names phase(s) {unknown}, which '{told.base}' does not have.",
             f"Its phases: {in_round} in a round, {after} after the last.",
         )
@@ -181,9 +183,13 @@ def patched(name: str, patch: Mapping[str, Any]) -> StrategyFile:
 
 
 def _phases(name: str, strategy: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
-    """Phases with names (E16 for anything else)."""
+    """Phases with names (E29 for anything else)."""
     phases = strategy.get(part, [])
     named = isinstance(phases, list) and all(isinstance(one, dict) and type(one.get("name")) is str for one in phases)
     if not named:
-        raise PFedSAMError("E16", f"'{name}': {part} is {shown(phases)}.", "Give a list of phases with names.")
+        raise PFedSAMError(
+            ErrorCode.CONFIGURATION_FILE,
+            f"'{name}': {part} is {shown(phases)}.",
+            "Give a list of phases with names.",
+        )
     return phases

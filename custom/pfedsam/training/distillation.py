@@ -50,7 +50,7 @@ def foreground(logits: Tensor, exclusive: bool) -> Tensor:
 def distillation_loss(
     teacher: Tensor, student: Tensor, label: Tensor, settings: Distillation, exclusive: bool = False
 ) -> Tensor:
-    """`weight * tau^2 * mean KL`, the mean over the band and over the rest separately, 1:1 (METHOD.md).
+    """`weight * tau^2 * mean KL` (Hinton et al., arXiv 1503.02531), the mean over the band and over the rest, 1:1.
 
     Args:
         teacher: logits `(B, C, H, W)`, without gradient.

@@ -8,7 +8,7 @@ from typing import Any
 from monai.data import DataLoader
 from torch.utils.data import Subset
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 
 def leave_out(evaluator: Any, listed: Sequence[Mapping[str, Any]], numbers: Collection[int]) -> list[Any]:
@@ -23,14 +23,14 @@ def leave_out(evaluator: Any, listed: Sequence[Mapping[str, Any]], numbers: Coll
         The cases that are left.
 
     Raises:
-        PFedSAMError: E16 if the bundle loads other items than it lists.
+        PFedSAMError: E29 if the bundle loads other items than it lists.
     """
     if not numbers:
         return list(listed)
     loader = evaluator.data_loader
     if len(loader.dataset) != len(listed):
         raise PFedSAMError(
-            "E16",
+            ErrorCode.CONFIGURATION_FILE,
             f"the bundle validates on {len(loader.dataset)} items of {len(listed)} cases: none can be left out.",
             "Let its 'validate#dataset' hold one item a case.",
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 from pfedsam.bundles import find_bundle, local_settings
 from pfedsam.data.site_report import SiteReport
-from pfedsam.errors import PFedSAMError, first_of_ours
+from pfedsam.errors import ErrorCode, PFedSAMError, first_of_ours
 
 #: Seconds that two cases may take; most of them are the start of the libraries.
 LIMIT_SECONDS = 600.0
@@ -68,7 +68,12 @@ def rehearse(report: SiteReport, bundle: str, folder: str | Path, overrides: Map
 def _ended(cases: Mapping[str, str], how: str) -> dict[str, str]:
     names = " and ".join(f"'{name}'" for name in cases.values())
     remedy = "Look at these cases, and at the memory that is free; --quick leaves this step out."
-    return {"code": "E05", "message": f"loading the cases {names} {how}.", "remedy": remedy, "case": ""}
+    return {
+        "code": ErrorCode.UNREADABLE_IMAGE,
+        "message": f"loading the cases {names} {how}.",
+        "remedy": remedy,
+        "case": "",
+    }
 
 
 def _load_all(told: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -81,7 +86,7 @@ def _load_all(told: Mapping[str, Any]) -> dict[str, list[Any]]:
         # a bundle's own transform may raise anything
         except Exception as error:
             ours = first_of_ours(error) or PFedSAMError(
-                "E05",
+                ErrorCode.UNREADABLE_IMAGE,
                 f"case '{case}' passes the checks, but bundle '{told['bundle']}' cannot load it for {section}: "
                 f"{type(error).__name__}: {_last_line(error)}.",
                 "Look at the case and at the bundle's transforms; another bundle may fit (--bundle).",

@@ -23,7 +23,7 @@ from torch import Tensor
 from pfedsam.bundles import find_bundle, local_settings
 from pfedsam.data.seen import SEEN, Seen, patient_of
 from pfedsam.data.sites import write_split
-from pfedsam.errors import PFedSAMError, first_of_ours
+from pfedsam.errors import ErrorCode, PFedSAMError, first_of_ours
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.parameters import (
     COPY,
@@ -140,7 +140,9 @@ class SiteTrainer:
             self.network.frozen_trunk = not trains_encoder(self.network, self.strategy.roles)
         except Exception as error:
             raise first_of_ours(error) or PFedSAMError(
-                "E16", f"bundle '{self.bundle}' could not be started: {error}", "Try it alone: monai.bundle run."
+                ErrorCode.BUNDLE_FAILED,
+                f"bundle '{self.bundle}' could not be started: {error}",
+                "Try it alone: monai.bundle run.",
             ) from error
 
     @property
@@ -161,7 +163,7 @@ class SiteTrainer:
         """
         if fingerprint != self.fingerprint:
             raise PFedSAMError(
-                "E11",
+                ErrorCode.OTHER_BASE_WEIGHTS,
                 f"the federation has base weights {str(fingerprint)[:12]}, this site {self.fingerprint[:12]}.",
                 "Use the checkpoint, backbone and image size that the federation agreed on.",
             )
@@ -185,7 +187,12 @@ class SiteTrainer:
         own = {name: tensor for name, tensor in model.personal.items() if not name.startswith(COPY)}
         load_personal_state(self.network, self.strategy.roles, own)
         if model.copy:
-            check_state(model.copy, manifest(self.network, self.strategy.roles, "shared"), code="E13", what="own copy")
+            check_state(
+                model.copy,
+                manifest(self.network, self.strategy.roles, "shared"),
+                code=ErrorCode.PERSONAL_STATE,
+                what="own copy",
+            )
         self._copy = model.copy
         self.trainer.load_moments(model.moments)
 
@@ -204,7 +211,7 @@ class SiteTrainer:
             return
         if len(trained) == len(self.validation_cases):
             raise PFedSAMError(
-                "E08",
+                ErrorCode.WRONG_SPLIT,
                 f"all {len(trained)} validation cases of '{self.folder}' are of patients that the saved model was "
                 "trained on.",
                 "Use the split that it was trained with (seed, datalist.json), or add cases.",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.parameters import GROUPS, LAYER_NORM, Roles
 from pfedsam.ranges import MOST_EPOCHS, MOST_ROUNDS
 from pfedsam.settings import shown
@@ -39,14 +39,14 @@ class _Settings(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or cls.__name__
             raise PFedSAMError(
-                "E16",
+                ErrorCode.WRONG_SETTING,
                 f"{cls.__name__.lower()} setting '{where}' = {shown(first.get('input'))}: {first['msg']}.",
                 "The settings are described in pfedsam/training/strategy.py.",
             ) from None
 
 
 class Distillation(_Settings):
-    """Extra loss `weight * temperature^2 * KL(teacher || student)` of a phase (METHOD.md, one round, step 2).
+    """Extra loss `weight * temperature^2 * KL(teacher || student)` of a phase (Hinton et al., arXiv 1503.02531).
 
     The teacher is the network as it is when the phase starts: with the experts off it is the global model as received
     (`global_to_local`, in a phase that trains personal tensors); with the experts on it is the last personal pair

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.networks.prompts import training_boxes
 from pfedsam.parameters import Role, Roles, group_of, held, set_trainable, short, trains_encoder
@@ -134,7 +134,7 @@ class PhaseTrainer(SupervisedTrainer):
         ]
         if not parameters:
             raise PFedSAMError(
-                "E16",
+                ErrorCode.CONTRADICTION,
                 f"phase '{phase.name}' trains {list(phase.trains)}, but no tensor of the network has that role.",
                 "Give the strategy groups that the network has, or leave the phase out.",
             )
@@ -244,7 +244,7 @@ class PhaseTrainer(SupervisedTrainer):
     def _require_finite(self, value: float, told: str) -> None:
         if not math.isfinite(value):
             raise PFedSAMError(
-                "E17",
+                ErrorCode.NOT_FINITE,
                 f"phase '{self.phase.name}', round {self.round}, step {self.state.iteration}: {told} {value}.",
                 "Lower the learning rate, or look at the intensities with `pfedsam validate`.",
             )

@@ -25,7 +25,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from pfedsam.data.limits import check_claim, limit_bytes
 from pfedsam.data.picture import Picture
 from pfedsam.data.suffixes import visible
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 #: How far a voxel may lie from where the volume's affine says: so many voxels, or so many millimetres if that is more
 #: (positions are often rounded to a tenth), but never more than a share of a voxel.
@@ -130,7 +130,7 @@ def _in_order(path: Path, pixels: bool) -> list[Frame]:
     """The frames of a volume, by their position along the normal of the first."""
     files = list(visible(path)) if path.is_dir() else [path]
     if not files:
-        raise PFedSAMError("E02", f"{path} holds no file.", _WHOLE)
+        raise PFedSAMError(ErrorCode.SITE_FOLDER, f"{path} holds no file.", _WHOLE)
     frames = [frame for file in files for frame in _frames(file, _data_set(file, pixels))]
     first = frames[0]
     for keyword in ("SeriesInstanceUID", "FrameOfReferenceUID", "Rows", "Columns"):
@@ -391,7 +391,7 @@ def _missing(what: Path | str, keyword: str) -> PFedSAMError:
 
 
 def _wrong(sentence: str, remedy: str = _WHOLE) -> PFedSAMError:
-    return PFedSAMError("E05", f"{sentence}.", remedy)
+    return PFedSAMError(ErrorCode.UNREADABLE_IMAGE, f"{sentence}.", remedy)
 
 
 def _first_line(error: Exception) -> str:

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from pfedsam.data.limits import check_claim
 from pfedsam.data.picture import Picture
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 #: Bytes of a pixel of each of Pillow's modes, where it is not one byte a band.
 _BYTES = {"I": 4, "F": 4, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
@@ -59,7 +59,9 @@ def read(path: Path, label: bool) -> Picture:
         elif image.format == "TIFF":
             return _stack(path, image, pages, label)
         else:
-            raise PFedSAMError("E05", f"{path} is an animation of {pages} frames.", "Save the one picture meant.")
+            raise PFedSAMError(
+                ErrorCode.UNREADABLE_IMAGE, f"{path} is an animation of {pages} frames.", "Save the one picture meant."
+            )
     if turned:
         notes += ("turned upright, as its EXIF orientation says",)
     return Picture(values, "picture", path, white=white, notes=notes)
@@ -86,10 +88,12 @@ def _stack(path: Path, image: Image.Image, pages: int, label: bool) -> Picture:
         image.seek(page)
         values, white, notes = _values(path, image, label)
         if values.ndim != 2:
-            raise PFedSAMError("E05", f"{path}: page {page + 1} of {pages} is in colour.", "Save grey slices.")
+            raise PFedSAMError(
+                ErrorCode.UNREADABLE_IMAGE, f"{path}: page {page + 1} of {pages} is in colour.", "Save grey slices."
+            )
         if planes and (values.shape, values.dtype) != (planes[0].shape, planes[0].dtype):
             raise PFedSAMError(
-                "E05",
+                ErrorCode.UNREADABLE_IMAGE,
                 f"{path}: page {page + 1} of {pages} is {values.dtype}{list(values.shape)}, page 1 is "
                 f"{planes[0].dtype}{list(planes[0].shape)}: they are no slices of a volume.",
                 "Save the page that is meant as a file of its own.",
@@ -131,7 +135,7 @@ def _check_sideways(path: Path, image: Image.Image) -> None:
     tiles = getattr(image, "tile", None)
     if orientation in _SIDEWAYS and tiles and tiles[0][0] == "raw":
         raise PFedSAMError(
-            "E05",
+            ErrorCode.UNREADABLE_IMAGE,
             f"{path} has the EXIF orientation {orientation} and no compression, which cannot be read reliably.",
             "Save it upright.",
         )
@@ -151,23 +155,25 @@ def _check_samples(path: Path, image: Image.Image, bits: int, label: bool) -> No
     tags, samples = getattr(image, "tag_v2", {}), len(image.getbands())
     if tags.get(_SAMPLES, samples) != samples:
         raise PFedSAMError(
-            "E05", f"{path} has {tags[_SAMPLES]} samples a pixel, of which {samples} can be read.", "Save one channel."
+            ErrorCode.UNREADABLE_IMAGE,
+            f"{path} has {tags[_SAMPLES]} samples a pixel, of which {samples} can be read.",
+            "Save one channel.",
         )
     if bits > 8 and samples > 1 and tags.get(_PLANES) == _SEPARATE:
         raise PFedSAMError(
-            "E05",
+            ErrorCode.UNREADABLE_IMAGE,
             f"{path} has colour planes of {bits} bits one after the other, which cannot be read reliably.",
             "Save it with 8 bits, or with the colours of a pixel together.",
         )
     if label and bits > 8 and samples > 1:
         raise PFedSAMError(
-            "E07",
+            ErrorCode.LABEL_OUT_OF_RANGE,
             f"label '{path}' has {samples} channels of {bits} bits, of which 8 bits would be read.",
             "Store the label as one channel of integers.",
         )
     if label and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         raise PFedSAMError(
-            "E07",
+            ErrorCode.LABEL_OUT_OF_RANGE,
             f"label '{path}' says that 0 is white: whether white or black is the foreground is not known.",
             "Store the label as plain numbers (black is zero).",
         )
@@ -183,7 +189,9 @@ def _check_pages(path: Path, image: Image.Image, pages: int) -> None:
         if int(many or size) > 1:
             what = {"channels": "channels", "C": "channels"}.get(word or axis, "time points")
             raise PFedSAMError(
-                "E05", f"{path} holds {many or size} {what}, expected one grey stack.", "Save one of them alone."
+                ErrorCode.UNREADABLE_IMAGE,
+                f"{path} holds {many or size} {what}, expected one grey stack.",
+                "Save one of them alone.",
             )
     planes = _PLANES_SAID.search(said)
     shape = _SHAPE_SAID.search(said)
@@ -193,7 +201,9 @@ def _check_pages(path: Path, image: Image.Image, pages: int) -> None:
         told = int(np.prod(sizes)) // (image.width * image.height * int(tags.get(_SAMPLES, 1)))
     if told > pages:
         raise PFedSAMError(
-            "E05", f"{path} holds {told} slices, of which {pages} can be read.", "Save each slice as a page of its own."
+            ErrorCode.UNREADABLE_IMAGE,
+            f"{path} holds {told} slices, of which {pages} can be read.",
+            "Save each slice as a page of its own.",
         )
 
 
@@ -212,7 +222,7 @@ def _plain(path: Path, image: Image.Image, label: bool) -> tuple[Image.Image, tu
     if mode in ("P", "CMYK", "YCbCr", "HSV", "RGBX"):
         word = {"P": "palette", "RGBX": "RGB"}.get(mode, mode)
         return image.convert("RGB"), (f"its {word} is read as colours",)
-    raise PFedSAMError("E05", f"{path} is in the colour space {mode}.", "Save it as grey or RGB.")
+    raise PFedSAMError(ErrorCode.UNREADABLE_IMAGE, f"{path} is in the colour space {mode}.", "Save it as grey or RGB.")
 
 
 def _without_alpha(path: Path, image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
@@ -224,7 +234,7 @@ def _without_alpha(path: Path, image: Image.Image) -> tuple[Image.Image, tuple[s
         clear = int(np.count_nonzero(np.asarray(image.convert("RGBA").getchannel("A")) < 255))
     if clear:
         raise PFedSAMError(
-            "E05",
+            ErrorCode.UNREADABLE_IMAGE,
             f"{path} has an alpha channel with {clear} transparent pixel(s): what is seen there depends on the viewer.",
             "Flatten it: save it without transparency.",
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from pfedsam.data.limits import check_claim
 from pfedsam.data.picture import Picture
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError
 
 #: Millimetres of the units that a header may state; nibabel's affine is in the unit that the header states.
 _UNITS = {"meter": 1000.0, "micron": 0.001}
@@ -31,7 +31,7 @@ def read(path: Path) -> Picture:
     """
     header = nibabel.load(path)
     if not isinstance(header, (nibabel.Nifti1Image, nibabel.Nifti2Image)):
-        raise PFedSAMError("E05", f"{path} is {type(header).__name__}, expected NIfTI.", _REMEDY)
+        raise PFedSAMError(ErrorCode.UNREADABLE_IMAGE, f"{path} is {type(header).__name__}, expected NIfTI.", _REMEDY)
     shape = tuple(int(size) for size in header.shape)
     dtype = header.get_data_dtype()
     _check_form(path, shape, dtype)
@@ -40,7 +40,9 @@ def read(path: Path) -> Picture:
     factor = _UNITS.get(unit, 1.0)
     affine = np.diag([factor, factor, factor, 1.0]) @ np.asarray(header.affine, dtype=float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-12:
-        raise PFedSAMError("E05", f"{path} has an affine that maps no volume: {affine.tolist()}.", _REMEDY)
+        raise PFedSAMError(
+            ErrorCode.UNREADABLE_IMAGE, f"{path} has an affine that maps no volume: {affine.tolist()}.", _REMEDY
+        )
     size = shape[:3] + (1,) * (3 - len(shape[:3]))
     notes = (f"its unit is {unit}: read as millimetres",) if factor != 1 else ()
     values = _values(path, header).reshape(size)
@@ -51,7 +53,9 @@ def _unit(path: Path, header: Any) -> str:
     try:
         return str(header.header.get_xyzt_units()[0])
     except KeyError as error:
-        raise PFedSAMError("E05", f"{path} states a unit of length that does not exist ({error}).", _REMEDY) from None
+        raise PFedSAMError(
+            ErrorCode.UNREADABLE_IMAGE, f"{path} states a unit of length that does not exist ({error}).", _REMEDY
+        ) from None
 
 
 def _values(path: Path, header: Any) -> Any:
@@ -67,16 +71,20 @@ def _values(path: Path, header: Any) -> Any:
 
 def _check_form(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
     if dtype.fields is not None:
-        raise PFedSAMError("E05", f"{path} holds colour voxels, expected one channel.", "Export it in grey.")
+        raise PFedSAMError(
+            ErrorCode.UNREADABLE_IMAGE, f"{path} holds colour voxels, expected one channel.", "Export it in grey."
+        )
     if dtype.kind not in "buif":
         raise PFedSAMError(
-            "E05", f"{path} holds {dtype} voxels, expected real numbers.", "Export the magnitude as one channel."
+            ErrorCode.UNREADABLE_IMAGE,
+            f"{path} holds {dtype} voxels, expected real numbers.",
+            "Export the magnitude as one channel.",
         )
     if len(shape) < 2 or any(size < 1 for size in shape):
-        raise PFedSAMError("E05", f"{path} has shape {list(shape)}, expected a volume.", _REMEDY)
+        raise PFedSAMError(ErrorCode.UNREADABLE_IMAGE, f"{path} has shape {list(shape)}, expected a volume.", _REMEDY)
     if any(size != 1 for size in shape[3:]):
         raise PFedSAMError(
-            "E05",
+            ErrorCode.UNREADABLE_IMAGE,
             f"{path} has shape {list(shape)}: {int(np.prod(shape[3:]))} channels or time points, expected one channel.",
             "Give one volume of the series.",
         )
