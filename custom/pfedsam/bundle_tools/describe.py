@@ -93,7 +93,7 @@ def describe(
     trunk, head = _gflop(network)
     settings = {key: told[key] for key in SWITCHES if key in told}
     if settings.get("adapted_blocks") == AUTO:
-        blocks = network.image_encoder.adaptable_blocks()  # type: ignore[operator]
+        blocks = network.image_encoder.adaptable_blocks()
         settings["adapted_blocks"] = len(blocks) - network.first_adapted
     return Description(settings, groups, _decoder_share(network, roles), trunk, head)
 

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -143,7 +144,7 @@ def _write(pair: Pair, out: Path, kind: Kind) -> None:
         nibabel.save(nibabel.Nifti1Image(values.reshape(mask.volume_shape), place), labels / f"{pair.case}.nii.gz")
 
 
-def _write_picture(values: NDArray, path: Path, source: Path) -> None:
+def _write_picture(values: NDArray[Any], path: Path, source: Path) -> None:
     kind = next((one for one in (np.uint8, np.uint16) if values.min() >= 0 and values.max() <= np.iinfo(one).max), None)
     if kind is None:
         wrong = few(str(value) for value in found_values(values) if not 0 <= value <= np.iinfo(np.uint16).max)
@@ -213,12 +214,12 @@ def _named(folder: Path, suffix: str) -> dict[str, Path]:
     return found
 
 
-def _black_and_white(mask: Picture) -> NDArray:
+def _black_and_white(mask: Picture) -> NDArray[Any]:
     white = black_and_white(found_values(mask.values), ())
     return mask.values if white is None else mask.values // white
 
 
-def _cup_in_disc(mask: Picture) -> NDArray:
+def _cup_in_disc(mask: Picture) -> NDArray[Any]:
     """What is seen, not what is stored: a palette or 16 bits may stand behind black, grey and white."""
     grey = mask.grey() * (WHITE / mask.white) if mask.white else mask.grey()
     if mask.kind != "picture" or grey.max() < _DISC:
@@ -231,7 +232,7 @@ def _cup_in_disc(mask: Picture) -> NDArray:
     return np.where(grey < _CUP, 2, np.where(grey < _DISC, 1, 0))
 
 
-def _any_zone(mask: Picture) -> NDArray:
+def _any_zone(mask: Picture) -> NDArray[Any]:
     if mask.values.min() < 0:
         raise PFedSAMError(
             ErrorCode.LABEL_OUT_OF_RANGE,
@@ -252,7 +253,7 @@ class Kind:
     """
 
     finders: tuple[Callable[[Path], Iterator[Pair]], ...]
-    convert: Callable[[Picture], NDArray]
+    convert: Callable[[Picture], NDArray[Any]]
     numbers: bool = True
 
 

@@ -51,7 +51,7 @@ class SliceChannelsd(MapTransform):
         return {**data, **{key: slice_channels(data[key], grey=self.grey) for key in self.key_iterator(dict(data))}}
 
 
-class SliceDataset(Dataset):
+class SliceDataset(Dataset[Any]):
     """Slices of labelled volumes; item `slice * variants + variant`.
 
     A variant is one pre-drawn augmentation. It is a function of `(seed, item)`, so features of its frozen trunk can be
@@ -72,8 +72,8 @@ class SliceDataset(Dataset):
     def __init__(
         self,
         data: Sequence[dict[str, Any]],
-        transform: Callable,
-        augment: Callable | None = None,
+        transform: Callable[[Any], Any],
+        augment: Callable[[Any], Any] | None = None,
         variants: int = 4,
         grey: Grey = "neighbours",
         seed: int = 0,

@@ -227,7 +227,9 @@ def _dxo(result: Shareable, kind: DataKind, code: str) -> DXO:
     return dxo
 
 
-def _tensors(data: dict, shared: Manifest, personal: Collection[str], code: str) -> tuple[dict[str, np.ndarray], int]:
+def _tensors(
+    data: dict[str, Any], shared: Manifest, personal: Collection[str], code: str
+) -> tuple[dict[str, np.ndarray], int]:
     above = sorted({group_of(name) for name in shared} - CEILING)
     if above:
         raise PFedSAMError(code, f"the plan shares group(s) {above}, which may never be shared.")

@@ -24,7 +24,7 @@ class SlabSpacingd(Spacingd):
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Invert every key."""
-        found: dict = dict(data)
+        found: dict[Any, Any] = dict(data)
         return {**found, **{key: self._inverse(found[key]) for key in self.key_iterator(found)}}
 
     def _inverse(self, volume: MetaTensor) -> torch.Tensor:

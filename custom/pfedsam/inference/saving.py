@@ -20,7 +20,7 @@ class VolumeWriter(NibabelWriter):
         """Take the first channel of `(1, x, y, z)`."""
         self.data_obj = convert_data_type(data_array, output_type=np.ndarray)[0][0]
 
-    def set_metadata(self, meta_dict: Mapping | None = None, *args: Any, **kwargs: Any) -> None:
+    def set_metadata(self, meta_dict: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any) -> None:
         """Take the affine; nothing is resampled."""
         found = (meta_dict or {}).get(MetaKeys.AFFINE)
         self.affine = np.eye(4) if found is None else convert_data_type(found, output_type=np.ndarray)[0]

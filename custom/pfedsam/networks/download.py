@@ -150,7 +150,7 @@ def _get(source: str, headers: dict[str, str], redirects: int = 5) -> requests.R
         response = requests.get(source, headers=headers, stream=True, timeout=TIMEOUT, allow_redirects=False)
         if not response.is_redirect:
             return response
-        source = requests.compat.urljoin(source, response.headers["Location"])  # type: ignore[attr-defined]
+        source = requests.compat.urljoin(source, response.headers["Location"])
         response.close()
     raise requests.TooManyRedirects(f"more than {redirects} redirects")
 

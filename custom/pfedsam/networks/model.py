@@ -50,7 +50,7 @@ class SegmentAnything(nn.Module):
         settings = get_backbone(backbone)
         parts = build_parts(backbone, image_size)
         self.image_encoder, self.prompt_encoder = parts["image_encoder"], parts["prompt_encoder"]
-        self.mask_decoder: MaskDecoder = select_mask_tokens(parts["mask_decoder"], classes)  # type: ignore[arg-type]
+        self.mask_decoder: MaskDecoder = select_mask_tokens(parts["mask_decoder"], classes)
         self.image_size, self.classes = image_size, classes
         self.first_adapted = len(self.image_encoder.adaptable_blocks())  # type: ignore[operator]
         self.register_buffer("pixel_mean", torch.tensor(settings.mean).view(1, 3, 1, 1), persistent=False)

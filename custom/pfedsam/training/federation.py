@@ -264,7 +264,8 @@ def pooled_site(sites: Mapping[str, Path], out: Path, seed: int, folds: int) -> 
     Returns:
         `out`. Cases are named `<site>__<case>`, patients `<site>__<patient>`.
     """
-    from pfedsam.data.sites import SECTIONS, read_split
+    from pfedsam.data.sections import SECTIONS
+    from pfedsam.data.sites import read_split
 
     listed: dict[str, Sequence[Any]] = {section: [] for section in SECTIONS}
     patients = {}

@@ -141,7 +141,7 @@ class PhaseTrainer(SupervisedTrainer):
         accepted = inspect.signature(type(self._template)).parameters
         defaults = {key: value for key, value in self._template.defaults.items() if key in accepted}
         groups = [{"params": [parameters[name] for name in names], "factor": f} for f, names in by_factor.items()]
-        self.optimizer = type(self._template)(groups, **{**defaults, "lr": phase.learning_rate})  # type: ignore[call-arg]
+        self.optimizer = type(self._template)(groups, **{**defaults, "lr": phase.learning_rate})
         if phase.keep_moments:
             self._restore_moments()
         self.network.frozen_trunk = not trains_encoder(self.network, roles)
