@@ -14,10 +14,10 @@ from pfedsam.networks.sam import build_network
 from pfedsam.parameters import (
     _GROUPS,
     ADDED,
-    CEILING,
     GROUPS,
     LAYER_NORM,
     MAY_BE_PERSONAL,
+    SHAREABLE_GROUPS,
     Roles,
     TensorSpec,
     base_fingerprint,
@@ -90,14 +90,14 @@ def test_new_tensor_in_a_network_can_neither_travel_nor_be_lost_unnoticed(networ
     assert error_of(base_fingerprint, network, {}).code == "E12"
 
 
-@pytest.mark.parametrize("group", sorted(set(GROUPS) - CEILING))
+@pytest.mark.parametrize("group", sorted(set(GROUPS) - SHAREABLE_GROUPS))
 def test_group_above_the_ceiling_cannot_be_shared(group):
     error = error_of(Roles, shared=("lora_a", group), personal=())
     assert error.code == "E16" and group in error.message
 
 
 def test_experts_copies_and_running_statistics_are_above_the_ceiling():
-    assert not CEILING & {"experts", "personal_copy", "statistics", "prompt"}
+    assert not SHAREABLE_GROUPS & {"experts", "personal_copy", "statistics", "prompt"}
 
 
 @pytest.mark.parametrize("group", sorted(set(GROUPS) - MAY_BE_PERSONAL))
@@ -114,7 +114,7 @@ def test_roles_from_lists_equal_roles_from_tuples():
     assert Roles(["lora_a"], ["experts"]) == Roles(("lora_a",), ("experts",))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("shared", [(), ("lora_a",), tuple(sorted(CEILING))], ids=len)
+@pytest.mark.parametrize("shared", [(), ("lora_a",), tuple(sorted(SHAREABLE_GROUPS))], ids=len)
 def test_buffer_registered_on_an_expert_layer_is_personal_and_never_shared(network, shared):
     for layer in network.expert_layers().values():
         layer.register_buffer("canary", torch.full((3,), 7.0))

@@ -1,8 +1,9 @@
 """The one door: which tensors of a network are shared, personal or frozen, and the way of state in and out.
 
 Every parameter and persistent buffer belongs to exactly one *group*, found from its name. A strategy assigns groups to
-the roles `shared` and `personal`; every other group is `frozen`. What may ever be shared is limited by `CEILING`: the
-experts, personal copies and running statistics are in no ceiling, so no configuration can share them.
+the roles `shared` and `personal`; every other group is `frozen`. `SHAREABLE_GROUPS` is the
+ceiling of what may ever be shared: experts, personal copies and running statistics are not in it, so no configuration
+can share them.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ GROUPS: tuple[str, ...] = (*(group for group, _ in _GROUPS), LAYER_NORM)
 COPY = "personal."
 
 #: Groups that a strategy may share. Code, not configuration: a job or a site file can only narrow it.
-CEILING: frozenset[str] = frozenset({"lora_a", "lora_b", "decoder_subset", "decoder_rest", "encoder"})
+SHAREABLE_GROUPS: frozenset[str] = frozenset({"lora_a", "lora_b", "decoder_subset", "decoder_rest", "encoder"})
 #: Groups that a strategy may keep personal.
-MAY_BE_PERSONAL: frozenset[str] = CEILING | {"experts", "personal_copy", LAYER_NORM}
+MAY_BE_PERSONAL: frozenset[str] = SHAREABLE_GROUPS | {"experts", "personal_copy", LAYER_NORM}
 #: Groups that are added to the base model and are therefore no part of `W0`.
 ADDED: frozenset[str] = frozenset({"experts", "lora_a", "lora_b", "personal_copy"})
 
@@ -95,10 +96,12 @@ class Roles:
             raise PFedSAMError(
                 ErrorCode.WRONG_SETTING, f"unknown parameter group(s) {unknown}.", f"Use some of {list(GROUPS)}."
             )
-        above = [group for group in self.shared if group not in CEILING]
+        above = [group for group in self.shared if group not in SHAREABLE_GROUPS]
         if above:
             raise PFedSAMError(
-                ErrorCode.WRONG_SETTING, f"group(s) {above} may never be shared.", f"Share some of {sorted(CEILING)}."
+                ErrorCode.WRONG_SETTING,
+                f"group(s) {above} may never be shared.",
+                f"Share some of {sorted(SHAREABLE_GROUPS)}.",
             )
         fixed = [group for group in self.personal if group not in MAY_BE_PERSONAL]
         if fixed:
@@ -231,7 +234,7 @@ def set_trainable(network: nn.Module, roles: Roles, trained: Iterable[Role]) -> 
 
 
 @contextmanager
-def held(network: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+def swapped_parameters(network: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
     """The network with other values in some parameters inside a `with` block, without a copy of the network.
 
     Args:

@@ -340,7 +340,7 @@ def test_other_content_or_weights_are_another_training(data: Path, tmp_path: Pat
 def test_rounds_of_other_base_weights_are_not_gone_on_with(data: Path, tmp_path: Path) -> None:
     one = Run(str(data), SITES, "brain_lesion_mri", "fedprox", 0, 1, dict(SETTINGS))
     execute(one, tmp_path)
-    begun = one.federation(tmp_path).begun or one.federation(tmp_path)
+    begun = one.federation(tmp_path).shared_rounds or one.federation(tmp_path)
     # the fingerprint tells base weights and settings of the network apart; here it is the size of the input
     other = replace(begun, rounds=2, overrides={**begun.overrides, "image_size": 64})
     with pytest.raises(PFedSAMError, match="E11"):

@@ -19,7 +19,7 @@ from pfedsam.federated.plan import PLAN_ID
 from pfedsam.federated.records import CHECKED, LEFT, SCALARS, SENT_FILE, append_record
 from pfedsam.federated.scalars import LISTED as LISTED_TAGS
 from pfedsam.federated.scalars import PHASES, TAGS
-from pfedsam.parameters import CEILING
+from pfedsam.parameters import SHAREABLE_GROUPS
 
 JOB = "job-1"
 LISTED = sorted([*METADATA, "initial_metrics.val_dice"])
@@ -85,7 +85,7 @@ def test_the_scalars_of_a_job_are_counted_over_all_of_its_records(kit: Path) -> 
 
 def test_the_statement_names_everything_that_the_allow_list_lets_pass() -> None:
     text = statement()
-    for word in (*METADATA, *METRICS, *CEILING, *ErrorCode, *PHASES, "initial_metrics"):
+    for word in (*METADATA, *METRICS, *SHAREABLE_GROUPS, *ErrorCode, *PHASES, "initial_metrics"):
         assert word in text, word
     for word in ("n_validation", "train_loss"):
         assert word not in text, word

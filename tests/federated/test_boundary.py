@@ -24,7 +24,7 @@ from pfedsam.federated.boundary import (
     METADATA,
     METRICS,
     ROUND_KEY,
-    Passed,
+    SanitizedResult,
     allowed_return_code,
     check_headers,
     check_result,
@@ -49,7 +49,7 @@ def trained(data=None, meta=None, kind=DataKind.WEIGHT_DIFF) -> Shareable:
     return DXO(kind, data=weights() if data is None else data, meta=dict(META) if meta is None else meta).to_shareable()
 
 
-def passes(result, task="train", code="E19") -> Passed:
+def passes(result, task="train", code="E19") -> SanitizedResult:
     return check_result(result, task, shared=SHARED, personal=PERSONAL, code=code)
 
 

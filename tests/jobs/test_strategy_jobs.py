@@ -94,9 +94,12 @@ def test_a_copy_stays_and_differs_from_what_is_shared(shape) -> None:
 def test_alternate_moves_one_factor_in_a_round(shape, federation: Path, tmp_path: Path) -> None:
     strategy, *_ = shape
     if strategy.aggregation != "alternate":
-        assert not strategy.resting(0)
+        assert not strategy.frozen_this_round(0)
         return
-    assert (strategy.resting(0), strategy.resting(1)) == (frozenset({"lora_a"}), frozenset({"lora_b"}))
+    assert (strategy.frozen_this_round(0), strategy.frozen_this_round(1)) == (
+        frozenset({"lora_a"}),
+        frozenset({"lora_b"}),
+    )
     local = SiteTrainer(BUNDLE, federation / "site-1", strategy, TINY, tmp_path)
     local.open()
     for number in range(2):

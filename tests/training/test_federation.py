@@ -48,8 +48,8 @@ def federation(data: Path, out: Path, name: str = "pfedsam", **overrides: Any) -
 def test_rounds_apart_give_what_the_whole_gives(data: Path, tmp_path: Path) -> None:
     whole, parted = federation(data, tmp_path / "whole"), federation(data, tmp_path / "parted")
     run_federation(whole)
-    parted.begun = parted.rounds_alone(tmp_path / "rounds")
-    assert parted.begun is not None
+    parted.shared_rounds = parted.rounds_alone(tmp_path / "rounds")
+    assert parted.shared_rounds is not None
     run_federation(parted)
     first, _ = whole.global_model()
     second, rounds = parted.global_model()
@@ -68,12 +68,16 @@ def test_rounds_apart_give_what_the_whole_gives(data: Path, tmp_path: Path) -> N
 
 def test_another_strategy_goes_on_from_the_same_rounds(data: Path, tmp_path: Path) -> None:
     ours, theirs = federation(data, tmp_path / "a"), federation(data, tmp_path / "b", "fedavg_lora_ft")
-    ours.begun, theirs.begun = (one.rounds_alone(tmp_path / "rounds") for one in (ours, theirs))
-    assert ours.begun is not None and theirs.begun is not None and ours.begun.out == theirs.begun.out
+    ours.shared_rounds, theirs.shared_rounds = (one.rounds_alone(tmp_path / "rounds") for one in (ours, theirs))
+    assert (
+        ours.shared_rounds is not None
+        and theirs.shared_rounds is not None
+        and ours.shared_rounds.out == theirs.shared_rounds.out
+    )
     run_federation(ours)
-    before = (ours.begun.out / "history.jsonl").read_bytes()
+    before = (ours.shared_rounds.out / "history.jsonl").read_bytes()
     run_federation(theirs)
-    assert (ours.begun.out / "history.jsonl").read_bytes() == before, "done once"
+    assert (ours.shared_rounds.out / "history.jsonl").read_bytes() == before, "done once"
     model = read(theirs.model_of(SITES[0]))
     assert model.copy and any(not tensor.equal(model.shared[name]) for name, tensor in model.copy.items())
 
@@ -162,7 +166,7 @@ def test_strategies_without_a_personal_model_in_the_rounds_tell_no_dice_of_one()
 def test_a_site_keeps_the_model_halfway_to_the_global_one(name: str, whole: str, data: Path, tmp_path: Path) -> None:
     ours, theirs = federation(data, tmp_path / "a", name), federation(data, tmp_path / "b", whole)
     for one in (ours, theirs):
-        one.begun = one.rounds_alone(tmp_path / "rounds")
+        one.shared_rounds = one.rounds_alone(tmp_path / "rounds")
         run_federation(one)
     for site in SITES:
         mine, trained = read(ours.model_of(site)), read(theirs.model_of(site))

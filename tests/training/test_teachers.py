@@ -13,7 +13,7 @@ from torch import Tensor
 from pfedsam.data.phantom import write_phantom
 from pfedsam.networks.prompts import training_boxes
 from pfedsam.networks.sam import build_network
-from pfedsam.parameters import Roles, group_of, held, shared_state, tensors
+from pfedsam.parameters import Roles, group_of, shared_state, swapped_parameters, tensors
 from pfedsam.training.distillation import QualityGate, categorical_kl, distillation_loss, foreground
 from pfedsam.training.site import SiteTrainer
 from pfedsam.training.strategy import Distillation, Phase, Strategy
@@ -123,7 +123,7 @@ def test_network_is_held_at_other_values_and_comes_back_also_after_an_error():
     network = trainer().network
     state = {name: torch.zeros_like(t) for name, t in shared_state(network, ROLES).items() if "lora_b" in name}
     before = {name: t.clone() for name, t in tensors(network).items()}
-    with pytest.raises(KeyError), held(network, state):
+    with pytest.raises(KeyError), swapped_parameters(network, state):
         assert not any(tensors(network)[name].any() for name in state)
         raise KeyError
     assert state and all(torch.equal(t, before[name]) for name, t in tensors(network).items())
@@ -135,7 +135,7 @@ def test_network_is_held_on_its_own_device_wherever_the_values_are():
         network = build_network("vit_test", SIDE)
     state = shared_state(trainer().network, ROLES)
     assert {tensor.device.type for tensor in state.values()} == {"cpu"}
-    with held(network, state):
+    with swapped_parameters(network, state):
         assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
         network(torch.zeros(1, 3, SIDE, SIDE, device="meta"))
     assert {parameter.device.type for parameter in network.parameters()} == {"meta"}

@@ -292,11 +292,11 @@ class _News:
 
     def __call__(self) -> None:
         """Look once."""
-        from pfedsam.federated.records import NEWS
+        from pfedsam.federated.records import PROGRESS_LINE
 
         for site, log in self.logs.items():
             text = log.read_text(errors="replace") if log.exists() else ""
-            found = NEWS.findall(text)
+            found = PROGRESS_LINE.findall(text)
             for line in found[self.read[site] :]:
                 console.print(f"  {site}: {line}", highlight=False)
                 self.show(escape(f"{site}: {line}"))

@@ -134,7 +134,7 @@ class Run:
         return split_hash(self.splits())
 
     def federation(self, out: Path) -> Federation:
-        """What is trained, in the comparison's folder `out`; `begun` is set where other runs share the rounds."""
+        """What is trained, in the comparison's folder `out`; `shared_rounds` is set where others share them."""
         file, folder_ = self.file, self.training_folder(out)
         strategy = file.checked().model_copy(update={"validate_every": self.validate_every})
         sites = {name: path for name, path in self.folders().items() if name != self.held_out}
@@ -144,7 +144,7 @@ class Run:
         settings = {"feature_store": out / "features"}
         found = Federation(self.bundle, sites, strategy, folder_, self.rounds, self.settings, settings)
         if file.kind == "federated" and not self.simulator:
-            found.begun = found.rounds_alone(out / "rounds", f"{self.split_hash()} {self._beside_the_key()}")
+            found.shared_rounds = found.rounds_alone(out / "rounds", f"{self.split_hash()} {self._beside_the_key()}")
         return found
 
     def training_folder(self, out: Path) -> Path:
@@ -163,8 +163,8 @@ class Run:
 
     def shared_folder(self, out: Path) -> Path:
         """The folder whose training other runs share: that of the rounds, or of the whole."""
-        begun = self.federation(out).begun if self.file.kind == "federated" else None
-        return begun.out if begun else self.training_folder(out)
+        shared_rounds = self.federation(out).shared_rounds if self.file.kind == "federated" else None
+        return shared_rounds.out if shared_rounds else self.training_folder(out)
 
     def events(self) -> int:
         """About how many events `execute` tells."""

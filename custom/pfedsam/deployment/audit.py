@@ -23,7 +23,7 @@ from pfedsam.federated.plan import PLAN_ID
 from pfedsam.federated.records import CHECKED, LEFT, SCALARS, SENT_FILE
 from pfedsam.federated.settings import KIT_DEFAULTS
 from pfedsam.files import read_lines
-from pfedsam.parameters import CEILING, MAY_BE_PERSONAL
+from pfedsam.parameters import MAY_BE_PERSONAL, SHAREABLE_GROUPS
 from pfedsam.training.site import LEAST_COVERED, MOST_COVERED
 
 _SUBMITTED = re.compile(r"\[S:(?P<scope>[^\]]*)\].*\[A:(?P<task>\w+)#[^\]]*\]submit result:? (?P<reply>\S+)")
@@ -139,7 +139,7 @@ def _problems(found: Audit) -> list[str]:
     if outside:
         problems.append(f"results left under the privacy scope {outside}, not under the site's own 'pfedsam'")
     for number, one in enumerate(found.stage(CHECKED), 1):
-        above = sorted(set(one.get("by_group", {})) - (CEILING & set(found.shared)))
+        above = sorted(set(one.get("by_group", {})) - (SHAREABLE_GROUPS & set(found.shared)))
         if above:
             problems.append(f"result {number}: group(s) {above} are not shared by the job's plan, or may never leave")
     for stage, listed in ((CHECKED, boundary.LISTED_NAMES), (LEFT, boundary.LISTED_NAMES | _ADDED)):
@@ -160,8 +160,8 @@ def statement() -> str:
     page = Environment(loader=PackageLoader("pfedsam.deployment", "."), undefined=StrictUndefined, autoescape=False)
     return page.get_template("statement.md.j2").render(
         version=pfedsam.__version__,
-        shared=sorted(CEILING),
-        personal=sorted(MAY_BE_PERSONAL - CEILING),
+        shared=sorted(SHAREABLE_GROUPS),
+        personal=sorted(MAY_BE_PERSONAL - SHAREABLE_GROUPS),
         metadata=boundary.METADATA,
         meanings=boundary.MEANINGS,
         step=10.0**-boundary.METRIC_DECIMALS,

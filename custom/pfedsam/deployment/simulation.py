@@ -26,7 +26,7 @@ from pfedsam.deployment.job_terms import job_terms
 from pfedsam.deployment.jobs import export_job, find_job, plan_settings, server_settings
 from pfedsam.deployment.run_terms import keep_terms, kept_terms, require_same, terms_of, with_data
 from pfedsam.errors import ErrorCode, PFedSAMError
-from pfedsam.federated.records import NEWS, RECEIVED_FILE, ROUNDS_FILE
+from pfedsam.federated.records import PROGRESS_LINE, RECEIVED_FILE, ROUNDS_FILE
 from pfedsam.files import write_atomically
 from pfedsam.storage.global_model import round_of
 from pfedsam.storage.run_folder import EARLIER, RUN, SENT_FILE, WORKSPACE, bytes_by_round, move_aside, starts
@@ -296,7 +296,7 @@ def _simulate(simulation: Simulation, job: Path, log: Path, event: Callable[[str
             assert process.stdout is not None
             for line in process.stdout:
                 file.write(line)
-                if event and (news := NEWS.search(line)):
+                if event and (news := PROGRESS_LINE.search(line)):
                     event(news.group(1).strip())
         except BaseException:
             end(process)

@@ -32,7 +32,7 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
 from nvflare.app_common.app_constant import AppConstants
 
 from pfedsam.errors import PFedSAMError, code_of_reply
-from pfedsam.parameters import CEILING, Manifest, TensorSpec, group_of, short
+from pfedsam.parameters import SHAREABLE_GROUPS, Manifest, TensorSpec, group_of, short
 
 #: Metrics that may leave a site, of the global model; each is a number from 0 to 1.
 METRICS: tuple[str, ...] = ("val_dice",)
@@ -69,7 +69,7 @@ _RETURN_CODES = frozenset(
 
 
 @dataclass(frozen=True)
-class Passed:
+class SanitizedResult:
     """A result that was rebuilt from checked parts.
 
     Attributes:
@@ -107,7 +107,7 @@ class Passed:
 
 def check_result(
     result: Shareable, task: str, *, shared: Manifest, personal: Collection[str] = (), code: str
-) -> Passed:
+) -> SanitizedResult:
     """Rebuild a task's result from checked parts.
 
     Args:
@@ -132,7 +132,7 @@ def check_result(
         raise PFedSAMError(code, f"the result could not be read ({type(error).__name__}).") from error
 
 
-def with_cases(passed: Passed, cases: int) -> Passed:
+def with_cases(passed: SanitizedResult, cases: int) -> SanitizedResult:
     """A weight difference that has passed, with another number of training cases."""
     metadata = {**passed.metadata, MetaKey.NUM_STEPS_CURRENT_ROUND: cases}
     rebuilt = DXO(DataKind.WEIGHT_DIFF, data=dict(passed.tensors), meta=dict(metadata)).to_shareable()
@@ -193,20 +193,22 @@ def allowed_return_code(return_code: Any) -> str:
     return ReturnCode.EXECUTION_EXCEPTION
 
 
-def _check_result(result: Shareable, task: str, shared: Manifest, personal: Collection[str], code: str) -> Passed:
+def _check_result(
+    result: Shareable, task: str, shared: Manifest, personal: Collection[str], code: str
+) -> SanitizedResult:
     return_code = _headers(result, code).get(ReservedHeaderKey.RC, ReturnCode.OK)
     if type(return_code) is not str or return_code != ReturnCode.OK:
-        return Passed(make_reply(allowed_return_code(return_code)))
+        return SanitizedResult(make_reply(allowed_return_code(return_code)))
     if task in MODEL_TASKS:
         dxo = _dxo(result, DataKind.WEIGHT_DIFF, code)
         tensors, excluded = _tensors(dxo.data, shared, personal, code)
         metadata = _metadata(dxo.meta, code)
         rebuilt = DXO(DataKind.WEIGHT_DIFF, data=dict(tensors), meta=dict(metadata)).to_shareable()
-        return Passed(rebuilt, tensors, metadata, excluded)
+        return SanitizedResult(rebuilt, tensors, metadata, excluded)
     if task == AppConstants.TASK_VALIDATION:
         metrics = _metrics(_dxo(result, DataKind.METRICS, code).data, code)
-        return Passed(DXO(DataKind.METRICS, data=dict(metrics)).to_shareable(), metadata=metrics)
-    return Passed(make_reply(ReturnCode.OK))
+        return SanitizedResult(DXO(DataKind.METRICS, data=dict(metrics)).to_shareable(), metadata=metrics)
+    return SanitizedResult(make_reply(ReturnCode.OK))
 
 
 def _headers(result: Shareable, code: str) -> dict[str, Any]:
@@ -230,7 +232,7 @@ def _dxo(result: Shareable, kind: DataKind, code: str) -> DXO:
 def _tensors(
     data: dict[str, Any], shared: Manifest, personal: Collection[str], code: str
 ) -> tuple[dict[str, np.ndarray], int]:
-    above = sorted({group_of(name) for name in shared} - CEILING)
+    above = sorted({group_of(name) for name in shared} - SHAREABLE_GROUPS)
     if above:
         raise PFedSAMError(code, f"the plan shares group(s) {above}, which may never be shared.")
     if any(type(name) is not str for name in data):

@@ -28,7 +28,7 @@ from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.boundary import (
     FINGERPRINT_KEY,
     ROUND_KEY,
-    Passed,
+    SanitizedResult,
     check_headers,
     check_result,
     told_names,
@@ -100,7 +100,7 @@ class PersonalisedFilter(Filter):
             self._record(passed, excluded, task, fl_ctx)
         return passed.shareable
 
-    def _record(self, passed: Passed, excluded: int, task: str, fl_ctx: FLContext) -> None:
+    def _record(self, passed: SanitizedResult, excluded: int, task: str, fl_ctx: FLContext) -> None:
         by_group = passed.bytes_by_group
         record = {
             "stage": CHECKED,
@@ -319,7 +319,7 @@ def _contents(result: Shareable) -> dict[str, Any]:
         "bytes": sum(array.nbytes for array in arrays.values()),
         "metadata": told_names(others),
         # the digest of stage `checked`, if no filter behind ours has changed anything
-        "sha256": Passed(result, arrays, others).sha256(),
+        "sha256": SanitizedResult(result, arrays, others).sha256(),
     }
 
 

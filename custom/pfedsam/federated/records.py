@@ -18,7 +18,7 @@ ROUNDS_FILE = "pfedsam_rounds.jsonl"
 #: the scalars of the whole run, which go around the filters.
 CHECKED, SCALARS = "checked", "scalars"
 #: Lines of a site's log that a person waits for.
-NEWS = re.compile(r"- INFO - (round \d+: global Dice.*|round \d+, phase.*|final personal phase: global.*)")
+PROGRESS_LINE = re.compile(r"- INFO - (round \d+: global Dice.*|round \d+, phase.*|final personal phase: global.*)")
 
 
 def append_record(run_dir: Path, file_name: str, record: dict[str, Any]) -> None:
@@ -27,4 +27,4 @@ def append_record(run_dir: Path, file_name: str, record: dict[str, Any]) -> None
     append_line(run_dir / file_name, {"time": time, **record})
 
 
-__all__ = ["CHECKED", "LEFT", "NEWS", "RECEIVED_FILE", "ROUNDS_FILE", "SCALARS", "SENT_FILE", "append_record"]
+__all__ = ["CHECKED", "LEFT", "PROGRESS_LINE", "RECEIVED_FILE", "ROUNDS_FILE", "SCALARS", "SENT_FILE", "append_record"]

@@ -49,8 +49,8 @@ class Federation:
         rounds: number of rounds.
         overrides: listed ids of the bundle's configuration.
         settings: of `SiteTrainer`, for example `checkpoint`, `device`, `feature_store`.
-        begun: a federation of the rounds alone, in which nothing personal takes part; it is run first, or what is left
-            of it, and this one adds its final phases only.
+        shared_rounds: a federation of the rounds alone, in which nothing personal takes part; it is run first, or what
+            is left of it, and this one adds its final phases only.
     """
 
     bundle: str
@@ -60,7 +60,7 @@ class Federation:
     rounds: int
     overrides: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    begun: Federation | None = None
+    shared_rounds: Federation | None = None
 
     def rounds_alone(self, root: Path, apart: str = "") -> Federation | None:
         """The rounds as a federation of their own, which all share that differ in what is personal; None if none can.
@@ -86,8 +86,8 @@ class Federation:
 
     def global_model(self) -> tuple[dict[str, Tensor], int]:
         """The last global model and the number of rounds behind it ({} and 0 before the first)."""
-        if self.begun:
-            return self.begun.global_model()
+        if self.shared_rounds:
+            return self.shared_rounds.global_model()
         path = self.out / ROUND_FILE
         if not path.exists():
             return {}, 0
@@ -101,7 +101,7 @@ class Federation:
     def history(self) -> list[dict[str, Any]]:
         """What was noted in each round and site, in order; the last note of a round and site counts."""
         path = self.out / HISTORY_FILE
-        notes = self.begun.history() if self.begun else []
+        notes = self.shared_rounds.history() if self.shared_rounds else []
         notes += read_lines(path)
         return list({(note["round"], note["site"]): note for note in notes}.values())
 
@@ -120,10 +120,10 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
     federation.out.mkdir(parents=True, exist_ok=True)
     if federation.finished():
         return
-    if federation.begun:
-        federation.begun.out.mkdir(parents=True, exist_ok=True)
-        with FileLock(federation.begun.out / "lock"):  # others share it
-            run_federation(federation.begun, event, aggregated)
+    if federation.shared_rounds:
+        federation.shared_rounds.out.mkdir(parents=True, exist_ok=True)
+        with FileLock(federation.shared_rounds.out / "lock"):  # others share it
+            run_federation(federation.shared_rounds, event, aggregated)
     strategy, tell = federation.strategy, event or (lambda line: None)
     sites = {name: _open(federation, name) for name in federation.sites}
     theta, done = _start(federation, sites)
@@ -172,11 +172,11 @@ def _open(federation: Federation, name: str) -> SiteTrainer:
 def _start(federation: Federation, sites: Mapping[str, SiteTrainer]) -> tuple[dict[str, Tensor], int]:
     """The global model to go on from and the number of rounds done (E11 if they are of other base weights)."""
     theta, done = federation.global_model()
-    if done and not federation.begun:
+    if done and not federation.shared_rounds:
         _, metadata = read_safetensors(federation.out / ROUND_FILE)
         for local in sites.values():
             local.receive(theta, metadata["fingerprint"])
-    if done and federation.strategy.remembers and not federation.begun:
+    if done and federation.strategy.remembers and not federation.shared_rounds:
         for name, local in sites.items():
             local.restore(read(_model(federation, name, done - 1)))
     if done:

@@ -28,12 +28,12 @@ from pfedsam.networks.model import SegmentAnything
 from pfedsam.parameters import (
     COPY,
     check_state,
-    held,
     load_personal_state,
     load_shared_state,
     manifest,
     personal_state,
     shared_state,
+    swapped_parameters,
     trains_encoder,
 )
 from pfedsam.storage.site_model import SiteModel
@@ -232,7 +232,7 @@ class SiteTrainer:
             answered: list[bool] = []
             with (
                 self.network.experts(experts),
-                held(self.network, self._beside() if experts else {}),
+                swapped_parameters(self.network, self._beside() if experts else {}),
                 self.evaluator.add_event_handler(
                     IterationEvents.FORWARD_COMPLETED,
                     lambda engine: answered.extend(map(self._is_answer, engine.state.output[Keys.PRED])),
@@ -380,9 +380,11 @@ class SiteTrainer:
             for layer in self.network.expert_layers().values():
                 layer.forget_usage()
             with self._theta_of(phase):
-                resting = self.strategy.resting(round_number) if "shared" in phase.trains else ()
+                frozen_this_round = self.strategy.frozen_this_round(round_number) if "shared" in phase.trains else ()
                 roles, anchor = self.strategy.roles, self._received
-                self.trainer.set_phase(phase, roles, round_number, number, resting=resting, anchor=anchor)
+                self.trainer.set_phase(
+                    phase, roles, round_number, number, frozen_this_round=frozen_this_round, anchor=anchor
+                )
                 self.trainer.run()
             report = result.phases[phase.name] = self.trainer.report
             if phase.experts:

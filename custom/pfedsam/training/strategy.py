@@ -219,7 +219,7 @@ class Strategy(_Settings):
         """Whether the rounds, and not only the final phases, train a personal model beside the global one."""
         return bool(self.shared) and any(set(phase.trains) - {"shared"} for phase in self.phases)
 
-    def resting(self, round_number: int) -> frozenset[str]:
+    def frozen_this_round(self, round_number: int) -> frozenset[str]:
         """Groups that are not trained in a round though they are shared."""
         if self.aggregation != "alternate":
             return frozenset()

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.networks.prompts import training_boxes
-from pfedsam.parameters import Role, Roles, group_of, held, set_trainable, short, trains_encoder
+from pfedsam.parameters import Role, Roles, group_of, set_trainable, short, swapped_parameters, trains_encoder
 from pfedsam.training.distillation import QualityGate, TeacherLogits, distillation_loss
 from pfedsam.training.feature_cache import FeatureCache
 from pfedsam.training.strategy import Phase
@@ -99,7 +99,7 @@ class PhaseTrainer(SupervisedTrainer):
         round_number: int = 0,
         number: int = 0,
         *,
-        resting: Collection[str] = (),
+        frozen_this_round: Collection[str] = (),
         anchor: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Prepare `run` to train one phase.
@@ -110,7 +110,7 @@ class PhaseTrainer(SupervisedTrainer):
             round_number: of the federation; it seeds the draws.
             number: of the phase in its round; phases of a round draw the same slices when they have the same number of
                 epochs, so that their features are computed once.
-            resting: groups that are not trained this time, whatever their role.
+            frozen_this_round: groups that are not trained this time, whatever their role.
             anchor: theta as received, for the proximal loss.
         """
         self.phase, self.roles, self.round, self.number = phase, roles, round_number, number
@@ -120,7 +120,7 @@ class PhaseTrainer(SupervisedTrainer):
         trained: set[Role] = {"shared" if role == "copy" else role for role in phase.trains}
         set_trainable(self.network, roles, trained)
         for name, parameter in self.network.named_parameters():
-            if group_of(name) in resting:
+            if group_of(name) in frozen_this_round:
                 parameter.requires_grad_(False)
         by_factor: dict[float, list[str]] = {}
         parameters = {name: one for name, one in self.network.named_parameters() if one.requires_grad}
@@ -271,7 +271,11 @@ class PhaseTrainer(SupervisedTrainer):
         settings = self.phase.distillation
         assert settings is not None
         training, personal = self.network.training, settings.teacher == "personal"
-        with self.network.experts(personal), held(self.network, self._taught_by), self.network.prompted(boxes):
+        with (
+            self.network.experts(personal),
+            swapped_parameters(self.network, self._taught_by),
+            self.network.prompted(boxes),
+        ):
             self.network.eval()
             logits = self.network.head(features)
         self.network.train(training)
