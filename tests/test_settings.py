@@ -332,3 +332,20 @@ def test_settings_are_listed_with_meaning_unit_range_and_who_sets_them(monkeypat
     assert told["image_size"]["unit"] == "pixels" and told["image_size"]["by"] == "job"
     shown = CliRunner().invoke(app, ["settings"]).output
     assert all(name in shown for name in told) and "a multiple of 4 (pixels)" in shown
+
+
+@pytest.mark.parametrize(("other", "ours", "value"), [("num_experts", "experts", 2), ("router", "gate", "token")])
+def test_a_setting_may_have_the_name_that_other_tools_give_it(other: str, ours: str, value: Any) -> None:
+    assert checked_overrides({other: value, "seed": 3}) == {ours: value, "seed": 3}
+    with pytest.raises(PFedSAMError, match=rf"E32: '{other}' and '{ours}' are one setting"):
+        checked_overrides({other: value, ours: value})
+
+
+def test_a_phase_may_have_the_names_that_other_tools_give_its_keys() -> None:
+    from pfedsam.training.strategy import Phase
+
+    given = {"name": "local", "trains": ["shared"], "experts": False}
+    other = Phase.of({**given, "lr_multipliers": {"lora_b": 4}, "proximal_mu": 0.1})
+    assert other == Phase.of({**given, "rates": {"lora_b": 4}, "proximal": 0.1})
+    with pytest.raises(PFedSAMError, match="E32"):
+        Phase.of({**given, "proximal": 0.1, "proximal_mu": 0.1})

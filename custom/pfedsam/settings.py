@@ -24,6 +24,8 @@ By = Literal["job", "site", "bundle"]
 #: pixels, and so many blocks can be adapted.
 MULTIPLES = {"lite_medsam": 4, "vit_b": 16, "vit_l": 16, "vit_h": 16, "vit_test": 16}
 BLOCKS = {"lite_medsam": 10, "vit_b": 12, "vit_l": 24, "vit_h": 32, "vit_test": 3}
+#: What other tools call some settings. Either may be written; inside there is one name.
+ALIASES = {"num_experts": "experts", "router": "gate", "target_modules": "lora_places"}
 _LONGEST = 100
 _LIST = "See `pfedsam settings`."
 
@@ -148,7 +150,8 @@ def all_settings() -> dict[str, Setting]:
     for name, schema in Settings.model_json_schema()["properties"].items():
         if name == "checkpoint":
             schema = {**schema, "enum": ["default", *CHECKPOINTS]}
-        found[name] = Setting(name, schema["description"], schema["unit"], _in_words(schema), schema["by"])
+        other = next((f" Also `{other}`." for other, ours in ALIASES.items() if ours == name), "")
+        found[name] = Setting(name, schema["description"] + other, schema["unit"], _in_words(schema), schema["by"])
     return found
 
 
@@ -157,14 +160,14 @@ JOB_SETTINGS = tuple(name for name, setting in all_settings().items() if setting
 
 
 def checked(overrides: Any) -> dict[str, Any]:
-    """The settings that a job overrides, as they were given.
+    """The settings that a job overrides, by the names that the bundles have for them.
 
     Args:
-        overrides: literal values by name; None for none.
+        overrides: literal values by name, or by one of `ALIASES`; None for none.
 
     Raises:
         PFedSAMError: E18 for anything else, for a setting that is not a job's, or for a value outside its type and
-            range: the setting, its value and what is allowed are named.
+            range: the setting, its value and what is allowed are named; E32 for a setting under both of its names.
     """
     if overrides is None:
         return {}
@@ -172,6 +175,7 @@ def checked(overrides: Any) -> dict[str, Any]:
         raise PFedSAMError(
             ErrorCode.OVERRIDE_NOT_ALLOWED, f"overrides are {shown(overrides)}, expected names with values.", _LIST
         )
+    overrides = by_one_name(overrides, ALIASES)
     for name in overrides:
         if name not in JOB_SETTINGS:
             raise _not_for_a_job(name)
@@ -182,6 +186,22 @@ def checked(overrides: Any) -> dict[str, Any]:
     if overrides.get("checkpoint", "default") not in ("default", *CHECKPOINTS):
         raise _wrong("checkpoint", overrides)
     return dict(overrides)
+
+
+def by_one_name(given: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Values under our names for what may have two.
+
+    Args:
+        given: values by name.
+        aliases: our names by others.
+
+    Raises:
+        PFedSAMError: E32 if something is given under both names.
+    """
+    for other, ours in aliases.items():
+        if other in given and ours in given:
+            raise PFedSAMError(ErrorCode.CONTRADICTION, f"'{other}' and '{ours}' are one setting.", "Give one of them.")
+    return {aliases.get(name, name) if isinstance(name, str) else name: value for name, value in given.items()}
 
 
 def require_together(settings: Mapping[str, Any], where: str) -> None:

@@ -48,7 +48,7 @@ class StrategyFile(BaseModel):
         """
         found = _checked(cls, content, where, "is no strategy", "See jobs/strategies/fedavg_lora.json for one.")
         found.checked()
-        return found
+        return found.model_copy(update={"overrides": checked_overrides(found.overrides)})
 
     def checked(self) -> Strategy:
         """The strategy (E16 or E18 if it or the overrides are impossible)."""

@@ -11,7 +11,10 @@ from typing_extensions import Self
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.parameters import GROUPS, LAYER_NORM, Roles
 from pfedsam.ranges import MOST_EPOCHS, MOST_ROUNDS
-from pfedsam.settings import shown
+from pfedsam.settings import by_one_name, shown
+
+#: What other tools call two keys of a phase.
+ALIASES = {"lr_multipliers": "rates", "proximal_mu": "proximal"}
 
 MOST_PHASES, LARGEST_RATE, LARGEST_FACTOR = 20, 10.0, 1000.0
 # a text or a truth value is no number
@@ -95,6 +98,8 @@ class Phase(_Settings):
         balance: weight of the experts' load-balance loss, where only the top k gates count.
         proximal: mu of the extra loss `mu / 2 * ||w - theta||^2`, w what is trained of the shared tensors or of their
             copy, theta as received (FedProx: Li et al., arXiv 1812.06127; Ditto: Li et al., arXiv 2012.04221).
+
+    `rates` may also be written `lr_multipliers`, and `proximal` `proximal_mu`.
     """
 
     name: Name
@@ -111,6 +116,11 @@ class Phase(_Settings):
     distillation: Distillation | None = None
     balance: Factor = 0.01
     proximal: Factor = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_one_name(cls, given: Any) -> Any:
+        return by_one_name(given, ALIASES) if isinstance(given, dict) else given
 
     @field_validator("rates")
     @classmethod
