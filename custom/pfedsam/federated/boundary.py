@@ -197,6 +197,8 @@ def _check_result(
     result: Shareable, task: str, shared: Manifest, personal: Collection[str], code: str
 ) -> SanitizedResult:
     return_code = _headers(result, code).get(ReservedHeaderKey.RC, ReturnCode.OK)
+    # nothing that came in goes on: each way out of here makes a new result of checked parts, so what nobody thought of
+    # stays behind; types are compared with `type`, because a subclass could answer one thing now and another later
     if type(return_code) is not str or return_code != ReturnCode.OK:
         return SanitizedResult(make_reply(allowed_return_code(return_code)))
     if task in MODEL_TASKS:
@@ -232,6 +234,7 @@ def _dxo(result: Shareable, kind: DataKind, code: str) -> DXO:
 def _tensors(
     data: dict[str, Any], shared: Manifest, personal: Collection[str], code: str
 ) -> tuple[dict[str, np.ndarray], int]:
+    # the plan is the job's word; the ceiling is this package's, so a job cannot raise it
     above = sorted({group_of(name) for name in shared} - SHAREABLE_GROUPS)
     if above:
         raise PFedSAMError(code, f"the plan shares group(s) {above}, which may never be shared.")

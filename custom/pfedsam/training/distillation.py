@@ -65,6 +65,7 @@ def distillation_loss(
         band = likely | ((label[:, 1:] if exclusive else label) > 0.5)
         if exclusive:
             band = band.any(1, keepdim=True)
+    # two means, not one: a lesion is a hundredth of the pixels, and one mean would teach the background alone
     means = [divergence[part].mean() for part in (band, ~band) if part.any()]
     return settings.weight * settings.temperature**2 * torch.stack(means).mean()
 
@@ -97,6 +98,7 @@ class TeacherLogits:
             items: index of each image in the data set.
             boxes: `(B, 4)`, NaN for an image without a box, or None for no prompt (`SegmentAnything.prompted`).
         """
+        # the boxes are part of the key: they are drawn anew each epoch, and the teacher sees what the student sees
         prompts = [None] * len(items) if boxes is None else [row.numpy().tobytes() for row in boxes.cpu()]
         keys = list(zip(items, prompts, strict=True))
         missing = [i for i, key in enumerate(keys) if key not in self._kept]

@@ -90,6 +90,7 @@ class FeatureCache:
     def _store(self, key: Hashable, row: Tensor) -> None:
         if self._shape is None:
             self._shape = row.shape
+        # a key may come twice in a batch; another shape (a last image of another size) has no place in the table
         if key in self.rows or row.shape != self._shape:
             return
         if (len(self.rows) + 1) * self._row_bytes() > self.limit:
@@ -111,6 +112,7 @@ class FeatureCache:
         if self._file is None:
             assert self.folder is not None and self._shape is not None
             self.folder.mkdir(parents=True, exist_ok=True)
+            # as long as the budget from the start: the file is sparse, and a mapping cannot grow
             capacity = self.limit // self._row_bytes()
             size = capacity * self._shape.numel()
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix="features-", suffix=".bin") as file:
