@@ -19,14 +19,16 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import pfedsam
-from pfedsam.api import picture_of
 from pfedsam.bundles import network_of
 from pfedsam.cli import app
 from pfedsam.comparison.compare import Comparison
 from pfedsam.comparison.execute import execute
+from pfedsam.data.arrays import picture_of
 from pfedsam.data.phantom import write_phantom
 from pfedsam.data.reader import load_picture
-from pfedsam.deployment import simulation as simulator
+from pfedsam.deployment import simulator
+from pfedsam.deployment.simulation import Simulation
+from pfedsam.deployment.simulation_starts import newest_global_model
 from pfedsam.files import append_line
 from pfedsam.parameters import COPY, Roles, manifest
 from pfedsam.storage.global_model import write_global_model
@@ -362,7 +364,7 @@ def test_a_site_is_not_trained_where_that_cannot_be(data: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-def _in_this_process(simulation: simulator.Simulation, job: Path, log: Path, event: Callable[[str], None]) -> None:
+def _in_this_process(simulation: Simulation, job: Path, log: Path, event: Callable[[str], None]) -> None:
     """What NVFlare's simulator leaves, trained without it: the states of the sites and the global model."""
     plan = simulation.plan
     strategy, rounds = find_strategy("pfedsam").checked(), simulation.rounds_in_all
@@ -376,7 +378,7 @@ def _in_this_process(simulation: simulator.Simulation, job: Path, log: Path, eve
         folder.open()
         folder.save(kept)
         folder.close()
-    path = simulator._newest_global_model(simulation)
+    path = newest_global_model(simulation)
     path.parent.mkdir(parents=True)
     shared = manifest(network, strategy.roles, "shared")
     write_global_model(path, ours.global_model()[0], network.base_fingerprint, shared, rounds - 1)

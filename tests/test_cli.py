@@ -18,8 +18,10 @@ from filelock import FileLock
 
 from pfedsam.cli import main
 from pfedsam.data.phantom import write_phantom
-from pfedsam.deployment.simulation import Simulation, _put_states_back, begin_anew, require_same_run
-from pfedsam.deployment.simulation import run as simulate
+from pfedsam.deployment.simulation import Simulation
+from pfedsam.deployment.simulation_starts import put_states_back, require_same_run
+from pfedsam.deployment.simulator import begin_anew
+from pfedsam.deployment.simulator import run as simulate
 from pfedsam.errors import PFedSAMError
 from pfedsam.report.page import write_report
 
@@ -132,9 +134,9 @@ def test_a_run_goes_on_from_the_states_of_its_last_whole_round(done: int, own: t
     one = simulation(*own)
     if done == 1:  # both states of a site are of later rounds
         with pytest.raises(PFedSAMError, match=r"E25.*no state of round 0.*--fresh"):
-            _put_states_back(one, done)
+            put_states_back(one, done)
         return
-    _put_states_back(one, done)
+    put_states_back(one, done)
     found = {site: (entry.info["round"], entry.info["final"]) for site, entry in one.states().items()}
     assert found == ({"site-1": (2, False), "site-2": (2, False)} if done else {})
 

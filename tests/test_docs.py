@@ -283,11 +283,12 @@ def test_the_layout_names_every_room_and_no_other_file() -> None:
 
 def test_python_examples_call_what_the_api_has() -> None:
     """Functions and their arguments, as `pfedsam.load_model(..., site=...)`."""
-    tree = ast.parse((PACKAGE / "api.py").read_text())
-    methods = [one for top in tree.body if isinstance(top, ast.ClassDef) for one in top.body]
+    files = sorted((PACKAGE / "api").glob("*.py"))
+    statements = [one for path in files for one in ast.parse(path.read_text()).body]
+    methods = [one for top in statements if isinstance(top, ast.ClassDef) for one in top.body]
     known = {
         one.name: {arg.arg for arg in (*one.args.args, *one.args.kwonlyargs)}
-        for one in (*tree.body, *methods)
+        for one in (*statements, *methods)
         if isinstance(one, ast.FunctionDef)
     }
     seen = set()

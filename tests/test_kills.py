@@ -27,7 +27,9 @@ from pfedsam.networks.weights import Checkpoint, check_file
 from pfedsam.parameters import Roles
 from pfedsam.report.page import write_report
 from pfedsam.storage.site_model import SiteModel, read, write
-from pfedsam.storage.state import PREVIOUS, SiteState, list_states
+from pfedsam.storage.state import SiteState
+from pfedsam.storage.state_files import PREVIOUS
+from pfedsam.storage.state_list import list_states
 from pfedsam.training.feature_store import FeatureStore
 
 #: How many of what was acknowledged before the last are looked at after each kill.

@@ -49,7 +49,7 @@ def test_imports_run_one_way(path: Path):
     room, imported = path.parts[0], _imports(FILES[path])
     if room not in ("federated", "deployment"):
         assert not any(name.split(".")[0] == "nvflare" for name in imported), "only these two import nvflare"
-    above = () if room in ("deployment", "federated", "api", "api.py", "commands", "cli.py", "__init__.py") else TOP
+    above = () if room in ("deployment", "federated", "api", "commands", "cli.py", "__init__.py") else TOP
     for other in (*above, *BELOW.get(room, ())):
         assert not any(f"{name}.".startswith(f"pfedsam.{other}.") for name in imported), f"{room} knows {other}"
 
@@ -86,7 +86,7 @@ def test_a_wheel_holds_bundles_and_jobs_and_finds_them_from_another_directory(tm
     # isolated from the source tree: -S leaves out the editable install, the libraries are added by hand
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path / 'site')!r}]; "
-        "from pfedsam.bundles import find_bundle; from pfedsam.deployment.jobs import find_job; "
+        "from pfedsam.bundles import find_bundle; from pfedsam.deployment.job_files import find_job; "
         "print(find_bundle('brain_lesion_mri')); print(find_job('pfedsam'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)

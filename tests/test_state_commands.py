@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 from pfedsam.cli import app
 from pfedsam.commands import poc
 from pfedsam.commands.console import console
+from pfedsam.commands.poc_results import newest_state
 from pfedsam.deployment.processes import Deployment
 from pfedsam.errors import PFedSAMError
 from pfedsam.storage.site_model import SiteModel, read, write
-from pfedsam.storage.state import BEST, CURRENT, ROOT_VARIABLE
+from pfedsam.storage.state import ROOT_VARIABLE
+from pfedsam.storage.state_files import BEST, CURRENT
 
 FIRST, SECOND = "ab" * 6, "cd" * 6
 PROJECT = Path(__file__).resolve().parents[1] / "poc_workspace" / "project.yml"
@@ -266,9 +268,9 @@ def test_make_poc_shows_the_state_that_was_written_last(tmp_path: Path) -> None:
     newest = keep(deployment.state_root(site), FIRST, poc.FEDERATION, site) / CURRENT
     older = keep(deployment.state_root(site), SECOND, poc.FEDERATION, site) / CURRENT
     os.utime(older, (1, 1))
-    assert poc._newest_state(deployment, site) == newest
+    assert newest_state(deployment, poc.FEDERATION, site) == newest
     with pytest.raises(PFedSAMError, match="E13"):
-        poc._newest_state(deployment, deployment.sites[1])
+        newest_state(deployment, poc.FEDERATION, deployment.sites[1])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,10 @@ CHECKPOINT_VARIABLE = "PFEDSAM_CHECKPOINT"
 #: Folder of this machine's own bundles. No job can set it.
 BUNDLES_VARIABLE = "PFEDSAM_BUNDLES"
 TRAIN, METADATA = "train.json", "metadata.json"
+#: The line of a bundle's `initialize` that loads a site's model, and the two that were there before. They leave out a
+#: site's copy of the shared tensors, so a strategy that has one got its global model.
+LOAD_MODEL = "$read_model(@model_file).load_as(@network, @experts_on)"
+LOAD_MODEL_BEFORE = ("$read_model(@model_file).load_into(@network)", "$@network.set_experts(@experts_on)")
 _BUNDLES = f"*/configs/{METADATA}"
 
 #: What a job may override of a bundle's configuration, by id, see `pfedsam.settings`. Paths never.

@@ -29,11 +29,13 @@ from pfedsam.commands.federation import DEMO_OVERRIDES
 from pfedsam.data.phantom import write_phantom
 from pfedsam.deployment.admin import connect, fetch, follow, submit
 from pfedsam.deployment.audit import audit
-from pfedsam.deployment.jobs import Privacy, export_job, find_job
+from pfedsam.deployment.job_files import find_job
+from pfedsam.deployment.job_privacy import Privacy
+from pfedsam.deployment.jobs import export_job
 from pfedsam.deployment.processes import Deployment
 from pfedsam.evaluation.site import evaluate_site
 from pfedsam.storage.site_model import read
-from pfedsam.storage.state import list_states
+from pfedsam.storage.state_list import list_states
 
 PROJECT = Path(__file__).parents[2] / "poc_workspace" / "project.yml"
 BUILDER = {"path": "nvflare.lighter.impl.he.HEBuilder", "args": {"poly_modulus_degree": 8192, "scale_bits": 40}}

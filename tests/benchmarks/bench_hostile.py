@@ -35,7 +35,7 @@ from torch import Tensor
 
 from pfedsam.comparison.provenance import machine
 from pfedsam.data.phantom import write_phantom
-from pfedsam.data.sites import site_names
+from pfedsam.data.site_folder import site_names
 from pfedsam.evaluation.site import evaluate_site
 from pfedsam.files import append_line, read_lines
 from pfedsam.training import federation as module

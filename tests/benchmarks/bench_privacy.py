@@ -24,8 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pfedsam.data.phantom import write_phantom
-from pfedsam.deployment.jobs import Privacy, export_job, find_job
-from pfedsam.deployment.simulation import Simulation, run, sent_bytes
+from pfedsam.deployment.job_files import find_job
+from pfedsam.deployment.job_privacy import Privacy
+from pfedsam.deployment.jobs import export_job
+from pfedsam.deployment.simulation import Simulation, sent_bytes
+from pfedsam.deployment.simulator import run
 from pfedsam.evaluation.site import evaluate_site
 from pfedsam.federated.privacy import DELTA, epsilon
 from pfedsam.training.catalogue import find_strategy

@@ -172,7 +172,8 @@ def payload_bytes() -> int:
 
 def write_job(folder: Path, sites: int) -> None:
     """Write the exported job with the sites replaced."""
-    from pfedsam.deployment.jobs import CLIENT, SERVER, export_job, find_job
+    from pfedsam.deployment.job_files import find_job
+    from pfedsam.deployment.jobs import CLIENT, SERVER, export_job
     from pfedsam.federated.boundary import FINGERPRINT_KEY
 
     job = export_job(

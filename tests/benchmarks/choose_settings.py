@@ -27,7 +27,7 @@ import torch
 from pfedsam.bundles import settings_of
 from pfedsam.comparison.provenance import LATER
 from pfedsam.comparison.run import Run
-from pfedsam.data.sites import site_names
+from pfedsam.data.site_folder import site_names
 from pfedsam.training.catalogue import StrategyFile, find_strategy, patched
 from pfedsam.training.federation import run_federation
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pfedsam.bundles import folder
-from pfedsam.commands.compare import _require_own_names
 from pfedsam.comparison.compare import read_records
+from pfedsam.comparison.planned import require_own_names
 from pfedsam.comparison.records import problem_of_record, problem_of_results
 from pfedsam.comparison.run import Run
 from pfedsam.data.phantom import write_phantom
@@ -139,7 +139,7 @@ def test_a_strategy_in_a_file_is_called_by_its_name_and_keyed_by_its_content(dat
 def test_two_strategies_of_one_name_are_not_compared(tmp_path: Path) -> None:
     one, other = write_strategy(tmp_path / "a.json"), write_strategy(tmp_path / "b.json", weights="uniform")
     same = write_strategy(tmp_path / "c.json")
-    _require_own_names([one, same, "pfedsam", "one_adapter"])
+    require_own_names([one, same, "pfedsam", "one_adapter"])
     for names in ([one, other], [write_strategy(tmp_path / "d.json", "pfedsam")]):
         with pytest.raises(PFedSAMError, match=r"E32.*two strategies named"):
-            _require_own_names(names)
+            require_own_names(names)

@@ -11,7 +11,7 @@ import pytest
 from pfedsam.data.checks import check_site
 from pfedsam.data.phantom import write_phantom
 from pfedsam.data.phantom_heads import FLAIR, TISSUES, scanners
-from pfedsam.data.sites import read_site
+from pfedsam.data.site_folder import read_site
 from pfedsam.errors import PFedSAMError
 
 SHAPE = (40, 40, 10)

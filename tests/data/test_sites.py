@@ -8,19 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from pfedsam.data.listed_split import listed_split
 from pfedsam.data.sections import section_by_key
-from pfedsam.data.sites import (
-    SECTIONS,
-    Case,
-    datalist,
-    listed_split,
-    read_site,
-    read_split,
-    result_name,
-    site_images,
-    split_site,
-    write_split,
-)
+from pfedsam.data.site_folder import Case, read_site
+from pfedsam.data.sites import SECTIONS, datalist, read_split, result_name, site_images, split_site, write_split
 from pfedsam.errors import PFedSAMError
 
 

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 from pfedsam.cli import app
 from pfedsam.comparison.provenance import split_hash
 from pfedsam.data.checks import check_site
+from pfedsam.data.listed_split import listed_split
 from pfedsam.data.phantom import write_phantom
 from pfedsam.data.sections import SECTIONS, deal, place
-from pfedsam.data.sites import listed_split, read_split, site_names
+from pfedsam.data.site_folder import site_names
+from pfedsam.data.sites import read_split
 from pfedsam.data.splitting import write_datalist
 from pfedsam.errors import PFedSAMError
 from pfedsam.ownership import MARKER

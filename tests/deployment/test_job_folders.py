@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
-from pfedsam.deployment.jobs import export_job, find_job, server_settings
+from pfedsam.deployment.job_files import find_job, server_settings
+from pfedsam.deployment.jobs import export_job
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.literals import SERVER
 

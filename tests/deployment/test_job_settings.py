@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 from pfedsam.bundles import folder
 from pfedsam.cli import app
 from pfedsam.deployment.allowed_classes import classes_of, needed_classes
+from pfedsam.deployment.job_files import META, find_job, plan_settings, server_settings
+from pfedsam.deployment.job_privacy import Privacy
 from pfedsam.deployment.job_terms import job_terms
-from pfedsam.deployment.jobs import META, Privacy, export_job, find_job, make_job, plan_settings, server_settings
+from pfedsam.deployment.jobs import export_job, make_job
 from pfedsam.deployment.recipe import PFedSAMRecipe
 from pfedsam.deployment.simulation import Simulation
 from pfedsam.errors import PFedSAMError

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from pfedsam.cli import app
 from pfedsam.deployment.allowed_classes import needed_classes
-from pfedsam.deployment.jobs import GUARD, NOISE
+from pfedsam.deployment.job_privacy import GUARD, NOISE
 from pfedsam.deployment.kits import AUTHORIZATION, FILTER, PRIVACY, RESOURCES, SCOPE, init_kit
 from pfedsam.deployment.processes import Deployment
 from pfedsam.deployment.site_check import Finding, check_kit

@@ -14,8 +14,9 @@ import pytest
 from pfedsam.data.phantom import write_phantom
 from pfedsam.data.splitting import write_datalist
 from pfedsam.deployment import run_terms
+from pfedsam.deployment.job_files import find_job, plan_settings
 from pfedsam.deployment.job_terms import job_terms
-from pfedsam.deployment.jobs import find_job, make_job, plan_settings
+from pfedsam.deployment.jobs import make_job
 from pfedsam.deployment.run_terms import differences, keep_terms, kept_terms, require_same, terms_of, with_data
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.literals import SERVER

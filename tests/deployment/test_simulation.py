@@ -14,7 +14,8 @@ from leftovers import left_of
 
 from pfedsam.data.phantom import write_phantom
 from pfedsam.deployment.jobs import make_job
-from pfedsam.deployment.simulation import Simulation, run
+from pfedsam.deployment.simulation import Simulation
+from pfedsam.deployment.simulator import run
 from pfedsam.files import read_safetensors
 from pfedsam.storage.site_model import read
 

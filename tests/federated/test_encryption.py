@@ -26,7 +26,9 @@ from nvflare.fuel.utils import fobs
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
-from pfedsam.deployment.jobs import DECRYPT, ENCRYPT, GUARD, Privacy, export_job, find_job, make_job
+from pfedsam.deployment.job_files import find_job
+from pfedsam.deployment.job_privacy import DECRYPT, ENCRYPT, GUARD, Privacy
+from pfedsam.deployment.jobs import export_job, make_job
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
 from pfedsam.federated.plan import PLAN_ID, Plan
@@ -266,7 +268,7 @@ def test_what_cannot_be_encrypted_is_refused(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(PFedSAMError, match=r"E32.*mean"):
         export_job(job, tmp_path / "job", privacy=Privacy(encrypt=True))
     monkeypatch.setitem(sys.modules, "tenseal", None)
-    monkeypatch.setattr("pfedsam.deployment.jobs.find_spec", lambda name: None)
+    monkeypatch.setattr("pfedsam.deployment.job_privacy.find_spec", lambda name: None)
     with pytest.raises(PFedSAMError, match=r"E31.*TenSEAL"):
         export_job(find_job("pfedsam"), tmp_path / "job", privacy=Privacy(encrypt=True))
     assert not (tmp_path / "job").exists()

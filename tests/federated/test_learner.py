@@ -22,15 +22,17 @@ from nvflare.app_common.executors.model_learner_executor import ModelLearnerExec
 from pfedsam.federated import learner as module
 from pfedsam.federated import settings as settings_module
 from pfedsam.federated.boundary import FINGERPRINT_KEY, METADATA, check_result, told_names
+from pfedsam.federated.global_dice import fall
 from pfedsam.federated.learner import STARTED, PFedSAMLearner
 from pfedsam.federated.literals import CLIENT
 from pfedsam.federated.plan import PLAN_ID, Plan
 from pfedsam.federated.scalars import ListedScalars
 from pfedsam.parameters import COPY, TensorSpec
 from pfedsam.storage.site_model import SiteModel, read
-from pfedsam.storage.state import BEST, CURRENT, SiteState
+from pfedsam.storage.state import SiteState
+from pfedsam.storage.state_files import BEST, CURRENT
 from pfedsam.training.catalogue import find_strategy
-from pfedsam.training.site import RoundResult
+from pfedsam.training.round_result import RoundResult
 
 SITE, JOB, BUNDLE, FEDERATION = "site-1", "job", "brain_lesion_mri", "lesions"
 A, EXPERT = "image_encoder.blocks.0.qkv.lora_a", "image_encoder.blocks.0.mlp.experts.up"
@@ -325,7 +327,7 @@ def test_a_global_model_that_is_far_worse_than_before_is_told_in_the_log_and_now
     ],
 )
 def test_a_fall_is_below_half_of_the_best_and_by_a_tenth(dice: float, best: float | None, fell: bool) -> None:
-    assert bool(module.fall(dice, best)) == fell
+    assert bool(fall(dice, best)) == fell
 
 
 def test_a_round_that_is_not_validated_is_not_validated_for_the_comparison(

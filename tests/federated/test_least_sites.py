@@ -16,7 +16,8 @@ from nvflare.app_common.app_event_type import AppEventType
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
-from pfedsam.deployment.jobs import PROMISED, export_job, find_job
+from pfedsam.deployment.job_files import find_job
+from pfedsam.deployment.jobs import PROMISED, export_job
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.least_sites import LeastSites, require_enough_sites, sites_of
 from pfedsam.federated.literals import CLIENT, SERVER

@@ -16,7 +16,9 @@ from nvflare.apis.shareable import make_reply
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
-from pfedsam.deployment.jobs import NOISE, PACK, UNPACK, Privacy, export_job, find_job
+from pfedsam.deployment.job_files import find_job
+from pfedsam.deployment.job_privacy import NOISE, PACK, UNPACK, Privacy
+from pfedsam.deployment.jobs import export_job
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY, check_result
 from pfedsam.federated.packing import PACKED, RESIDUAL_FILE, PackPayload, UnpackPayload, pack, unpack

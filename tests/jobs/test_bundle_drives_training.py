@@ -12,7 +12,8 @@ from simulated import BUNDLE, TINY, Job
 
 from pfedsam import bundles
 from pfedsam.parameters import shared_state
-from pfedsam.training.site import RoundResult, SiteTrainer
+from pfedsam.training.round_result import RoundResult
+from pfedsam.training.site import SiteTrainer
 from pfedsam.training.strategy import Strategy
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from pfedsam.cli import app
 from pfedsam.deployment.jobs import export_job
 from pfedsam.errors import PFedSAMError
-from pfedsam.storage.state import list_states
+from pfedsam.storage.state_list import list_states
 
 #: Run at the start of every interpreter: this package is as good as not installed.
 UNINSTALL = f"import sys\nsys.path[:] = [path for path in sys.path if path != {str(ROOT / 'custom')!r}]\n"

@@ -12,11 +12,11 @@ from nvflare.recipe import PocEnv, ProdEnv, SimEnv
 from nvflare.recipe.session_mgr import SessionManager
 from simulated import BUNDLE, ROOT, TINY
 
-from pfedsam.deployment.jobs import Privacy
+from pfedsam.deployment.job_privacy import Privacy
 from pfedsam.deployment.recipe import PFedSAMRecipe
 from pfedsam.errors import PFedSAMError
 from pfedsam.ownership import MARKER
-from pfedsam.storage.state import list_states
+from pfedsam.storage.state_list import list_states
 from pfedsam.training.catalogue import find_strategy, strategy_names
 
 FEDERATED = [name for name in strategy_names() if find_strategy(name).kind == "federated"]

@@ -18,10 +18,12 @@ from typing import Any
 from nvflare.fuel.flare_api.flare_api import Session
 
 from pfedsam.deployment.admin import JobResult, connect, fetch, follow, submit
-from pfedsam.deployment.jobs import Privacy, export_job, find_job
+from pfedsam.deployment.job_files import find_job
+from pfedsam.deployment.job_privacy import Privacy
+from pfedsam.deployment.jobs import export_job
 from pfedsam.deployment.processes import OUTCOME_VARIABLE, Deployment
 from pfedsam.federated.literals import CLIENT, SERVER
-from pfedsam.storage.state import StateEntry, list_states
+from pfedsam.storage.state_list import StateEntry, list_states
 from pfedsam.training.catalogue import find_strategy
 
 PROJECT = Path(__file__).resolve().parents[2] / "poc_workspace" / "project.yml"

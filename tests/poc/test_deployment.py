@@ -20,7 +20,7 @@ from deployed import PROJECT, TINY, Federation, change_config, free_port, wait_f
 
 from pfedsam.deployment.admin import JobResult, connect, reason_of
 from pfedsam.deployment.audit import audit, statement
-from pfedsam.deployment.jobs import Privacy
+from pfedsam.deployment.job_privacy import Privacy
 from pfedsam.deployment.kits import init_kit
 from pfedsam.deployment.processes import OUTCOME_VARIABLE, Deployment
 from pfedsam.deployment.site_check import check_kit

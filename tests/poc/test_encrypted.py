@@ -11,7 +11,7 @@ import yaml
 from deployed import PROJECT, Federation, running
 
 from pfedsam.deployment.audit import audit
-from pfedsam.deployment.jobs import Privacy
+from pfedsam.deployment.job_privacy import Privacy
 from pfedsam.federated.records import CHECKED, LEFT
 from pfedsam.files import read_safetensors
 from pfedsam.storage.global_model import SCHEMA

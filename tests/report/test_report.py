@@ -26,14 +26,15 @@ from pfedsam.cli import app
 from pfedsam.comparison.provenance import case_hash
 from pfedsam.data.phantom import write_phantom
 from pfedsam.data.picture import Picture
-from pfedsam.deployment.simulation import Simulation, _keep_start, sent_bytes
+from pfedsam.deployment.simulation import Simulation, sent_bytes
+from pfedsam.deployment.simulation_starts import keep_start
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.pictures import case_picture
 from pfedsam.evaluation.site import CasePrediction, CaseScore, SiteEvaluation
 from pfedsam.evaluation.tables import results
 from pfedsam.report.page import read_curves, write_report
 from pfedsam.report.plots import _smallest, curve_figure, plots, share_figure
-from pfedsam.training.site import SPLIT_FILE
+from pfedsam.training.workflow import SPLIT_FILE
 
 SITES = ("site-1", "site-2", "case_western_st_joseph", "thomas_jefferson")
 LAYERS = 8
@@ -341,7 +342,7 @@ def test_a_run_that_was_started_again_has_the_rounds_of_all_its_starts(run: Path
         (tmp_path / "data" / site / "images").mkdir(parents=True)
     again = Simulation(tmp_path / "data", copy)
     before = read_curves(copy), sent_bytes(again)
-    _keep_start(again)
+    keep_start(again)
     assert not list((copy / "workspace").rglob("events*"))
     pd.testing.assert_frame_equal(read_curves(copy), before[0])
     assert sent_bytes(again) == before[1] == {site: {0: 1e6, 1: 1e6} for site in SITES}
@@ -358,7 +359,7 @@ def test_a_run_that_was_started_again_has_the_rounds_of_all_its_starts(run: Path
     curves = read_curves(copy)
     assert curves[(curves.tag == "val_dice_global") & (curves.site == SITES[0])]["round"].tolist() == [0, 1, 2, 3, 4]
     assert f"sent at all sites ends at {5 * len(SITES):.2f}" in write_report(copy).read_text()
-    _keep_start(again)
+    keep_start(again)
     assert (copy / "earlier" / "1").is_dir() and sent_bytes(again)[SITES[0]] == {0: 1e6, 1: 2e6, 4: 2e6}
 
 

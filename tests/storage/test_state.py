@@ -15,18 +15,9 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import COPY
 from pfedsam.storage import state as module
 from pfedsam.storage.site_model import SiteModel, read, write
-from pfedsam.storage.state import (
-    BEST,
-    CURRENT,
-    LOCK,
-    PREVIOUS,
-    SiteState,
-    delete_state,
-    described,
-    list_states,
-    newest_states,
-    state_root,
-)
+from pfedsam.storage.state import SiteState, state_root
+from pfedsam.storage.state_files import BEST, CURRENT, LOCK, PREVIOUS, described
+from pfedsam.storage.state_list import delete_state, list_states, newest_states
 from pfedsam.training.catalogue import find_strategy
 
 FINGERPRINT = "ab" * 32

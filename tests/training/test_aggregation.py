@@ -9,19 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import trim_mean
 
-from pfedsam.training.aggregation import (
-    ABSURD,
-    CLIP_TO,
-    MOST_TIMES,
-    RULES,
-    aggregate,
-    combine,
-    counted_cases,
-    judge,
-    refactored,
-    robust_mean,
-)
+from pfedsam.training.aggregation import RULES, aggregate, combine, refactored, robust_mean
 from pfedsam.training.catalogue import find_strategy
+from pfedsam.training.judgement import ABSURD, CLIP_TO, MOST_TIMES, counted_cases, judge
 
 
 def sites(count: int, rank: int = 4, seed: int = 0) -> tuple[dict, list[dict], list[float]]:

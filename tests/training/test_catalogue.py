@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from pfedsam.bundles import folder, network_of
 from pfedsam.cli import app
-from pfedsam.deployment.jobs import make_job, plan_settings
+from pfedsam.deployment.job_files import plan_settings
+from pfedsam.deployment.jobs import make_job
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.plan import Plan
 from pfedsam.ownership import MARKER

@@ -15,6 +15,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import shared_state
 from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.site import SiteTrainer
+from pfedsam.training.validation import is_answer
 
 torch.set_num_threads(1)
 TINY = {
@@ -160,20 +161,18 @@ def test_a_global_model_that_has_learned_gets_an_answer_and_another_one_is_looke
     assert not local.answers
 
 
-def test_a_case_counts_if_one_class_is_of_ordinary_size(opened) -> None:
-    local = opened("pfedsam")
+def test_a_case_counts_if_one_class_is_of_ordinary_size() -> None:
     logits = torch.full((2, 10, 10, 10), -1.0)
-    assert not local._is_answer(logits)
+    assert not is_answer(logits, exclusive=False)
     logits[0] = 1
-    assert not local._is_answer(logits)
+    assert not is_answer(logits, exclusive=False)
     logits[1, :5] = 1
-    assert local._is_answer(logits)
+    assert is_answer(logits, exclusive=False)
     logits[1, 5] = 1
-    assert not local._is_answer(logits), "more than half"
+    assert not is_answer(logits, exclusive=False), "more than half"
     # exclusive classes: the first is the background
-    local.trainer.exclusive = True
     logits = torch.zeros(3, 10, 10, 10)
     logits[0] = 1
-    assert not local._is_answer(logits)
+    assert not is_answer(logits, exclusive=True)
     logits[2, 0] = 2
-    assert local._is_answer(logits)
+    assert is_answer(logits, exclusive=True)

@@ -221,7 +221,7 @@ def test_either_order_trains_the_experts_beside_theta_as_received(site):
     assert any(tensor.any() for tensor in one.delta.values())
     # what is kept is the pair that was trained together
     for local in (first, second):
-        assert all(torch.equal(local.model().shared[name], t) for name, t in local._received.items())
+        assert all(torch.equal(local.model().shared[name], t) for name, t in local.tensors.received.items())
 
 
 def test_the_order_matters_where_each_phase_teaches_the_other(site):

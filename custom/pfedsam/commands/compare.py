@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from pfedsam.api import planned_runs
-from pfedsam.api import require_own_names as _require_own_names  # noqa: F401
 from pfedsam.commands.console import LOOK, Bundle, Force, Overrides, bar, claim_folder, console, literals
 from pfedsam.commands.interrupts import command_again, ends_in_order
 from pfedsam.errors import ErrorCode, PFedSAMError
@@ -138,7 +136,8 @@ def _runs(
     aggregation: str | None,
     overrides: dict[str, Any],
 ) -> list[Any]:
-    from pfedsam.data.sites import site_names
+    from pfedsam.comparison.planned import planned_runs
+    from pfedsam.data.site_folder import site_names
 
     if not site_names(data):
         raise typer.BadParameter(f"{data} holds no site folder (<data>/<site>/images)", param_hint="DATA")

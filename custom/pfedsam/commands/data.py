@@ -131,7 +131,7 @@ def split(
 
     A first split differs from the one by names that holds without a file: do it before anything is trained.
     """
-    from pfedsam.data.sites import sites_in
+    from pfedsam.data.site_folder import sites_in
     from pfedsam.data.splitting import link_site, use_for_links, write_datalist
 
     sites = sites_in(data)

@@ -33,7 +33,7 @@ def evaluate(
     with console.status("loading libraries"):
         quiet_libraries()
         from pfedsam.storage.site_model import model_settings
-        from pfedsam.storage.state import described
+        from pfedsam.storage.state_files import described
 
         name, settings = model_settings(model, bundle, overrides)
     console.print(described(model), highlight=False, soft_wrap=True)

@@ -116,7 +116,8 @@ def demo(
 
 
 def _demo(out: Path, seed: int, image_size: int, amp: bool | None, fresh: bool) -> None:
-    from pfedsam.deployment.simulation import Simulation, require_same_run
+    from pfedsam.deployment.simulation import Simulation
+    from pfedsam.deployment.simulation_starts import require_same_run
 
     data = out / "phantom"
     reduced = _has_bfloat16() if amp is None else amp
@@ -149,7 +150,9 @@ def federate(simulation: Any, fresh: bool = False) -> None:
         fresh: move a run that is in its folder aside first.
     """
     with console.status("loading libraries"):
-        from pfedsam.deployment.simulation import begin_anew, expected_events, require_same_run, run, sent_bytes
+        from pfedsam.deployment.simulation import expected_events, sent_bytes
+        from pfedsam.deployment.simulation_starts import require_same_run
+        from pfedsam.deployment.simulator import begin_anew, run
 
     out: Path = simulation.out
     if fresh and (aside := begin_anew(simulation)):

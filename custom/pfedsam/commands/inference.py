@@ -73,7 +73,7 @@ def infer(
     with console.status("loading the model"):
         from pfedsam.api import load_model
         from pfedsam.inference.writers import OVERLAY, PROBABILITY, SEGMENTATION, check_results
-        from pfedsam.storage.state import described
+        from pfedsam.storage.state_files import described
 
         how: dict[str, Any] = {"overrides": overrides, "bundle": bundle, "checkpoint": checkpoint}
         loaded = load_model(model, which="global" if global_ else "personal", **how)
@@ -171,7 +171,7 @@ def export_model(
     quiet_libraries()
     with console.status("writing"):
         from pfedsam.inference import export
-        from pfedsam.storage.state import described
+        from pfedsam.storage.state_files import described
 
         console.print(described(model), highlight=False, soft_wrap=True)
         info = export.export_model(model, out, bundle, overrides)

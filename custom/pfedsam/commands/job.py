@@ -58,7 +58,9 @@ def job_export(
     An exported job that is as it was written is replaced. One that somebody has changed, or made by hand, is replaced
     with --force only; a folder that is no job, never.
     """
-    from pfedsam.deployment.jobs import Privacy, export_job, find_job, plan_settings, server_settings
+    from pfedsam.deployment.job_files import find_job, plan_settings, server_settings
+    from pfedsam.deployment.job_privacy import Privacy
+    from pfedsam.deployment.jobs import export_job
 
     if noise and clip is None:
         raise typer.BadParameter("noise needs --clip: it is a multiple of it", param_hint="--noise")
@@ -191,7 +193,7 @@ def job_allow(
 ) -> None:
     """Allow the classes of a locked job at a site: adds them to <workspace>/local/resources.json."""
     from pfedsam.deployment.allowed_classes import allow_classes
-    from pfedsam.deployment.jobs import find_job
+    from pfedsam.deployment.job_files import find_job
 
     path, added = allow_classes(find_job(job), workspace)
     console.print(f"{path}: {len(added)} classes added", *added, sep="\n  ", highlight=False)

@@ -64,7 +64,7 @@ def describe_bundle(
     given = literals(set_ or [])
     with console.status("building the network"):
         from pfedsam.bundle_tools.describe import describe
-        from pfedsam.deployment.jobs import find_job, plan_settings
+        from pfedsam.deployment.job_files import find_job, plan_settings
         from pfedsam.training.strategy import Strategy
 
         plan = plan_settings(find_job(job))
@@ -98,7 +98,7 @@ def init_global(
     require_free(out, force)
     with console.status("building the network"):
         from pfedsam.bundles import network_of
-        from pfedsam.deployment.jobs import find_job, plan_settings
+        from pfedsam.deployment.job_files import find_job, plan_settings
         from pfedsam.parameters import manifest, shared_state
         from pfedsam.storage.global_model import write_global_model
         from pfedsam.training.strategy import Strategy

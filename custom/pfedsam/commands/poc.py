@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from pfedsam.commands.console import Force, Fresh, Job, Overrides, console, literals, quiet_libraries, show_doubts
 from pfedsam.commands.interrupts import command_again, ends_in_order
+from pfedsam.commands.poc_results import News, show_results
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ranges import MOST_ROUNDS
 from pfedsam.storage.run_folder import move_aside
@@ -67,7 +67,7 @@ def run(
             _submit(deployment, job, rounds, settings, sites)
         finally:
             _down(deployment)
-        _show(deployment, sites, job, settings)
+        show_results(deployment, FEDERATION, sites, job, settings)
 
 
 @app.command("up")
@@ -103,7 +103,7 @@ def submit(
 @app.command("status")
 def status(runtime: Runtime = RUNTIME) -> None:
     """What runs, and the state of each site."""
-    from pfedsam.storage.state import list_states
+    from pfedsam.storage.state_list import list_states
 
     deployment = _deployment(runtime, runtime / "project.yml", None)
     for name in (deployment.server, *deployment.sites):
@@ -176,15 +176,15 @@ def _settings(set_: list[str] | None, phantom: bool) -> dict[str, Any]:
 def _check(job: str, overrides: dict[str, Any]) -> None:
     """Refuse wrong settings before anything is provisioned or started."""
     from pfedsam.bundles import require_settings
-    from pfedsam.deployment.jobs import find_job, plan_settings
+    from pfedsam.deployment.job_files import find_job, plan_settings
 
     require_settings(plan_settings(find_job(job))["bundle"], overrides)
 
 
 def _terms(deployment: Any, job: str, settings: dict[str, Any], sites: dict[str, Path]) -> dict[str, Any]:
     """What decides the result of a job here."""
+    from pfedsam.deployment.job_files import find_job, plan_settings
     from pfedsam.deployment.job_terms import job_terms
-    from pfedsam.deployment.jobs import find_job, plan_settings
     from pfedsam.deployment.run_terms import kept_terms, terms_of, with_data
 
     folder = find_job(job)
@@ -195,7 +195,7 @@ def _terms(deployment: Any, job: str, settings: dict[str, Any], sites: dict[str,
 def _require_same_job(deployment: Any, job: str, settings: dict[str, Any], sites: dict[str, Path], fresh: bool) -> None:
     """Let a job only go on from the states of an earlier one if all but the rounds is the same, and say so."""
     from pfedsam.deployment.run_terms import kept_terms, require_same
-    from pfedsam.storage.state import list_states
+    from pfedsam.storage.state_list import list_states
 
     if fresh and (aside := move_aside(deployment.root)):
         console.print(f"states and results of earlier jobs are now in {aside}", highlight=False, soft_wrap=True)
@@ -210,7 +210,8 @@ def _require_same_job(deployment: Any, job: str, settings: dict[str, Any], sites
 
 def _submit(deployment: Any, job: str, rounds: int, settings: dict[str, Any], sites: dict[str, Path]) -> None:
     from pfedsam.deployment.admin import connect, fetch, follow, submit
-    from pfedsam.deployment.jobs import export_job, find_job
+    from pfedsam.deployment.job_files import find_job
+    from pfedsam.deployment.jobs import export_job
     from pfedsam.deployment.run_terms import keep_terms
     from pfedsam.federated.records import RECEIVED_FILE
 
@@ -227,7 +228,7 @@ def _submit(deployment: Any, job: str, rounds: int, settings: dict[str, Any], si
         job_id = submit(session, folder)
         console.print(f"submitted, without code: job {job_id}", highlight=False)
         with console.status("training") as shown:
-            news = _News(deployment, job_id, shown.update)
+            news = News(deployment, job_id, shown.update)
             result = follow(session, job_id, shown.update, look=news)
         found = fetch(session, job_id, deployment.root / "results")
     if (received := found.file(RECEIVED_FILE)) is not None:
@@ -244,60 +245,3 @@ def _down(deployment: Any) -> None:
     with console.status("stopping"):
         left = deployment.stop()
     console.print("nothing is left running" if not left else f"still running: {left}", highlight=False)
-
-
-def _show(deployment: Any, sites: dict[str, Path], job: str, overrides: dict[str, Any]) -> None:
-    """The per-site table, from each site's own state."""
-    from pfedsam.commands.evaluation import show_evaluation
-    from pfedsam.deployment.jobs import find_job, plan_settings
-
-    models = {}
-    for site in deployment.sites:
-        models[site] = (sites[site], _newest_state(deployment, site))
-    bundle = plan_settings(find_job(job))["bundle"]
-    console.print("Few short rounds: this shows that the deployment works, not how good the method is.")
-    show_evaluation(models, bundle, overrides, deployment.root / "results", _sent(deployment))
-
-
-def _newest_state(deployment: Any, site: str) -> Path:
-    """What a site's personal model is after the run."""
-    from pfedsam.storage.state import newest_states
-
-    entry = newest_states(deployment.state_root(site), FEDERATION).get(site)
-    if entry is None:
-        raise PFedSAMError(
-            ErrorCode.PERSONAL_STATE, f"site {site} has kept no readable state.", f"See {deployment.log(site)}."
-        )
-    return entry.file
-
-
-def _sent(deployment: Any) -> dict[str, dict[int, int]]:
-    """Bytes that left each site in the rounds of its last job, by its own records."""
-    from pfedsam.storage.run_folder import SENT_FILE, bytes_by_round
-
-    found = {}
-    for site in deployment.sites:
-        files = sorted(deployment.kit(site).glob(f"*/{SENT_FILE}"), key=lambda path: path.stat().st_mtime)
-        found[site] = bytes_by_round(files[-1:])
-    return found
-
-
-class _News:
-    """Shows the lines of the sites' logs that a person waits for."""
-
-    def __init__(self, deployment: Any, job_id: str, show: Any) -> None:
-        self.logs = {site: deployment.kit(site) / job_id / "log.txt" for site in deployment.sites}
-        self.read = dict.fromkeys(self.logs, 0)
-        self.show = show
-
-    def __call__(self) -> None:
-        """Look once."""
-        from pfedsam.federated.records import PROGRESS_LINE
-
-        for site, log in self.logs.items():
-            text = log.read_text(errors="replace") if log.exists() else ""
-            found = PROGRESS_LINE.findall(text)
-            for line in found[self.read[site] :]:
-                console.print(f"  {site}: {line}", highlight=False)
-                self.show(escape(f"{site}: {line}"))
-            self.read[site] = len(found)

@@ -14,7 +14,7 @@ from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ownership import require_free
 
 if TYPE_CHECKING:
-    from pfedsam.storage.state import StateEntry
+    from pfedsam.storage.state_list import StateEntry
 
 app = typer.Typer(help="The personal state of the sites on this machine.", no_args_is_help=True)
 
@@ -30,7 +30,8 @@ def state_list(root: StateRoot = None, kit: Kit = None) -> None:
     """Show the state of every federation and site under the state root."""
     from rich.table import Table
 
-    from pfedsam.storage.state import list_states, told_dice
+    from pfedsam.storage.state_files import told_dice
+    from pfedsam.storage.state_list import list_states
 
     where = _where(root, kit)
     entries = list_states(where)
@@ -75,7 +76,7 @@ def state_export(
 ) -> None:
     """Write a site's model without the optimiser's moments. It holds personal tensors: keep it at the site."""
     from pfedsam.storage.site_model import read, write
-    from pfedsam.storage.state import described
+    from pfedsam.storage.state_files import described
 
     file = _one(_found(federation, site, _where(root, kit), fingerprint, bundle)).file
     require_free(out, force, keep=file.parent.iterdir())
@@ -99,7 +100,7 @@ def state_delete(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a site's state for good, for example when it leaves a federation."""
-    from pfedsam.storage.state import delete_state
+    from pfedsam.storage.state_list import delete_state
 
     found = _found(federation, site, _where(root, kit), fingerprint, bundle)
     chosen = found if every else [_one(found)]
@@ -169,7 +170,7 @@ def _nothing(where: Path) -> str:
 
 def _found(federation: str, site: str, where: Path, fingerprint: str, bundle: str | None) -> list[StateEntry]:
     """The states that are meant, at least one."""
-    from pfedsam.storage.state import list_states
+    from pfedsam.storage.state_list import list_states
 
     entries = list_states(where)
     found = [

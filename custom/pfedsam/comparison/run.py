@@ -15,7 +15,8 @@ from pfedsam.comparison.provenance import (
     split_hash,
     weights_checksum,
 )
-from pfedsam.data.sites import Split, read_split
+from pfedsam.data.site_folder import Split
+from pfedsam.data.sites import read_split
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.training.catalogue import StrategyFile, find_strategy, strategy_name, strategy_names
 from pfedsam.training.federation import Federation, pooled_site

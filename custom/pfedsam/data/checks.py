@@ -5,22 +5,18 @@ A report names cases, files and patients, so it stays at the site; only the code
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pfedsam.data.field_of_view import labelled_outside, share_outside, told
-from pfedsam.data.geometry import same_place, turned_onto
-from pfedsam.data.intensity import NO_WINDOW, window_is_empty
-from pfedsam.data.labels import black_and_white, found_values
-from pfedsam.data.picture import Picture
-from pfedsam.data.reader import load_picture
+from pfedsam.data.case_checks import check_case
+from pfedsam.data.field_of_view import told
+from pfedsam.data.listed_split import emptied, listed_split
+from pfedsam.data.site_folder import LAYOUT, Case, Split, read_site
 from pfedsam.data.site_report import CaseRow, SiteReport
-from pfedsam.data.sites import LAYOUT, Case, Split, emptied, listed_split, no_label, read_site, split_site
+from pfedsam.data.sites import split_site
 from pfedsam.data.suffixes import SUFFIXES, case_name, visible
 from pfedsam.errors import ErrorCode, PFedSAMError, few
 
@@ -64,7 +60,7 @@ def check_site(
     for number, case in enumerate(cases, 1):
         row = CaseRow(case.name, section_of.get(case.name, ""))
         report.cases.append(row)
-        _check_case(report, row, case, labels, hashes)
+        check_case(report, row, case, labels, hashes)
         if progress:
             progress(number, len(cases))
     _add_remarks(report)
@@ -138,82 +134,6 @@ def _check_split(
     return sorted(by_name.values(), key=lambda case: case.name), section_of
 
 
-def _check_case(
-    report: SiteReport, row: CaseRow, case: Case, labels: Sequence[int], hashes: dict[str, list[str]]
-) -> None:
-    image = _load(report, case, case.image)
-    if image is not None:
-        row.shape, row.spacing, row.orientation = image.shape, image.spacing, image.orientation
-        row.dtype = str(image.values.dtype)
-        _check_intensity(report, row, case, image)
-        _check_fit(report, case, image)
-        content = hashlib.sha256(f"{image.values.dtype}{image.values.shape}".encode())
-        content.update(np.ascontiguousarray(image.values.T).data.cast("B"))
-        hashes[content.hexdigest()].append(case.name)
-    if case.label is None:
-        report.add_error(no_label(Path(report.folder), case), case.name)
-        return
-    label = _load(report, case, case.label, label=True)
-    if label is None:
-        return
-    if image is not None:
-        turned = turned_onto(image, label)
-        if turned is not label:
-            report.remark("the label is stored in another order of the axes, and is turned as its image", case.name)
-        label = turned
-    positive = _check_label(report, row, case, label, labels)
-    if image is not None:
-        _check_pair(report, row, case, image, label, positive)
-
-
-def _load(report: SiteReport, case: Case, path: Path, label: bool = False) -> Picture | None:
-    try:
-        picture = load_picture(path, label)
-    except PFedSAMError as error:
-        report.add_error(error, case.name)
-        return None
-    for note in picture.notes:
-        report.remark(note, case.name)
-    return picture
-
-
-def _check_intensity(report: SiteReport, row: CaseRow, case: Case, image: Picture) -> None:
-    row.intensity = (float(image.values.min()), float(image.values.max()))
-    if row.intensity[0] == row.intensity[1]:
-        text = f"image '{case.image}' is constant, every value is {row.intensity[0]:g}."
-        report.add(ErrorCode.SITE_DATA, "error", case.name, text, "Export the image again, or take the case away.")
-    elif not report.colour and window_is_empty(image.values):
-        text = f"image '{case.image}': {NO_WINDOW}."
-        report.add(
-            ErrorCode.SITE_DATA, "warning", case.name, text, "Make sure that it is an image of the kind that is meant."
-        )
-
-
-def _check_fit(report: SiteReport, case: Case, image: Picture) -> None:
-    """Whether the bundle can take an image of this kind, and how much of it."""
-    if report.colour and (image.kind != "picture" or image.white is None):
-        what = "is a volume" if image.kind != "picture" else f"holds {image.values.dtype} numbers without a white"
-        text = f"image '{case.image}' {what}, and the bundle takes colour pictures."
-        report.add(
-            ErrorCode.UNREADABLE_IMAGE,
-            "error",
-            case.name,
-            text,
-            "Choose a bundle for volumes (--bundle brain_lesion_mri).",
-        )
-        return
-    if not report.colour and image.is_colour:
-        report.remark(
-            "a colour picture, which this bundle for volumes reads as one grey slice of 1 mm pixels; one that sees "
-            "colours: pfedsam new-bundle <name> --classes <names> --modality rgb",
-            case.name,
-        )
-    if report.field_of_view is not None:
-        share = share_outside(image, report.field_of_view)
-        if share >= 0.005:
-            report.outside[case.name] = share
-
-
 def _add_remarks(report: SiteReport) -> None:
     """What was remarked of several cases, each once."""
     for text, names in report.remarks.items():
@@ -229,76 +149,6 @@ def _add_remarks(report: SiteReport) -> None:
             "",
             f"{len(report.outside)} case(s) ({few(report.outside)}): up to {told(most, report.field_of_view)}.",
         )
-
-
-def _check_label(
-    report: SiteReport, row: CaseRow, case: Case, label: Picture, labels: Sequence[int]
-) -> NDArray[np.bool_]:
-    """Returns where the label is not background."""
-    values, found = label.values, found_values(label.values)
-    white = black_and_white(found, labels)
-    if white is not None:
-        found = [value // white for value in found]
-        report.add(
-            ErrorCode.LABEL_OUT_OF_RANGE,
-            "note",
-            case.name,
-            f"label '{case.label}' holds 0 and {white}: {white} is read as 1.",
-        )
-    row.label_values = tuple(float(value) for value in found[:256])
-    wrong = [value for value in found if value not in labels]
-    if wrong:
-        text = f"label '{case.label}' holds {few(map(str, wrong))}, expected only {list(labels)}."
-        report.add(
-            ErrorCode.LABEL_OUT_OF_RANGE,
-            "error",
-            case.name,
-            text,
-            "Correct the label, or map its values to the bundle's.",
-        )
-    positive = values > 0
-    row.foreground = int(np.count_nonzero(positive))
-    if positive.ndim == 3:
-        row.empty_slices = float(1 - positive.any(axis=(0, 1)).mean())
-    if not row.foreground:
-        text = f"label '{case.label}' is empty, it holds no foreground."
-        report.add(ErrorCode.SITE_DATA, "warning", case.name, text, "Make sure that there is nothing to outline.")
-    return positive
-
-
-def _check_pair(
-    report: SiteReport, row: CaseRow, case: Case, image: Picture, label: Picture, positive: NDArray[np.bool_]
-) -> None:
-    """Compare where the image and its label lie."""
-    if image.volume_shape != label.volume_shape:
-        upright = " (upright, as its EXIF orientation says)" if any("EXIF" in note for note in image.notes) else ""
-        text = (
-            f"case '{case.name}': image '{case.image}' has shape {list(image.shape)}{upright}, label "
-            f"{list(label.shape)}."
-        )
-        report.add(ErrorCode.SHAPES_DIFFER, "error", case.name, text, "Resample the label to the image.")
-        return
-    _count_unseen(report, row, image, positive)
-    if image.affine is None or label.affine is None:
-        return
-    remedy = "Resample the label to the image, or copy the image's header."
-    assert image.spacing is not None and label.spacing is not None
-    if same_place(image, label):
-        return
-    where = f"label '{case.label}' and its image differ in"
-    if image.orientation != label.orientation:
-        text = f"{where} orientation, {label.orientation} and {image.orientation}."
-        report.add(ErrorCode.SITE_DATA, "error", case.name, text, remedy)
-    elif not np.allclose(image.spacing, label.spacing, rtol=1e-2):
-        text = f"{where} spacing, {_steps(label.spacing)} and {_steps(image.spacing)} mm."
-        report.add(ErrorCode.SITE_DATA, "error", case.name, text, remedy)
-    else:
-        report.add(ErrorCode.SITE_DATA, "warning", case.name, f"{where} the affine (position or rotation).", remedy)
-
-
-def _count_unseen(report: SiteReport, row: CaseRow, image: Picture, positive: NDArray[np.bool_]) -> None:
-    if report.field_of_view is not None and not report.colour:
-        row.unseen = labelled_outside(positive, image, report.field_of_view)
 
 
 def _add_unseen(report: SiteReport) -> None:
@@ -355,7 +205,3 @@ def _check_geometry(report: SiteReport) -> None:
     elif rows and all(row.spacing is None or np.allclose(row.spacing, 1) for row in rows):
         text = "every case has a spacing of 1 mm, which is what a lost spacing looks like: distances are in voxels."
         report.add(ErrorCode.SITE_DATA, "note", "", text, "Restore the spacing if it is known.")
-
-
-def _steps(spacing: Iterable[float]) -> str:
-    return " x ".join(f"{step:.3g}" for step in spacing)

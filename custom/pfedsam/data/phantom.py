@@ -17,7 +17,7 @@ import numpy as np
 from pfedsam.data.datalist_file import DATALIST
 from pfedsam.data.phantom_heads import VERSION, Volume, draw_case, scanners
 from pfedsam.data.sections import FOLDS
-from pfedsam.data.sites import Case
+from pfedsam.data.site_folder import Case
 from pfedsam.data.splitting import BEFORE, as_bytes, dealt_folds, write_datalist
 from pfedsam.data.suffixes import NIFTI
 from pfedsam.errors import ErrorCode, PFedSAMError

@@ -38,7 +38,7 @@ from pfedsam.data.labels import black_and_white, found_values, whole_numbers
 from pfedsam.data.picture import Picture
 from pfedsam.data.reader import load_picture
 from pfedsam.data.sections import FOLDS
-from pfedsam.data.sites import files_by_name
+from pfedsam.data.site_folder import files_by_name
 from pfedsam.data.splitting import write_datalist
 from pfedsam.data.suffixes import case_name, suffix_of, visible
 from pfedsam.errors import ErrorCode, PFedSAMError, few

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pfedsam.data.datalist_file import DATALIST, entry_name, listed_parts, read_content, wrong
+from pfedsam.data.listed_split import listed_split
 from pfedsam.data.sections import FOLDS, SECTIONS, Sections, deal, most_below, place
-from pfedsam.data.sites import Case, listed_split, read_site
+from pfedsam.data.site_folder import Case, read_site
 from pfedsam.data.suffixes import case_name
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import write_like

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pfedsam.bundles import folder
-from pfedsam.deployment.jobs import DECRYPT, ENCRYPT, ENCRYPTED, GUARD, MEAN, META, NOISE, PACK, UNPACK, read_json
+from pfedsam.deployment.job_files import MEAN, META, read_json
+from pfedsam.deployment.job_privacy import DECRYPT, ENCRYPT, ENCRYPTED, GUARD, NOISE, PACK, UNPACK
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.files import write_like

@@ -24,7 +24,7 @@ from pfedsam.federated.records import CHECKED, LEFT, SCALARS, SENT_FILE
 from pfedsam.federated.settings import KIT_DEFAULTS
 from pfedsam.files import read_lines
 from pfedsam.parameters import MAY_BE_PERSONAL, SHAREABLE_GROUPS
-from pfedsam.training.site import LEAST_COVERED, MOST_COVERED
+from pfedsam.training.validation import LEAST_COVERED, MOST_COVERED
 
 _SUBMITTED = re.compile(r"\[S:(?P<scope>[^\]]*)\].*\[A:(?P<task>\w+)#[^\]]*\]submit result:? (?P<reply>\S+)")
 _ACTION = re.compile(r"\[U:(?P<user>[^\]]*)\]\[A:(?P<action>[^\]]*)\]")

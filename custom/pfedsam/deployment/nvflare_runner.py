@@ -9,7 +9,7 @@ from typing import Any
 from pfedsam.comparison.run import Run
 from pfedsam.deployment.jobs import make_job
 from pfedsam.deployment.simulation import Simulation, sent_bytes
-from pfedsam.deployment.simulation import run as simulate
+from pfedsam.deployment.simulator import run as simulate
 
 FEDERATION = "comparison"
 

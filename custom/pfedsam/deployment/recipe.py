@@ -23,7 +23,9 @@ from nvflare.job_config.api import FedJob
 from nvflare.job_config.fed_job_config import FedJobConfig
 from nvflare.recipe.spec import Recipe
 
-from pfedsam.deployment.jobs import Privacy, export_job, make_job, plan_settings, server_settings
+from pfedsam.deployment.job_files import plan_settings, server_settings
+from pfedsam.deployment.job_privacy import Privacy
+from pfedsam.deployment.jobs import export_job, make_job
 from pfedsam.errors import ErrorCode, PFedSAMError
 
 

@@ -219,7 +219,7 @@ def _check_machine(kit: Path) -> Iterator[Finding]:
 
 
 def _check_data(kit: Path) -> Iterator[Finding]:
-    from pfedsam.data.sites import read_site
+    from pfedsam.data.site_folder import read_site
     from pfedsam.federated.settings import read_settings, site_folder
     from pfedsam.storage.state import state_root
 

@@ -1,4 +1,4 @@
-"""The table at the end of a federation."""
+"""Tables of evaluations: the one at the end of a federation, and a row for each case."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from rich.table import Table
 
+from pfedsam.bundles import class_names, find_bundle
 from pfedsam.evaluation.site import MODELS, SiteEvaluation
 
+METRICS = ("dice", "hd95", "asd", "nsd", "failed")
 #: What the columns mean; short names keep the table whole in 80 columns.
 CAPTION = (
     "Dice of the global and the personal model over whole volumes of the test cases; * the worst site; failed: cases "
@@ -41,6 +44,23 @@ def results(evaluations: Sequence[SiteEvaluation], sent: Mapping[str, Mapping[in
         for kind, function in (("mean", np.mean), ("worst", np.min))
     }
     return {"sites": sites, **summary, "cases": [score.to_dict() for one in evaluations for score in one.scores]}
+
+
+def case_rows(evaluations: Sequence[SiteEvaluation], bundle: str) -> pd.DataFrame:
+    """One row for each case, model and class: `site`, `case`, `model`, `class`, and the metrics of that class."""
+    rows = [
+        {
+            "site": score.site,
+            "case": score.case,
+            "model": score.model,
+            "class": name,
+            **{metric: getattr(score, metric)[number] for metric in METRICS},
+        }
+        for one in evaluations
+        for score in one.scores
+        for number, name in enumerate(class_names(find_bundle(bundle)))
+    ]
+    return pd.DataFrame(rows, columns=["site", "case", "model", "class", *METRICS])
 
 
 def site_table(found: Mapping[str, Any], title: str) -> Table:

@@ -26,7 +26,8 @@ from nvflare.app_common.widgets.intime_model_selector import IntimeModelSelector
 from pfedsam.federated.boundary import METRICS
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.federated.records import ROUNDS_FILE, append_record
-from pfedsam.training.aggregation import JUDGING, Judgement, combine, counted_cases, robust_mean
+from pfedsam.training.aggregation import combine, robust_mean
+from pfedsam.training.judgement import JUDGING, Judgement, counted_cases
 
 
 class RobustAggregator(Aggregator):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from pfedsam.data.transforms import class_numbers
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
 from pfedsam.federated.filters import outgoing_filters, require_outgoing_filter
+from pfedsam.federated.global_dice import BEST_DICE, best_dice_of, fall
 from pfedsam.federated.least_sites import require_enough_sites
 from pfedsam.federated.literals import CLIENT, require_literal
 from pfedsam.federated.log_streaming import require_no_log_streaming
@@ -36,8 +36,9 @@ from pfedsam.federated.settings import (
     site_folder,
     site_settings,
 )
-from pfedsam.storage.state import BEST, SiteState, state_root
-from pfedsam.training.site import RoundResult, SiteTrainer
+from pfedsam.storage.state import SiteState, state_root
+from pfedsam.training.round_result import RoundResult
+from pfedsam.training.site import SiteTrainer
 from pfedsam.training.strategy import Strategy
 
 #: When a job has begun at the site, in its folder there.
@@ -49,11 +50,6 @@ FILTERED_TASKS = (
     AppConstants.TASK_VALIDATION,
     AppConstants.TASK_CONFIGURE,
 )
-
-#: A global model is far worse than before if its Dice is below this share of the best and lower by at least so much.
-WORST_SHARE, LEAST_FALL = 0.5, 0.1
-#: In what is told of a state: the best Dice of the global models that were received.
-BEST_DICE = "best_dice_global"
 
 
 class PFedSAMLearner(ModelLearner):
@@ -177,7 +173,7 @@ class PFedSAMLearner(ModelLearner):
         if saved is not None:
             self._state.require_same_kind(saved, self._local.strategy)
             self._local.restore(saved)
-            self._best_dice = _dice(saved.info)
+            self._best_dice = best_dice_of(saved.info)
             self.logger.info(f"personal state of round {saved.info.get('round')} taken from {self._state.folder}")
 
     def _validate(self, model: FLModel) -> FLModel | None:
@@ -292,27 +288,3 @@ class PFedSAMLearner(ModelLearner):
             threads = 1
         if threads:
             torch.set_num_threads(threads)
-
-
-def fall(dice: float, best: float | None) -> str:
-    """What to say of a global model that is far worse than those before it; an empty text if it is not.
-
-    Args:
-        dice: of the global model that was received now, on the site's validation cases.
-        best: of all before it that were validated, None if there is none.
-
-    Returns:
-        A sentence if the Dice is below `WORST_SHARE` of the best so far, and by at least `LEAST_FALL`.
-    """
-    if best is None or dice >= WORST_SHARE * best or best - dice < LEAST_FALL:
-        return ""
-    return (
-        f"the Dice of the global model on this site's validation cases is {dice:.3f}, it was {best:.3f} at best. "
-        "Where no new training has begun, the model may be damaged or made to do harm: ask the administrator, and "
-        f"use {BEST} in the state folder until then."
-    )
-
-
-def _dice(info: Mapping[str, Any]) -> float | None:
-    value = info.get(BEST_DICE)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -25,7 +25,8 @@ from nvflare.app_common.app_event_type import AppEventType
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.federated.settings import SITE_SETTINGS
-from pfedsam.training.aggregation import KEPT, values_behind
+from pfedsam.training.aggregation import values_behind
+from pfedsam.training.judgement import KEPT
 
 
 def sites_of(fl_ctx: FLContext) -> frozenset[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pfedsam.federated.records import RECEIVED_FILE, ROUNDS_FILE
 from pfedsam.files import read_lines
-from pfedsam.training.aggregation import JUDGING
+from pfedsam.training.judgement import JUDGING
 
 
 def remarks(folders: Iterable[Path]) -> list[str]:

@@ -16,7 +16,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import DataLoader, Dataset
 from numpy.typing import NDArray
 
-from pfedsam.bundles import find_bundle, local_settings
+from pfedsam.bundles import LOAD_MODEL, LOAD_MODEL_BEFORE, find_bundle, local_settings
 from pfedsam.data import transforms
 from pfedsam.data.field_of_view import share_outside
 from pfedsam.data.intensity import NO_WINDOW, window_is_empty
@@ -73,10 +73,11 @@ class Predictor:
         overrides: of the bundle, as in training; by default what the model was trained with.
         checkpoint: see `pfedsam.bundles.local_settings`.
         experts: the personal model, or with False the global one.
+        device: a torch device, as `cpu` or `cuda:1`; by default the bundle's choice, the first GPU if there is one.
 
     Raises:
-        PFedSAMError: from the first call or `open`: E10 to E13 for a model that does not fit, E16 or E18 for wrong
-            settings.
+        PFedSAMError: from the first call or `open`: E10 to E13 for a model that does not fit, E16 for a device that is
+            not there, E16 or E18 for wrong settings.
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class Predictor:
         overrides: Mapping[str, Any] | None = None,
         checkpoint: str | None = None,
         experts: bool = True,
+        device: str | None = None,
     ) -> None:
-        self.model_file, self.experts, self.checkpoint = model_file, experts, checkpoint
+        self.model_file, self.experts, self.checkpoint, self.device = model_file, experts, checkpoint, device
         self._told = bundle, overrides or {}
         self._evaluator: Any = None
 
@@ -97,7 +99,10 @@ class Predictor:
         if self._evaluator is not None:
             return
         self.bundle, self.settings = model_settings(self.model_file, *self._told)
-        workflow = _workflow(self.bundle, self.model_file, local_settings(self.settings, self.checkpoint), self.experts)
+        settings = local_settings(self.settings, self.checkpoint)
+        if self.device is not None:
+            settings["device"] = _usable(self.device)
+        workflow = _workflow(self.bundle, self.model_file, settings, self.experts)
         try:
             workflow.initialize()
             parser = workflow.parser
@@ -113,11 +118,11 @@ class Predictor:
         self._transform = self._evaluator.data_loader.dataset.transform
         self._inferer = self._evaluator.inferer
 
-    def __call__(self, source: str | Path, box: Sequence[int] | None = None) -> Prediction:
+    def __call__(self, image: str | Path | Picture, box: Sequence[int] | None = None) -> Prediction:
         """Segment one image.
 
         Args:
-            source: see `pfedsam.data.reader.load_picture`.
+            image: a path, see `pfedsam.data.reader.load_picture`, or an image that was read.
             box: first and last voxel along each axis of the image, `(x0, x1, y0, y1[, z0, z1])`: what is to be
                 segmented lies inside. For models that were trained with boxes.
 
@@ -130,18 +135,18 @@ class Predictor:
             raise PFedSAMError(
                 ErrorCode.CONTRADICTION,
                 "a box is for a model that was trained with boxes.",
-                "Train it with --set box_probability=0.5, or leave the box out.",
+                "Train it with box_probability=0.5, or leave the box out.",
             )
-        image = load_picture(Path(source))
+        picture = image if isinstance(image, Picture) else load_picture(Path(image))
         try:
-            probabilities = self._probabilities(image, box)
+            probabilities = self._probabilities(picture, box)
         except Exception as error:
             raise first_of_ours(error) or PFedSAMError(
                 ErrorCode.UNREADABLE_IMAGE,
-                f"{source} went wrong: {type(error).__name__}: {error}.",
+                f"{picture.source} went wrong: {type(error).__name__}: {error}.",
                 "Look at it first.",
             ) from error
-        return Prediction(image, probabilities, self.field_of_view)
+        return Prediction(picture, probabilities, self.field_of_view)
 
     def _probabilities(self, image: Picture, box: Sequence[int] | None) -> NDArray[np.float32]:
         found: list[Any] = []
@@ -190,6 +195,18 @@ def _without_warnings() -> Iterator[None]:
         transforms.logger.disabled = before
 
 
+def _usable(name: str) -> torch.device:
+    """A torch device that there is (else E16)."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    # torch without CUDA says so by an AssertionError
+    except (RuntimeError, AssertionError) as error:
+        told = f"the device '{name}' cannot be used: {str(error).splitlines()[0]}"
+        raise PFedSAMError(ErrorCode.WRONG_SETTING, told, "Take cpu, or a GPU that torch sees.") from None
+    return device
+
+
 def _workflow(bundle: str, model_file: str | Path, settings: Mapping[str, Any], experts: bool) -> ConfigWorkflow:
     """The bundle's inference, which gives probabilities and writes nothing."""
     root = find_bundle(bundle)
@@ -203,6 +220,9 @@ def _workflow(bundle: str, model_file: str | Path, settings: Mapping[str, Any], 
         for number, step in enumerate(steps)
         if step["_target_"].rsplit(".", 1)[-1] in ("AsDiscreted", "ClassNumbersd", "SaveImaged")
     }
+    if parser.get("initialize") == list(LOAD_MODEL_BEFORE):
+        # a bundle of a user's own, made before there was the line
+        silent["initialize"] = [LOAD_MODEL]
     known = set(parser.get())
     nowhere = tempfile.gettempdir()
     return ConfigWorkflow(

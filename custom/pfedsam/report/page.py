@@ -22,21 +22,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import pfedsam
 from pfedsam.bundle_tools.describe import describe
-from pfedsam.comparison.compare import read_records
-from pfedsam.comparison.provenance import case_hash
 from pfedsam.comparison.records import problem_of_results
-from pfedsam.comparison.statistics import case_table
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.evaluation.site import MODELS
 from pfedsam.files import write_atomically
 from pfedsam.parameters import Roles
 from pfedsam.report.plots import plots
+from pfedsam.report.warnings import FEW_CASES, gain_of, warnings_of, worse_than_alone
 from pfedsam.storage.run_folder import RUN, SENT_FILE, bytes_by_round, starts
-from pfedsam.training.site import SPLIT_FILE
 from pfedsam.training.strategy import Strategy
+from pfedsam.training.workflow import SPLIT_FILE
 
-FEW_CASES = 5
-DEAD_SHARE = 0.02
 #: Values of a site that are of its test cases.
 _OF_CASES = tuple(f"{kind}_{model}" for kind in ("dice", "failures") for model in MODELS)
 EXAMPLES = ("best", "median", "worst")
@@ -68,7 +64,7 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
             "Give the run folder of a finished demo or simulate.",
         )
     results = _read_results(path)
-    alone = _worse_than_alone(results, compare, 1 if pictures else FEW_CASES) if compare else []
+    alone = worse_than_alone(results, compare, 1 if pictures else FEW_CASES) if compare else []
     plan, rounds = _plan(run)
     curves = read_curves(run)
     if not pictures:
@@ -89,10 +85,10 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
         groups=_groups(plan),
         plots=plots(curves, results, _sent(run, results["sites"]), cases=pictures),
         pictures=_pictures(run, results) if pictures else {},
-        warnings=[*_warnings(results, curves), *alone],
+        warnings=[*warnings_of(results, curves), *alone],
         compared=compare is not None,
         shown=pictures,
-        gain=_gain,
+        gain=gain_of,
         few=FEW_CASES,
     )
     out = out or run / "report.html"
@@ -134,16 +130,6 @@ def read_curves(run: Path) -> pd.DataFrame:
                 values |= {(folder.name, tag, event.step): event.value for event in events.Scalars(tag)}
     rows = [(*key, value) for key, value in sorted(values.items())]
     return pd.DataFrame(rows, columns=["site", "tag", "round", "value"])
-
-
-def read_alone(path: Path) -> dict[tuple[str, str], float]:
-    """Dice of the models that sites trained alone, by site and hash of the case.
-
-    The mean over the classes, and over the records of `local_only` that tested the case.
-    """
-    records = [one for one in read_records(path) if one["strategy"] == "local_only" and not one["held_out"]]
-    cases = case_table(records)
-    return {(str(site), str(case)): float(rows.dice.mean()) for (site, case), rows in cases.groupby(["site", "case"])}
 
 
 def _plan(run: Path) -> tuple[dict[str, Any], int | None]:
@@ -220,74 +206,6 @@ def _of_many(curves: pd.DataFrame, run: Path) -> pd.DataFrame:
     sections = ["validation" if tag.startswith("val_") else "training" for tag in curves["tag"]]
     keys = zip(curves["site"], sections, strict=True)
     return curves[np.array([counts.get(key, 0) >= FEW_CASES for key in keys], dtype=bool)]
-
-
-def _gain(site: Mapping[str, Any]) -> float | None:
-    """What the personal model has more than the global one; None where it is not shown."""
-    return None if site["dice_personal"] is None else site["dice_personal"] - site["dice_global"]
-
-
-def _warnings(results: Mapping[str, Any], curves: pd.DataFrame) -> list[str]:
-    """What a careful reader would ask about."""
-    found = []
-    few = [f"{name} ({site['cases']})" for name, site in results["sites"].items() if site["cases"] < FEW_CASES]
-    if few:
-        found.append(
-            f"Fewer than {FEW_CASES} test cases, so that a mean says little: {', '.join(few)}. Test all folds."
-        )
-    for name, site in results["sites"].items():
-        gain = _gain(site)
-        if gain is not None and gain < 0:
-            found.append(
-                f"At {name} the personal model is worse than the global one by {-gain:.3f}. Serve the global model "
-                f"there (`pfedsam infer --global`), or keep less of the personal one (a smaller `interpolation`, if "
-                f"its strategy can have one)."
-            )
-        for model in MODELS:
-            if missed := site[f"failures_{model}"]:
-                found.append(f"At {name} the {model} model missed a class in {missed} of {site['cases']} cases.")
-    shares = curves[curves["tag"].str.startswith("expert_share_")] if len(curves) else curves
-    for (site, tag), values in shares.groupby(["site", "tag"]):
-        last = values.sort_values("round").iloc[-1].value
-        if last < DEAD_SHARE:
-            expert, layer = re.findall(r"\d+", str(tag))
-            found.append(
-                f"At {site} expert {expert} of layer {layer} is dead (share of the gate {last:.1%}): try fewer experts."
-            )
-    if (results["mean_personal"] or 0.0) < (results["mean_global"] or 0.0):
-        found.append(
-            "Over all sites the personal models are no better than the global one: compare with fedavg_lora "
-            "(`pfedsam compare`) before you use them."
-        )
-    return found
-
-
-def _worse_than_alone(results: Mapping[str, Any], compare: Path, least: int) -> list[str]:
-    """Sites whose personal model is worse than the one that they trained alone, on at least so many common cases."""
-    alone = read_alone(compare)
-    gains: dict[str, list[float]] = {site: [] for site in results["sites"]}
-    for case in results["cases"]:
-        key = case["site"], case_hash(case["site"], case["case"])
-        if case["model"] == "personal" and key in alone:
-            gains[case["site"]].append(float(np.mean(case["dice"])) - alone[key])
-    if not any(gains.values()):
-        raise PFedSAMError(
-            ErrorCode.RUN_INCOMPLETE,
-            f"{compare} holds no record of local_only with a test case of the sites {', '.join(gains)}.",
-            "Run `pfedsam compare <data> --strategies local_only` on the same sites with the seed of the run.",
-        )
-    found = []
-    for site, values in gains.items():
-        if not values:
-            found.append(f"{site} is in no record of local_only, so whether it does better alone is not known.")
-        elif len(values) >= least and np.mean(values) < 0:
-            found.append(
-                f"At {site} the personal model is worse than the site's own training (local_only) by "
-                f"{-np.mean(values):.3f} on the same {len(values)} test case(s). Let it use the model that it trains "
-                f"alone, or keep more of the personal one (`interpolation` nearer to 1, if the strategy has one), or "
-                f"give its final phase more epochs."
-            )
-    return found
 
 
 def _pictures(run: Path, results: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:

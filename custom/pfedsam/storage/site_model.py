@@ -124,6 +124,19 @@ class SiteModel:
         network.set_experts(personal)
         load_shared_state(network, self.roles, self.copy if personal and self.copy else self.shared)
 
+    def load_as(self, network: SegmentAnything, personal: bool) -> None:
+        """Make a network the site's personal model, or the global one: `load_into`, then `use`. For bundles.
+
+        Args:
+            network: of the same base weights and settings.
+            personal: experts on, and the site's copy of the shared tensors if it has one; else experts off, no copy.
+
+        Raises:
+            PFedSAMError: as `load_into`.
+        """
+        self.load_into(network)
+        self.use(network, personal)
+
 
 def write(path: str | Path, model: SiteModel) -> None:
     """Write a model, atomically.

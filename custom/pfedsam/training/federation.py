@@ -31,7 +31,8 @@ from pfedsam.networks.adaptation import EXPERT_SETTINGS
 from pfedsam.parameters import shared_state
 from pfedsam.storage.site_model import SiteModel, read, write
 from pfedsam.training.aggregation import aggregate
-from pfedsam.training.site import RoundResult, SiteTrainer
+from pfedsam.training.round_result import RoundResult
+from pfedsam.training.site import SiteTrainer
 from pfedsam.training.strategy import Strategy
 
 ROUND_FILE, HISTORY_FILE, MODELS = "global.safetensors", "history.jsonl", "models"

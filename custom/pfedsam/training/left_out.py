@@ -1,14 +1,47 @@
-"""Leave cases out of a bundle's evaluator that is built already."""
+"""Leave cases out of a bundle's evaluator that is built already, above all those that its model was trained on."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from monai.data import DataLoader
 from torch.utils.data import Subset
 
+from pfedsam.data.seen import Seen, patient_of
 from pfedsam.errors import ErrorCode, PFedSAMError
+
+logger = logging.getLogger(__name__)
+
+
+def leave_out_trained(evaluator: Any, listed: Sequence[Mapping[str, Any]], seen: Seen, folder: Path) -> list[Any]:
+    """Let a bundle's evaluator run without the cases of patients that a model was trained on, and log their names.
+
+    Args:
+        evaluator, listed: as in `leave_out`.
+        seen: what the model has seen.
+        folder: of the site, for the sentence of an error.
+
+    Returns:
+        The cases that are left.
+
+    Raises:
+        PFedSAMError: E08 if none is left, E29 as `leave_out`.
+    """
+    trained = [number for number, item in enumerate(listed) if seen.section_of(patient_of(item)) == "training"]
+    if not trained:
+        return list(listed)
+    if len(trained) == len(listed):
+        raise PFedSAMError(
+            ErrorCode.WRONG_SPLIT,
+            f"all {len(trained)} validation cases of '{folder}' are of patients that the saved model was trained on.",
+            "Use the split that it was trained with (seed, datalist.json), or add cases.",
+        )
+    names = ", ".join(str(listed[number].get("case")) for number in trained)
+    logger.warning("validation without %d case(s) that the saved model was trained on: %s", len(trained), names)
+    return leave_out(evaluator, listed, trained)
 
 
 def leave_out(evaluator: Any, listed: Sequence[Mapping[str, Any]], numbers: Collection[int]) -> list[Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,31 +22,11 @@ from pfedsam.networks.prompts import training_boxes
 from pfedsam.parameters import Role, Roles, group_of, set_trainable, short, swapped_parameters, trains_encoder
 from pfedsam.training.distillation import QualityGate, TeacherLogits, distillation_loss
 from pfedsam.training.feature_cache import FeatureCache
+from pfedsam.training.optimiser import Moments, learning_rate, names_by_factor, phase_optimizer
+from pfedsam.training.round_result import PhaseReport
 from pfedsam.training.strategy import Phase
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class PhaseReport:
-    """What happened in a phase; every value is a number that may be listed as a scalar.
-
-    Attributes:
-        steps: optimiser steps.
-        losses: loss of each step.
-        teacher_passes: images that the teacher was run on.
-        distilled_steps: steps with the extra loss.
-    """
-
-    steps: int = 0
-    losses: list[float] = field(default_factory=list)
-    teacher_passes: int = 0
-    distilled_steps: int = 0
-
-    @property
-    def mean_loss(self) -> float:
-        """Mean loss over the steps (NaN without a step)."""
-        return sum(self.losses) / len(self.losses) if self.losses else math.nan
 
 
 class PhaseTrainer(SupervisedTrainer):
@@ -86,7 +64,7 @@ class PhaseTrainer(SupervisedTrainer):
         self.feature_cache, self.box_probability = feature_cache, box_probability
         self.should_stop: Callable[[], bool] = lambda: False
         self._template: Optimizer = self.optimizer
-        self._moments: dict[str, dict[str, Tensor]] = {}
+        self._moments = Moments()
         self.roles = Roles(tuple(shared), tuple(personal))
         self.add_event_handler(Events.EPOCH_STARTED, PhaseTrainer._draw)
         self.add_event_handler(Events.ITERATION_STARTED, PhaseTrainer._poll)
@@ -122,10 +100,8 @@ class PhaseTrainer(SupervisedTrainer):
         for name, parameter in self.network.named_parameters():
             if group_of(name) in frozen_this_round:
                 parameter.requires_grad_(False)
-        by_factor: dict[float, list[str]] = {}
         parameters = {name: one for name, one in self.network.named_parameters() if one.requires_grad}
-        for name in parameters:
-            by_factor.setdefault(phase.rates.get(group_of(name), 1.0), []).append(name)
+        by_factor = names_by_factor(phase, list(parameters))
         self._trained = [name for names in by_factor.values() for name in names]
         self._anchors = [
             (parameter, anchor[name].to(parameter.device))
@@ -138,12 +114,9 @@ class PhaseTrainer(SupervisedTrainer):
                 f"phase '{phase.name}' trains {list(phase.trains)}, but no tensor of the network has that role.",
                 "Give the strategy groups that the network has, or leave the phase out.",
             )
-        accepted = inspect.signature(type(self._template)).parameters
-        defaults = {key: value for key, value in self._template.defaults.items() if key in accepted}
-        groups = [{"params": [parameters[name] for name in names], "factor": f} for f, names in by_factor.items()]
-        self.optimizer = type(self._template)(groups, **{**defaults, "lr": phase.learning_rate})
+        self.optimizer = phase_optimizer(self._template, phase, parameters, by_factor)
         if phase.keep_moments:
-            self._restore_moments()
+            self._moments.restore(self.optimizer, self._trained)
         self.network.frozen_trunk = not trains_encoder(self.network, roles)
         self._teacher = TeacherLogits(self._teach) if self._distils() else None
         self._taught_by = self._snapshot() if self._distils() else {}
@@ -168,20 +141,17 @@ class PhaseTrainer(SupervisedTrainer):
             raise
         self.report.teacher_passes = self._teacher.passes if self._teacher else 0
         if self.phase.keep_moments:
-            self._keep_moments()
+            self._moments.keep(self.optimizer, self._trained)
         if self.feature_cache is not None:
             logger.info(self.feature_cache.summary())
 
     def moments(self) -> dict[str, Tensor]:
         """The kept moments of the optimiser as `<tensor>#<moment>`. They never leave the site."""
-        return {f"{name}#{key}": value for name, state in self._moments.items() for key, value in state.items()}
+        return self._moments.flat()
 
     def load_moments(self, moments: dict[str, Tensor]) -> None:
         """Take back what `moments` gave."""
-        self._moments = {}
-        for name, value in moments.items():
-            tensor, key = name.split("#")
-            self._moments.setdefault(tensor, {})[key] = value
+        self._moments.load(moments)
 
     def features(self, images: Tensor, items: list[int]) -> Tensor:
         """Frozen features of a batch, from the cache where it has them."""
@@ -292,17 +262,9 @@ class PhaseTrainer(SupervisedTrainer):
         }
 
     def _schedule(self) -> None:
-        """The learning rate of this step: decay by round, warm-up over the first rounds, annealing in the phase.
-
-        Warm-up is a linear rise from a tenth over the steps of the phase in its first `warmup_rounds` rounds.
-        """
-        phase, steps = self.phase, self.phase.epochs * self.state.epoch_length
-        rate = phase.learning_rate * phase.decay**self.round / (1 + phase.inverse_time_decay * self.round)
-        if self.round < phase.warmup_rounds:
-            done = (self.round * steps + self.state.iteration) / (phase.warmup_rounds * steps)
-            rate *= 0.1 + 0.9 * min(1.0, done)
-        if phase.anneal == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * (self.state.iteration - 1) / steps))
+        """Set the learning rate of this step, see `pfedsam.training.optimiser.learning_rate`."""
+        steps = self.phase.epochs * self.state.epoch_length
+        rate = learning_rate(self.phase, self.round, self.state.iteration, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
 
@@ -314,21 +276,6 @@ class PhaseTrainer(SupervisedTrainer):
     def _poll(self) -> None:
         if self.should_stop():
             self.terminate()
-
-    def _keep_moments(self) -> None:
-        state = self.optimizer.state_dict()["state"]
-        self._moments = {
-            name: {key: torch.as_tensor(value).detach().cpu().clone() for key, value in state[i].items()}
-            for i, name in enumerate(self._trained)
-            if i in state
-        }
-
-    def _restore_moments(self) -> None:
-        names = self._trained
-        if self._moments and all(name in self._moments for name in names):
-            # copies: the optimiser works in place, and a phase that fails must not change what is kept
-            state = {i: {k: v.clone() for k, v in self._moments[name].items()} for i, name in enumerate(names)}
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
 
 def reset(engine: Any) -> None:

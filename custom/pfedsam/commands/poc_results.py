@@ -1,0 +1,68 @@
+"""What `pfedsam poc` shows of a deployment: the sites' news while they train, and the table at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from pfedsam.commands.console import console
+from pfedsam.errors import ErrorCode, PFedSAMError
+
+
+def show_results(deployment: Any, federation: str, sites: dict[str, Path], job: str, overrides: dict[str, Any]) -> None:
+    """The per-site table, from each site's own state."""
+    from pfedsam.commands.evaluation import show_evaluation
+    from pfedsam.deployment.job_files import find_job, plan_settings
+
+    models = {}
+    for site in deployment.sites:
+        models[site] = (sites[site], newest_state(deployment, federation, site))
+    bundle = plan_settings(find_job(job))["bundle"]
+    console.print("Few short rounds: this shows that the deployment works, not how good the method is.")
+    show_evaluation(models, bundle, overrides, deployment.root / "results", _sent(deployment))
+
+
+def newest_state(deployment: Any, federation: str, site: str) -> Path:
+    """The file of a site's personal model after the run (E13 if there is none)."""
+    from pfedsam.storage.state_list import newest_states
+
+    entry = newest_states(deployment.state_root(site), federation).get(site)
+    if entry is None:
+        raise PFedSAMError(
+            ErrorCode.PERSONAL_STATE, f"site {site} has kept no readable state.", f"See {deployment.log(site)}."
+        )
+    return entry.file
+
+
+def _sent(deployment: Any) -> dict[str, dict[int, int]]:
+    """Bytes that left each site in the rounds of its last job, by its own records."""
+    from pfedsam.storage.run_folder import SENT_FILE, bytes_by_round
+
+    found = {}
+    for site in deployment.sites:
+        files = sorted(deployment.kit(site).glob(f"*/{SENT_FILE}"), key=lambda path: path.stat().st_mtime)
+        found[site] = bytes_by_round(files[-1:])
+    return found
+
+
+class News:
+    """Shows the lines of the sites' logs that a person waits for."""
+
+    def __init__(self, deployment: Any, job_id: str, show: Any) -> None:
+        self.logs = {site: deployment.kit(site) / job_id / "log.txt" for site in deployment.sites}
+        self.read = dict.fromkeys(self.logs, 0)
+        self.show = show
+
+    def __call__(self) -> None:
+        """Look once."""
+        from pfedsam.federated.records import PROGRESS_LINE
+
+        for site, log in self.logs.items():
+            text = log.read_text(errors="replace") if log.exists() else ""
+            found = PROGRESS_LINE.findall(text)
+            for line in found[self.read[site] :]:
+                console.print(f"  {site}: {line}", highlight=False)
+                self.show(escape(f"{site}: {line}"))
+            self.read[site] = len(found)

@@ -1,0 +1,103 @@
+"""A bundle's training workflow, built on the data of one site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigWorkflow
+
+from pfedsam.bundles import find_bundle, local_settings
+from pfedsam.data.sites import write_split
+from pfedsam.errors import ErrorCode, PFedSAMError, first_of_ours
+from pfedsam.networks.model import SegmentAnything
+from pfedsam.parameters import Roles, trains_encoder
+from pfedsam.training.feature_store import store_settings
+from pfedsam.training.trainer import PhaseTrainer
+
+#: Which cases are in which section, for people; in the output folder, which stays at the site.
+SPLIT_FILE = "split.json"
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """What a bundle has built for a site.
+
+    Attributes:
+        network: that is trained and validated.
+        trainer, evaluator: engines on it.
+        cases, validation_cases: the items that they load.
+    """
+
+    network: SegmentAnything
+    trainer: PhaseTrainer
+    evaluator: Any
+    cases: list[Any]
+    validation_cases: list[Any]
+
+
+def open_workflow(
+    bundle: str,
+    folder: Path,
+    roles: Roles,
+    output_dir: Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    checkpoint: str | None = None,
+    feature_store: str | Path | None = None,
+    case_limit: int | None = None,
+    label_map: Mapping[str, str] | None = None,
+) -> Workflow:
+    """Build a bundle's training workflow on a site's data, and write down the split in `output_dir`.
+
+    Args:
+        bundle, folder, output_dir, overrides, device, checkpoint, feature_store, label_map: see
+            `pfedsam.training.site.SiteTrainer`.
+        roles: of the groups; they say whether the trunk of the network is frozen.
+        case_limit: at most so many training cases, or None for all.
+
+    Raises:
+        PFedSAMError: E28 if there is no such bundle; else with the code of whatever is wrong in data, weights or
+            configuration.
+    """
+    root = find_bundle(bundle)
+    try:
+        settings: dict[str, Any] = {
+            "bundle_root": str(root),
+            "dataset_dir": str(folder),
+            "output_dir": str(output_dir),
+        }
+        settings |= {"train#handlers": "$[]", "validate#handlers": "$[]"}  # the round validates, not the epochs
+        settings |= store_settings(feature_store)
+        if label_map is not None:
+            settings["label_map"] = dict(label_map)
+        if case_limit is not None:
+            all_cases = "datalist(@dataset_dir, 'training', seed=@seed, folds=@folds)"
+            settings["train#data_list"] = f"${all_cases}[:{int(case_limit)}]"
+        if device != "auto":
+            settings["device"] = f"$torch.device({device!r})"
+        workflow = ConfigWorkflow(
+            config_file=str(root / "configs" / "train.json"),
+            meta_file=str(root / "configs" / "metadata.json"),
+            logging_file=False,
+            workflow_type="train",
+            **settings,
+            **local_settings(overrides, checkpoint),
+        )
+        workflow.initialize()
+        parsed = workflow.parser.get_parsed_content
+        trainer, evaluator = parsed("train#trainer"), parsed("validate#evaluator")
+        cases, validation_cases = parsed("train#data_list"), parsed("validate#data_list")
+        write_split(folder, output_dir / SPLIT_FILE, parsed("seed"), parsed("folds"))
+        network = trainer.network
+        network.frozen_trunk = not trains_encoder(network, roles)
+    except Exception as error:
+        raise first_of_ours(error) or PFedSAMError(
+            ErrorCode.BUNDLE_FAILED,
+            f"bundle '{bundle}' could not be started: {error}",
+            "Try it alone: monai.bundle run.",
+        ) from error
+    return Workflow(network, trainer, evaluator, cases, validation_cases)
