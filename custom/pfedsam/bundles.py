@@ -76,7 +76,7 @@ def require_settings(bundle: str, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         PFedSAMError: E28 if there is no such bundle, E29 if its configuration cannot be read, E18 for wrong settings.
     """
-    require_together({**_configuration(find_bundle(bundle), TRAIN), **checked(overrides)}, bundle)
+    require_together(literals_of(bundle, overrides), bundle)
 
 
 def local_settings(overrides: Mapping[str, Any] | None = None, checkpoint: str | None = None) -> dict[str, Any]:
@@ -203,6 +203,15 @@ def _told_of_network(folder: Path, *keys: str) -> Any:
     return found
 
 
+def literals_of(bundle: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The top level of a bundle's training configuration as it is written, with the overrides on top. Needs no MONAI.
+
+    Raises:
+        PFedSAMError: E28 if there is no such bundle, E29 if its configuration cannot be read, E18 for wrong settings.
+    """
+    return {**_configuration(find_bundle(bundle), TRAIN), **checked_overrides(overrides)}
+
+
 def field_of_view(bundle: str, overrides: Mapping[str, Any] | None = None) -> float | None:
     """Side in millimetres of the square that a bundle sees of each slice, None if it sees all.
 
@@ -210,7 +219,7 @@ def field_of_view(bundle: str, overrides: Mapping[str, Any] | None = None) -> fl
         PFedSAMError: E16 or E18 for wrong settings.
     """
     key = "field_of_view_mm"
-    value = {**_configuration(find_bundle(bundle), TRAIN), **checked_overrides(overrides)}.get(key)
+    value = literals_of(bundle, overrides).get(key)
     if value is None:
         return None
     if type(value) not in (int, float) or not 0 < value < float("inf"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pfedsam.data.labels import class_numbers
 from pfedsam.data.slices import slice_channels
 from pfedsam.data.transforms import (
     ClassChannelsd,
@@ -12,7 +13,6 @@ from pfedsam.data.transforms import (
     PictureAsVolumed,
     VolumeAsPictured,
     class_map,
-    class_numbers,
 )
 from pfedsam.errors import PFedSAMError
 

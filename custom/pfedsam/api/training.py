@@ -63,6 +63,9 @@ def train_site(
     """
     from pfedsam.bundles import require_settings
     from pfedsam.comparison.run import Run
+    from pfedsam.data.checks import check_site
+    from pfedsam.data.expected import expected_by
+    from pfedsam.data.site_report import require_valid
     from pfedsam.storage.model_files import TRAINED
     from pfedsam.storage.site_model import read
     from pfedsam.training.catalogue import find_strategy
@@ -73,8 +76,9 @@ def train_site(
     if file.kind != "local":
         told = f"'{strategy}' does not train a site alone: it is of kind '{file.kind}'."
         raise PFedSAMError(ErrorCode.CONTRADICTION, told, "Take local_only, or call simulate or compare.")
-    require_settings(bundle, {**(settings or {}), **file.overrides})
-    _require_site(folder, bundle, seed, {**(settings or {}), **file.overrides})
+    overrides = {**(settings or {}), **file.overrides, "seed": seed}
+    require_settings(bundle, overrides)
+    require_valid(check_site(folder, **expected_by(bundle, overrides)))
     claim(out, "site training", force)
     require_free(out / TRAINED, force)
     # a run of one site: its folder in `out` is named by all that the training depends on
@@ -85,16 +89,3 @@ def train_site(
     model.moments = {}
     model.save(out / TRAINED)
     return model
-
-
-def _require_site(folder: Path, bundle: str, seed: int, settings: Mapping[str, Any]) -> None:
-    """Refuse a site with an error in its data (E02 to E09), before anything is written."""
-    from pfedsam.bundles import class_names, field_of_view, find_bundle, is_rgb
-    from pfedsam.data.checks import check_site
-    from pfedsam.data.site_report import require_valid
-    from pfedsam.data.transforms import class_numbers
-
-    root = find_bundle(bundle)
-    seen, labels = field_of_view(bundle, settings), list(class_numbers(class_names(root)))
-    folds = int(settings.get("folds", 3))
-    require_valid(check_site(folder, labels, seed=seed, folds=folds, colour=is_rgb(root), field_of_view=seen))

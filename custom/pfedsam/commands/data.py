@@ -64,26 +64,21 @@ def validate(
     of a strongly compressed file that claims to unpack to more than 0.5 GB is refused; the environment variable
     PFEDSAM_IMAGE_LIMIT_GB sets another limit.
     """
-    from pfedsam.bundles import class_names, field_of_view, find_bundle, is_rgb, require_settings
+    from pfedsam.bundles import require_settings
 
-    root, settings = find_bundle(bundle), literals(set_ or [])
+    settings = {"seed": seed, **literals(set_ or [])}
     require_settings(bundle, settings)
     from pfedsam.data.check_report import print_report
     from pfedsam.data.checks import check_site
+    from pfedsam.data.expected import expected_by
 
-    known = list(range(len(class_names(root)) + 1))
+    expected = expected_by(bundle, settings)
+    known = expected["labels"]
     values = _numbers(labels) if labels else known
     # JSON alone is to be on standard output
     with nullcontext(None) if as_json else bar("reading all cases", 1) as advance:
-        report = check_site(
-            site,
-            values,
-            minimum_cases=minimum_cases,
-            seed=seed,
-            colour=is_rgb(root),
-            field_of_view=field_of_view(bundle, settings),
-            progress=advance.total if advance else None,
-        )
+        expected["labels"], progress = values, advance.total if advance else None
+        report = check_site(site, **expected, minimum_cases=minimum_cases, progress=progress)
     if report.ok and not quick:
         if values != known:
             text = f"no case was loaded through the bundle: --labels gives {values}, the bundle's are {known}."
@@ -98,7 +93,7 @@ def validate(
             with console.status("loading the first batch through the bundle's transforms"):
                 from pfedsam.training.rehearsal import rehearse
 
-                rehearse(report, bundle, site, {"seed": seed, **settings})
+                rehearse(report, bundle, site, settings)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

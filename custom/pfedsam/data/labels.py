@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -82,3 +82,26 @@ def black_and_white(found: Iterable[int], known: Collection[int]) -> int | None:
     """The value of white in a label that holds black and white only, where white is no known value; else None."""
     others = set(found) - {0}
     return next((white for white in WHITES if others == {white} and white not in known), None)
+
+
+def class_numbers(names: Sequence[str], label_map: Mapping[str, str] | None = None) -> dict[int, int]:
+    """Class number by label value.
+
+    Args:
+        names: of the classes.
+        label_map: name of a class or `background` by value; None for values that are the class numbers.
+
+    Raises:
+        PFedSAMError: E01 for a value that is no number or a name that is no class.
+    """
+    known = ["background", *names]
+    if label_map is None:
+        return {number: number for number in range(len(known))}
+    found = {0: 0}
+    for value, name in label_map.items():
+        if name not in known or not str(value).isdigit():
+            raise PFedSAMError(
+                ErrorCode.SITE_SETTINGS, f"the label map says {value!r}: {name!r}.", f"Value: one of {known}."
+            )
+        found[int(value)] = known.index(name)
+    return found

@@ -14,7 +14,7 @@ from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor
 
 from pfedsam.data.intensity import NO_WINDOW, WINDOW
-from pfedsam.data.labels import black_and_white, found_values
+from pfedsam.data.labels import black_and_white, class_numbers, found_values
 from pfedsam.errors import ErrorCode, PFedSAMError, few
 
 logger = logging.getLogger(__name__)
@@ -163,26 +163,3 @@ def class_map(probabilities: Tensor, threshold: float = 0.5) -> Tensor:
     shape = (-1, *[1] * (probabilities.ndim - 1))
     numbers = torch.arange(1, len(probabilities) + 1, dtype=torch.uint8, device=probabilities.device).reshape(shape)
     return ((probabilities > threshold) * numbers).amax(dim=0)
-
-
-def class_numbers(names: Sequence[str], label_map: Mapping[str, str] | None = None) -> dict[int, int]:
-    """Class number by label value.
-
-    Args:
-        names: of the classes.
-        label_map: name of a class or `background` by value; None for values that are the class numbers.
-
-    Raises:
-        PFedSAMError: E01 for a value that is no number or a name that is no class.
-    """
-    known = ["background", *names]
-    if label_map is None:
-        return {number: number for number in range(len(known))}
-    found = {0: 0}
-    for value, name in label_map.items():
-        if name not in known or not str(value).isdigit():
-            raise PFedSAMError(
-                ErrorCode.SITE_SETTINGS, f"the label map says {value!r}: {name!r}.", f"Value: one of {known}."
-            )
-        found[int(value)] = known.index(name)
-    return found

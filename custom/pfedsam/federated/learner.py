@@ -13,10 +13,9 @@ from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.abstract.model_learner import ModelLearner
 from nvflare.app_common.app_constant import AppConstants
 
-from pfedsam.bundles import class_names, field_of_view, find_bundle, is_rgb
 from pfedsam.data.checks import check_site
+from pfedsam.data.expected import expected_by
 from pfedsam.data.site_report import require_valid
-from pfedsam.data.transforms import class_numbers
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
 from pfedsam.federated.filters import outgoing_filters, require_outgoing_filter
@@ -133,11 +132,7 @@ class PFedSAMLearner(ModelLearner):
         require_policy(trained, site.largest_clip, site.least_noise)
         self._set_threads(site.threads or self.threads)
         folder = site_folder(site.data_root, self.site_name)
-        labels = class_numbers(class_names(find_bundle(plan.bundle)), site.labels)
-        seed, folds = (int((plan.overrides or {}).get(key, value)) for key, value in (("seed", 0), ("folds", 3)))
-        root, view = find_bundle(plan.bundle), field_of_view(plan.bundle, plan.overrides)
-        checked = check_site(folder, list(labels), seed=seed, folds=folds, colour=is_rgb(root), field_of_view=view)
-        require_valid(checked)
+        require_valid(check_site(folder, **expected_by(plan.bundle, plan.overrides, site.labels)))
         output = Path(self.workspace.get_run_dir(self.job_id)) / "bundle"
         device = site.device or self.device
         told: dict[str, Any] = {"device": device, "checkpoint": site.checkpoint, "label_map": site.labels}

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pfedsam.bundles import class_names, field_of_view, find_bundle, is_rgb
 from pfedsam.data.checks import check_site
+from pfedsam.data.expected import expected_by
 from pfedsam.data.site_report import require_valid
-from pfedsam.data.transforms import class_numbers
 from pfedsam.parameters import manifest
 from pfedsam.storage.global_model import read_global_model, round_of
 from pfedsam.storage.site_model import write
@@ -47,16 +46,7 @@ def fit_personal(
             E12 if the global model does not fit, E16 to E18 for wrong settings.
     """
     settings = dict(overrides or {})
-    labels = class_numbers(class_names(find_bundle(bundle)))
-    require_valid(
-        check_site(
-            site,
-            list(labels),
-            seed=int(settings.get("seed", 0)),
-            colour=is_rgb(find_bundle(bundle)),
-            field_of_view=field_of_view(bundle, settings),
-        )
-    )
+    require_valid(check_site(site, **expected_by(bundle, settings)))
     local = SiteTrainer(
         bundle, site, find_strategy(strategy).checked(), settings, out, checkpoint=checkpoint, cases=cases
     )
