@@ -231,7 +231,7 @@ def test_phase_with_nothing_to_train_is_refused(make):
 def test_wrong_phase_of_a_bundle_is_refused_with_its_key(make):
     with pytest.raises(PFedSAMError, match="learning_rat'") as caught:
         make(phase={"name": "alone", "trains": ["personal"], "experts": True, "learning_rat": 1})
-    assert caught.value.code == "E32"
+    assert caught.value.code == "E16"
 
 
 # draws and repetition -------------------------------------------------------------------------------------------------
