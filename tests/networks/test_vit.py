@@ -86,6 +86,7 @@ def test_registry_has_the_published_architecture(name):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_outputs_with_random_weights_equal_segment_anything_at_1024_pixels(random_vit_b):
     torch.set_num_threads(os.cpu_count() or 1)  # 370 billion multiplications, twice
     theirs = sam_model_registry["vit_b"]().eval()

@@ -57,6 +57,7 @@ def test_abort_from_the_console_in_the_middle_of_a_job(federation: Federation) -
     assert again.completed, again.problem()
 
 
+@pytest.mark.slow
 def test_a_site_that_is_killed_while_training_comes_back_for_the_next_job(federation: Federation) -> None:
     """The running job goes on without it: NVFlare hands a job out once, when it starts."""
     job_id = submit(federation.session, federation.job("killed", rounds=4, min_clients=1))
