@@ -188,6 +188,31 @@ def checked(overrides: Any) -> dict[str, Any]:
     return dict(overrides)
 
 
+def require_literals(content: Mapping[str, Any], where: str) -> list[str]:
+    """Check the settings that a bundle's own configuration gives as literals; expressions are left to MONAI.
+
+    Args:
+        content: the top level of a bundle's `train.json`.
+        where: the file, for the sentence.
+
+    Returns:
+        Names of the settings that were checked.
+
+    Raises:
+        PFedSAMError: E29 naming the setting, its value and what is allowed.
+    """
+    expression = ("$", "@", "%")
+    given = {name: content[name] for name in all_settings() if content.get(name) is not None}
+    given = {name: value for name, value in given.items() if not str(value).startswith(expression)}
+    try:
+        Settings.model_validate(given)
+    except ValidationError as error:
+        told = all_settings()[str(error.errors()[0]["loc"][0])]
+        problem = f"{where}: setting '{told.name}' is {shown(given[told.name])}, expected {told.allowed}."
+        raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, problem, _LIST) from None
+    return list(given)
+
+
 def by_one_name(given: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
     """Values under our names for what may have two.
 
@@ -271,6 +296,3 @@ def _wrong(name: str, overrides: Mapping[str, Any]) -> PFedSAMError:
         f"override '{name}' is {shown(overrides[name])}, expected {told.allowed}{unit}.",
         _LIST,
     )
-
-
-__all__ = ["JOB_SETTINGS", "Setting", "Settings", "all_settings", "checked", "require_together", "shown"]

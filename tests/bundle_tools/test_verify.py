@@ -75,6 +75,7 @@ def edit(root: Path, name: str, change: Callable[[Any], None]) -> None:
 BREAKS: dict[str, Callable[[Path], None]] = {
     "files": lambda root: (root / "LICENSE").unlink(),
     "metadata": lambda root: edit(root, "metadata.json", lambda c: c.update(version="0.2.0")),
+    "settings": lambda root: edit(root, "train.json", lambda c: c.update(top_k=9)),
     "network in and out": lambda root: edit(
         root, "metadata.json", lambda c: c["network_data_format"]["outputs"]["pred"].update(num_channels=3)
     ),

@@ -388,6 +388,8 @@ def test_what_others_can_read_is_a_warning_with_the_command_that_closes_it(kit: 
     warnings = {one.name: one.message for one in check_kit(site) if one.name.endswith(" access")}
     assert all(one.fine and one.warning for one in check_kit(site) if one.name.endswith(" access"))
     assert set(warnings) == {"kit access", "data access", "state access"}
+    (limits,) = (one.message for one in check_kit(site) if one.name == "limits")
+    assert "sites at least 3" in limits and "rounds at most 1000" in limits and "clip at most any" in limits
     assert "log.txt" in warnings["kit access"] and "job-1/error_log.txt" in warnings["kit access"]
     assert RESOURCES not in warnings["kit access"], "a policy is its owner's only"
     assert "labels" not in warnings["data access"]

@@ -15,6 +15,7 @@ import numpy as np
 
 from pfedsam.data.splitting import write_datalist
 from pfedsam.errors import ErrorCode, PFedSAMError
+from pfedsam.settings import require_literals, require_together
 
 CONFIGS = ("train.json", "evaluate.json", "inference.json")
 FILES = ("LICENSE", "docs/README.md", "configs/metadata.json", *(f"configs/{name}" for name in CONFIGS))
@@ -122,6 +123,14 @@ def _metadata(bundle: Bundle, scratch: Path) -> str:
     return f"version {metadata['version']}"
 
 
+def _settings(bundle: Bundle, scratch: Path) -> str:
+    (path,) = bundle.config("train.json")
+    content = json.loads(Path(path).read_text())
+    checked = require_literals(content, path)
+    require_together({name: content[name] for name in checked}, bundle.root.name)
+    return f"{len(checked)} settings in their ranges"
+
+
 def _network(bundle: Bundle, scratch: Path) -> str:
     network, image, expected = _network_and_input(bundle)
     found = tuple(network(image).shape[1:])
@@ -193,6 +202,7 @@ def _runs(bundle: Bundle, scratch: Path) -> str:
 CHECKS: dict[str, Callable[[Bundle, Path], str]] = {
     "files": _files,
     "metadata": _metadata,
+    "settings": _settings,
     "network in and out": _network,
     "properties of train": _train,
     "properties of train and evaluate": _evaluate,

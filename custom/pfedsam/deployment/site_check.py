@@ -19,7 +19,7 @@ from pfedsam.deployment.kits import AUTHORIZATION, FILTER, PRIVACY, RESOURCES, S
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.federated.log_streaming import LOG_SENDERS
-from pfedsam.federated.settings import SITE_SETTINGS
+from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings
 
 #: A certificate that expires sooner is a problem.
 _EXPIRES_SOON_DAYS = 30
@@ -232,6 +232,7 @@ def _check_data(kit: Path) -> Iterator[Finding]:
     except PFedSAMError as error:
         yield Finding("data", False, str(error))
         return
+    yield Finding("limits", True, _limits(settings))
     root = state_root(settings.state_root)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -244,3 +245,19 @@ def _check_data(kit: Path) -> Iterator[Finding]:
         yield from _check_access("state", root, [root])
     except OSError as error:
         yield Finding("state", False, f"{root} cannot be written: {error}")
+
+
+def _limits(settings: SiteSettings) -> str:
+    """What the site's own file asks of a job, in words."""
+    told = {
+        "sites at least": settings.least_sites,
+        "validation cases at least": settings.least_validation_cases,
+        "rounds at most": settings.most_rounds,
+        "epochs of a round at most": settings.most_epochs,
+        "hours at most": settings.most_hours,
+        "clip at most": settings.largest_clip,
+        "noise at least": settings.least_noise,
+    }
+    limits = ", ".join(f"{what} {'any' if value is None else format(value, 'g')}" for what, value in told.items())
+    agreed = "any federation" if settings.federations is None else f"federations {', '.join(settings.federations)}"
+    return f"{limits}; {agreed}; curves {'on' if settings.curves else 'off'}"
