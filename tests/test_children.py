@@ -131,6 +131,7 @@ def test_a_terminal_that_is_gone_does_not_stop_the_cleaning_up(tmp_path: Path) -
     code = WAITS.replace("time.sleep(1)", "print('cleaning', flush=True)")
     pid, terminal = pty.fork()
     if not pid:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under `nohup` it would be ignored here, too
         os.execv(sys.executable, [sys.executable, "-c", code, str(tmp_path / "done")])
     assert b"up" in os.read(terminal, 100)
     os.close(terminal)

@@ -117,6 +117,7 @@ def test_a_killed_comparison_goes_on_with_the_next_round(killed_and_resumed) -> 
         ]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_its_processes_at_once_and_keeps_what_was_done(data: Path, tmp_path: Path) -> None:
     assert stopped(data, tmp_path, signal.SIGINT).returncode == 128 + signal.SIGINT
     (notes,) = tmp_path.glob("rounds/*/history.jsonl")

@@ -83,6 +83,7 @@ def test_poc_and_production_submit_the_same_folder(tmp_path: Path, monkeypatch: 
     assert sent == [contents(tmp_path / "pfedsam")] * 2
 
 
+@pytest.mark.slow
 def test_the_simulator_runs_it(federation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PFEDSAM_DATA", str(federation))
     monkeypatch.setenv("PFEDSAM_STATE_ROOT", str(tmp_path / "states"))

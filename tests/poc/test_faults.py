@@ -78,6 +78,7 @@ def test_a_site_that_is_killed_while_training_comes_back_for_the_next_job(federa
     assert federation.states()["hospital-b"].info["final"]
 
 
+@pytest.mark.slow
 def test_a_corrupted_personal_state_is_named_and_the_one_before_it_is_used(federation: Federation) -> None:
     first = federation.run(federation.job("first", rounds=1))
     assert first.completed, first.problem()
