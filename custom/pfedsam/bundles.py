@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pfedsam.errors import ErrorCode, PFedSAMError, first_of_ours
-from pfedsam.settings import Setting, all_settings, checked, require_together, shown
+from pfedsam.errors import ErrorCode, PFedSAMError, failing_as, shown
+from pfedsam.files import read_object
+from pfedsam.settings import Setting, all_settings, checked, require_together
 
 #: Path of the base weights on this machine, for all sites and the server that run on it.
 CHECKPOINT_VARIABLE = "PFEDSAM_CHECKPOINT"
@@ -111,16 +111,10 @@ def network_of(
     parser = _parser(bundle, local_settings(overrides, checkpoint))
     if not weights:
         parser["checkpoint"] = None
-    try:
-        with torch.device("cpu" if weights else "meta"):
-            return parser.get_parsed_content("network_def")
-    except Exception as error:
-        # MONAI wraps an error of a component in a RuntimeError
-        raise first_of_ours(error) or PFedSAMError(
-            ErrorCode.BUNDLE_FAILED,
-            f"the network of bundle '{bundle}' could not be built: {error}",
-            "Check the overrides.",
-        ) from error
+    # MONAI wraps an error of a component in a RuntimeError
+    told = f"the network of bundle '{bundle}' could not be built"
+    with failing_as(ErrorCode.BUNDLE_FAILED, told, "Check the overrides."), torch.device("cpu" if weights else "meta"):
+        return parser.get_parsed_content("network_def")
 
 
 def settings_of(bundle: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -148,20 +142,7 @@ def _parser(bundle: str, settings: Mapping[str, Any]) -> Any:
 
 def _configuration(folder: Path, name: str) -> dict[str, Any]:
     """One JSON file of a bundle's configuration (E29 if it cannot be read or is no JSON object)."""
-    path = folder / "configs" / name
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PFedSAMError(
-            ErrorCode.CONFIGURATION_FILE, f"{path} is not readable: {error}.", "Correct the bundle."
-        ) from None
-    if not isinstance(content, dict):
-        raise PFedSAMError(
-            ErrorCode.CONFIGURATION_FILE,
-            f"{path} is {shown(content)}, expected ids with values.",
-            "Correct the bundle.",
-        )
-    return content
+    return read_object(folder / "configs" / name, "Correct the bundle.")
 
 
 def metadata(folder: Path) -> dict[str, Any]:

@@ -11,8 +11,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pfedsam.errors import ErrorCode, PFedSAMError, shown
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Args:
+        path: the file.
+        remedy: what to do if it holds none.
+
+    Raises:
+        PFedSAMError: E29 if the file is missing, not readable, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, f"{path} is not readable: {error}.", remedy) from None
+    if not isinstance(content, dict):
+        told = f"{path} is {shown(content)}, expected keys with values."
+        raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, told, remedy)
+    return content
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

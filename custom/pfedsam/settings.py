@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from pfedsam.errors import ErrorCode, PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError, shown
 from pfedsam.networks.weights import CHECKPOINTS
 from pfedsam.ranges import LARGEST_SEED, MOST_EPOCHS
 
@@ -26,7 +26,6 @@ MULTIPLES = {"lite_medsam": 4, "vit_b": 16, "vit_l": 16, "vit_h": 16, "vit_test"
 BLOCKS = {"lite_medsam": 10, "vit_b": 12, "vit_l": 24, "vit_h": 32, "vit_test": 3}
 #: What other tools call some settings. Either may be written; inside there is one name.
 ALIASES = {"num_experts": "experts", "router": "gate", "target_modules": "lora_places"}
-_LONGEST = 100
 _LIST = "See `pfedsam settings`."
 
 
@@ -262,15 +261,6 @@ def require_together(settings: Mapping[str, Any], where: str) -> None:
         raise PFedSAMError(
             ErrorCode.OVERRIDE_NOT_ALLOWED, f"bundle '{where}': {'; '.join(wrong)}.", "Change one of them with --set."
         )
-
-
-def shown(value: Any) -> str:
-    """A value for a sentence, not longer than a line."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits; lists in lists
-        return f"a {type(value).__name__}"
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _not_for_a_job(name: Any) -> PFedSAMError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -12,15 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pfedsam.api.training import DEFAULT_BUNDLE, Event
+from pfedsam import defaults
+from pfedsam.api.training import Event
 from pfedsam.errors import ErrorCode, PFedSAMError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from pfedsam.deployment.simulation import Simulation
-
-DEFAULT_STRATEGIES = ("local_only", "fedavg_lora", "fedavg_lora_ft", "feddpa", "pfedsam")
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,11 +139,11 @@ def planned_simulation(
 
 def compare(
     data: str | os.PathLike[str],
-    strategies: Sequence[str] = DEFAULT_STRATEGIES,
+    strategies: Sequence[str] = defaults.STRATEGIES,
     seeds: Sequence[int] = (0,),
     *,
     out: str | os.PathLike[str] = "runs/compare",
-    bundle: str = DEFAULT_BUNDLE,
+    bundle: str = defaults.BUNDLE,
     rounds: int = 6,
     settings: Mapping[str, Any] | None = None,
     validate_every: int = 3,
@@ -228,7 +226,7 @@ def _result(simulation: Simulation) -> SimulationResult:
 
     from pfedsam.deployment.simulation import sent_bytes
     from pfedsam.evaluation.site import evaluate_site
-    from pfedsam.evaluation.tables import case_rows, results
+    from pfedsam.evaluation.tables import RESULTS_FILE, case_rows, write_results
 
     out, bundle, overrides = simulation.out, simulation.plan["bundle"], simulation.settings
     states = {site: entry.file for site, entry in sorted(simulation.states().items())}
@@ -236,10 +234,7 @@ def _result(simulation: Simulation) -> SimulationResult:
         evaluate_site(bundle, simulation.data / site, file, overrides=overrides, site=site, output_dir=out)
         for site, file in states.items()
     ]
-    about = {"bundle": bundle, "overrides": dict(overrides), "section": "test"}
-    table = {"about": about, **results(evaluations, sent_bytes(simulation))}
-    file = out / "results.json"
-    file.write_text(json.dumps(table, indent=2) + "\n")
+    table, file = write_results(evaluations, sent_bytes(simulation), out, bundle, overrides), out / RESULTS_FILE
     rows = {
         site: {"cases": one["cases"], "global": one["dice_global"], "personal": one["dice_personal"]}
         for site, one in table["sites"].items()

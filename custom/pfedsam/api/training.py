@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from pfedsam import defaults
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ownership import claim, require_free
 
@@ -17,14 +18,12 @@ if TYPE_CHECKING:
 #: Called with a line for each thing that one waits for.
 Event: TypeAlias = Callable[[str], None]
 
-DEFAULT_BUNDLE = "brain_lesion_mri"
-
 
 def train_site(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str] = "runs/train_site",
     *,
-    bundle: str = DEFAULT_BUNDLE,
+    bundle: str = defaults.BUNDLE,
     strategy: str = "local_only",
     rounds: int = 6,
     seed: int = 0,

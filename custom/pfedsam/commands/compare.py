@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pfedsam import defaults
 from pfedsam.commands.console import LOOK, Bundle, Force, Overrides, bar, claim_folder, console, literals
 from pfedsam.commands.interrupts import command_again, ends_in_order
 from pfedsam.errors import ErrorCode, PFedSAMError
@@ -22,7 +23,9 @@ OUTDATED = {
     "bundle": "configuration of the bundle than it has now",
     "inputs": "images, labels or base weights than there are now",
 }
-DEFAULT = "local_only,fedavg_lora,fedavg_lora_ft,feddpa,pfedsam"
+
+
+DEFAULT = ",".join(defaults.STRATEGIES)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -34,7 +37,7 @@ def compare(
     strategies: Annotated[str, typer.Option(help="Names or files, with commas; `all`; `ablations`.")] = DEFAULT,
     seeds: Annotated[str, typer.Option(help="With commas; the test fold is seed modulo `folds`.")] = "0",
     rounds: Annotated[int, typer.Option(min=1, max=MOST_ROUNDS, help="Of every federation.")] = 6,
-    bundle: Bundle = "brain_lesion_mri",
+    bundle: Bundle = defaults.BUNDLE,
     workers: Annotated[
         int, typer.Option(min=0, max=MOST_WORKERS, help="Runs at a time, one thread each; 0: one a core.")
     ] = 0,

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pfedsam import defaults
 from pfedsam.commands.console import DATA, Bundle, Force, Overrides, bar, console, literals
 from pfedsam.errors import ErrorCode
 from pfedsam.ranges import LARGEST_SEED, MOST_CASES, MOST_SITES
@@ -44,7 +45,7 @@ def phantom(
 @app.command(rich_help_panel=DATA)
 def validate(
     site: Annotated[Path, typer.Argument(help="Site folder with images/ and labels/.")],
-    bundle: Bundle = "brain_lesion_mri",
+    bundle: Bundle = defaults.BUNDLE,
     labels: Annotated[
         str | None, typer.Option(help="Values that the labels may hold, with commas; by default the bundle's.")
     ] = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,7 +83,7 @@ def show_evaluation(
     from pfedsam.data.reader import load_picture
     from pfedsam.evaluation.pictures import case_picture
     from pfedsam.evaluation.site import evaluate_site
-    from pfedsam.evaluation.tables import results, site_table
+    from pfedsam.evaluation.tables import site_table, write_results
 
     evaluations = []
     for site, (data, model) in models.items():
@@ -97,8 +96,6 @@ def show_evaluation(
         for name, example in found.examples.items():
             image = load_picture(example.image)
             case_picture(found, name, image, out / "pictures" / f"{site}-{name}.png")
-    about = {"bundle": bundle, "overrides": dict(overrides), "section": section}
-    table = {"about": about, **results(evaluations, sent)}
-    (out / "results.json").write_text(json.dumps(table, indent=2) + "\n")
+    table = write_results(evaluations, sent, out, bundle, overrides, section)
     console.print(site_table(table, f"{bundle}: {section} cases"))
     console.print(f"pictures: {out / 'pictures'}    all numbers: {out / 'results.json'}")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pfedsam import defaults
 from pfedsam.commands.console import (
     TRAIN,
     Force,
@@ -107,7 +108,7 @@ def demo(
     """The main job on a phantom federation of 4 sites: some minutes on a laptop, no data and no GPU needed."""
     from pfedsam.bundles import require_settings
 
-    require_settings("brain_lesion_mri", {"image_size": image_size, **DEMO_OVERRIDES})
+    require_settings(defaults.BUNDLE, {"image_size": image_size, **DEMO_OVERRIDES})
     with ends_in_order(f"To go on: {command_again()}"):
         claim_folder(out, "demo", is_simulation, force)
         _demo(out, seed, image_size, amp, fresh)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pfedsam import defaults
 from pfedsam.commands.console import (
     LOOK,
     TRAIN,
@@ -225,7 +226,7 @@ def personalize(
     site: Annotated[Path, typer.Argument(help="Site folder with labelled cases.")],
     global_model: Annotated[Path, typer.Option("--global", help="global_model.safetensors of a federation.")],
     out: Annotated[Path, typer.Option(help="Folder for the model, table and pictures.")] = Path("runs/personalize"),
-    bundle: Annotated[str, typer.Option(help="Name of an installed bundle.")] = "brain_lesion_mri",
+    bundle: Annotated[str, typer.Option(help="Name of an installed bundle.")] = defaults.BUNDLE,
     strategy: Annotated[str, typer.Option(help="Its final phase is what is trained.")] = "pfedsam",
     cases: Annotated[
         int,

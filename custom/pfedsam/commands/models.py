@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from pfedsam import defaults
 from pfedsam.commands.console import DATA, LOOK, OPERATE, Force, Job, Overrides, bar, console, literals
 from pfedsam.ownership import require_free
 
@@ -55,7 +56,7 @@ def models_download(
 
 @app.command("describe", rich_help_panel=LOOK)
 def describe_bundle(
-    bundle: Annotated[str, typer.Argument(help="Name of an installed bundle.")] = "brain_lesion_mri",
+    bundle: Annotated[str, typer.Argument(help="Name of an installed bundle.")] = defaults.BUNDLE,
     job: Job = "pfedsam",
     set_: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

@@ -19,9 +19,8 @@ from pfedsam.comparison.execute import Simulator, execute
 from pfedsam.comparison.provenance import bundle_hash, defaults
 from pfedsam.comparison.records import problem_of_record, warn_once
 from pfedsam.comparison.run import Run
-from pfedsam.errors import PFedSAMError
+from pfedsam.errors import PFedSAMError, shown
 from pfedsam.files import append_line, read_lines
-from pfedsam.settings import shown
 
 RECORDS = "runs.jsonl"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pfedsam.settings import shown
+from pfedsam.errors import shown
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,7 @@ from pfedsam.data.datalist_file import entry_name, listed_parts, read_content, w
 from pfedsam.data.sections import SECTIONS
 from pfedsam.data.site_folder import Case, Split, files_by_name, read_site
 from pfedsam.data.suffixes import case_name
-from pfedsam.errors import PFedSAMError, few
-from pfedsam.settings import shown
+from pfedsam.errors import PFedSAMError, few, shown
 
 
 def listed_split(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pfedsam.bundles import checked_overrides, folder, installed_bundles
-from pfedsam.errors import ErrorCode, PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError, shown
 from pfedsam.federated.literals import SERVER
 from pfedsam.federated.plan import Plan
+from pfedsam.files import read_object
 from pfedsam.ranges import MOST_ROUNDS, MOST_SECONDS, MOST_SITES
-from pfedsam.settings import shown
 from pfedsam.training.strategy import Strategy
 
 #: NVFlare's aggregator, for the plain mean: it adds updates up as they come.
@@ -82,15 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         PFedSAMError: E29 if the file is missing, not readable, or holds something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, f"{path} is not readable: {error}.", _JOB) from None
-    if not isinstance(content, dict):
-        raise PFedSAMError(
-            ErrorCode.CONFIGURATION_FILE, f"{path} is {shown(content)}, expected keys with values.", _JOB
-        )
-    return content
+    return read_object(path, _JOB)
 
 
 def component_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:

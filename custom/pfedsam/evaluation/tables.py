@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from rich.table import Table
 from pfedsam.bundles import class_names, find_bundle
 from pfedsam.evaluation.site import MODELS, SiteEvaluation
 
+RESULTS_FILE = "results.json"
 METRICS = ("dice", "hd95", "asd", "nsd", "failed")
 #: What the columns mean; short names keep the table whole in 80 columns.
 CAPTION = (
@@ -44,6 +47,21 @@ def results(evaluations: Sequence[SiteEvaluation], sent: Mapping[str, Mapping[in
         for kind, function in (("mean", np.mean), ("worst", np.min))
     }
     return {"sites": sites, **summary, "cases": [score.to_dict() for one in evaluations for score in one.scores]}
+
+
+def write_results(
+    evaluations: Sequence[SiteEvaluation],
+    sent: Mapping[str, Mapping[int, int]],
+    out: Path,
+    bundle: str,
+    overrides: Mapping[str, Any],
+    section: str = "test",
+) -> dict[str, Any]:
+    """Write `results` with what they are of to `<out>/results.json`, which `pfedsam report` shows; returns them."""
+    about = {"bundle": bundle, "overrides": dict(overrides), "section": section}
+    table = {"about": about, **results(evaluations, sent)}
+    (out / RESULTS_FILE).write_text(json.dumps(table, indent=2) + "\n")
+    return table
 
 
 def case_rows(evaluations: Sequence[SiteEvaluation], bundle: str) -> pd.DataFrame:

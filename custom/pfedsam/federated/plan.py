@@ -12,9 +12,8 @@ from typing import Any
 from nvflare.apis.fl_context import FLContext
 
 from pfedsam.bundles import network_of, require_settings
-from pfedsam.errors import ErrorCode, PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError, shown
 from pfedsam.parameters import COPY, Manifest, manifest
-from pfedsam.settings import shown
 from pfedsam.training.strategy import Strategy
 
 PLAN_ID = "plan"

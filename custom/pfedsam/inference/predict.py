@@ -22,7 +22,7 @@ from pfedsam.data.field_of_view import share_outside
 from pfedsam.data.intensity import NO_WINDOW, window_is_empty
 from pfedsam.data.picture import Picture
 from pfedsam.data.reader import load_picture
-from pfedsam.errors import ErrorCode, PFedSAMError, first_of_ours
+from pfedsam.errors import ErrorCode, PFedSAMError, failing_as, first_of_ours
 from pfedsam.inferers import PromptedSliceInferer
 from pfedsam.networks.prompts import boxes_of
 from pfedsam.storage.site_model import model_settings
@@ -103,17 +103,12 @@ class Predictor:
         if self.device is not None:
             settings["device"] = _usable(self.device)
         workflow = _workflow(self.bundle, self.model_file, settings, self.experts)
-        try:
+        told = f"inference of bundle '{self.bundle}' could not be started"
+        with failing_as(ErrorCode.BUNDLE_FAILED, told, "Check the settings."):
             workflow.initialize()
             parser = workflow.parser
             self.field_of_view = parser.get_parsed_content("field_of_view_mm") if "field_of_view_mm" in parser else None
             self._evaluator = parser.get_parsed_content("evaluator")
-        except Exception as error:
-            raise first_of_ours(error) or PFedSAMError(
-                ErrorCode.BUNDLE_FAILED,
-                f"inference of bundle '{self.bundle}' could not be started: {error}",
-                "Check the settings.",
-            ) from error
         # the bundle may place one transform or none at all on its dataset
         self._transform = self._evaluator.data_loader.dataset.transform
         self._inferer = self._evaluator.inferer

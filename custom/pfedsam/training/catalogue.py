@@ -10,8 +10,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pfedsam.bundles import checked_overrides, folder
-from pfedsam.errors import ErrorCode, PFedSAMError
-from pfedsam.settings import shown
+from pfedsam.errors import ErrorCode, PFedSAMError, shown
 from pfedsam.training.strategy import Strategy
 
 ABLATIONS = "ablations"

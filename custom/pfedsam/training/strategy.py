@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
-from pfedsam.errors import ErrorCode, PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError, shown
 from pfedsam.parameters import GROUPS, LAYER_NORM, Roles
 from pfedsam.ranges import MOST_EPOCHS, MOST_ROUNDS
-from pfedsam.settings import by_one_name, shown
+from pfedsam.settings import by_one_name
 
 #: What other tools call two keys of a phase.
 ALIASES = {"lr_multipliers": "rates", "proximal_mu": "proximal"}

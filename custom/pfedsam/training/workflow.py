@@ -11,7 +11,7 @@ from monai.bundle import ConfigWorkflow
 
 from pfedsam.bundles import find_bundle, local_settings
 from pfedsam.data.sites import write_split
-from pfedsam.errors import ErrorCode, PFedSAMError, first_of_ours
+from pfedsam.errors import ErrorCode, failing_as
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.parameters import Roles, trains_encoder
 from pfedsam.training.feature_store import store_settings
@@ -63,8 +63,8 @@ def open_workflow(
         PFedSAMError: E28 if there is no such bundle; else with the code of whatever is wrong in data, weights or
             configuration.
     """
-    root = find_bundle(bundle)
-    try:
+    root, told = find_bundle(bundle), f"bundle '{bundle}' could not be started"
+    with failing_as(ErrorCode.BUNDLE_FAILED, told, "Try it alone: monai.bundle run."):
         settings: dict[str, Any] = {
             "bundle_root": str(root),
             "dataset_dir": str(folder),
@@ -94,10 +94,4 @@ def open_workflow(
         write_split(folder, output_dir / SPLIT_FILE, parsed("seed"), parsed("folds"))
         network = trainer.network
         network.frozen_trunk = not trains_encoder(network, roles)
-    except Exception as error:
-        raise first_of_ours(error) or PFedSAMError(
-            ErrorCode.BUNDLE_FAILED,
-            f"bundle '{bundle}' could not be started: {error}",
-            "Try it alone: monai.bundle run.",
-        ) from error
     return Workflow(network, trainer, evaluator, cases, validation_cases)
