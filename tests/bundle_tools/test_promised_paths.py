@@ -13,8 +13,8 @@ from pfedsam import site_model
 from pfedsam.bundle_tools.new import new_bundle
 from pfedsam.bundles import folder
 from pfedsam.deployment.allowed_classes import needed_classes
-from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.storage import site_model as moved
+from pfedsam.storage.job_plan import CLIENT, SERVER
 
 #: What configurations of bundles name: classes and functions. A new one is a new promise.
 OF_BUNDLES = (

@@ -13,13 +13,12 @@ from nvflare.apis.dxo import MetaKey
 from pfedsam.deployment.audit import audit, statement
 from pfedsam.errors import ErrorCode
 from pfedsam.federated.boundary import FINGERPRINT_KEY, METADATA, METRIC_DECIMALS, METRICS
-from pfedsam.federated.literals import CLIENT
 from pfedsam.federated.packing import PACKED
-from pfedsam.federated.plan import PLAN_ID
 from pfedsam.federated.records import CHECKED, LEFT, SCALARS, SENT_FILE, append_record
 from pfedsam.federated.scalars import LISTED as LISTED_TAGS
 from pfedsam.federated.scalars import PHASES, TAGS
 from pfedsam.parameters import SHAREABLE_GROUPS
+from pfedsam.storage.job_plan import CLIENT, PLAN_FILE, PLAN_ID
 
 JOB = "job-1"
 LISTED = sorted([*METADATA, "initial_metrics.val_dice"])
@@ -30,8 +29,8 @@ def kit(tmp_path: Path) -> Path:
     """A site with a job that has sent one result."""
     config = tmp_path / JOB / "app_site" / "config"
     config.mkdir(parents=True)
-    plan = {"id": PLAN_ID, "args": {"strategy": {"shared": ["lora_a"]}}}
-    (config / CLIENT).write_text(json.dumps({"components": [plan]}))
+    (config / CLIENT).write_text(json.dumps({"components": [{"id": PLAN_ID}]}))
+    (config / PLAN_FILE).write_text(json.dumps({"strategy": {"shared": ["lora_a"]}}))
     (tmp_path / JOB / "meta.json").write_text("{}")
     (tmp_path / JOB / "audit.log").write_text("[E:1][T:2026-01-01][S:pfedsam][A:train#0]submit result OK\n")
     return tmp_path

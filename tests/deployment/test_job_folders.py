@@ -14,7 +14,7 @@ from pfedsam.cli import app
 from pfedsam.deployment.job_files import find_job, server_settings
 from pfedsam.deployment.jobs import export_job
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.literals import SERVER
+from pfedsam.storage.job_plan import SERVER
 
 JOB = find_job("pfedsam")
 

@@ -21,8 +21,8 @@ from pfedsam.deployment.jobs import export_job, make_job
 from pfedsam.deployment.recipe import PFedSAMRecipe
 from pfedsam.deployment.simulation import Simulation
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.federated.plan import Plan
+from pfedsam.storage.job_plan import CLIENT, PLAN_FILE, SERVER
 from pfedsam.training.aggregation import RULES
 from pfedsam.training.catalogue import find_strategy
 
@@ -74,7 +74,7 @@ def test_seconds_of_a_workflow_are_in_a_range(value: Any, job: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["[1]", "3", "null", "{", "", '"text"', "[" * 100_000])
-@pytest.mark.parametrize("name", [META, SERVER, CLIENT])
+@pytest.mark.parametrize("name", [META, SERVER, CLIENT, PLAN_FILE])
 def test_a_file_of_another_shape_is_named(name: str, content: str, job: Path, tmp_path: Path) -> None:
     (job / name if name == META else config_of(job, name)).write_text(content)
     with pytest.raises(PFedSAMError, match=rf"E29.*{name}"):
@@ -91,7 +91,6 @@ def test_a_file_of_another_shape_is_named(name: str, content: str, job: Path, tm
         {"components": 3},
         {"components": [3, {}, {"id": "other"}]},
         {"components": [{"id": "plan", "args": [1]}]},
-        {"components": [{"id": "plan"}]},
         {"components": [{"id": "plan", "args": {"bundle": ["a"], "strategy": {}}}]},
         {"components": [{"id": "plan", "args": {"bundle": "a", "strategy": [1]}}]},
         {"components": [{"id": "plan", "args": {"bundle": "a", "strategy": {}, "overrides": [1]}}]},
@@ -139,12 +138,8 @@ def test_a_wrong_plan_that_came_all_the_same_is_an_error_of_ours(plan: dict[str,
 
 
 def test_a_job_of_a_bundle_that_only_its_sites_have_can_be_exported(job: Path) -> None:
-    config = json.loads(config_of(job).read_text())
-    next(one for one in config["components"] if one["id"] == "plan")["args"]["bundle"] = "theirs"
-    config_of(job).write_text(json.dumps(config))
-    config_of(job, CLIENT).write_text(
-        json.dumps({"components": config["components"][:1], "task_result_filters": [{"filters": []}]})
-    )
+    told = {**json.loads(config_of(job, PLAN_FILE).read_text()), "bundle": "theirs"}
+    config_of(job, PLAN_FILE).write_text(json.dumps(told))
     assert plan_settings(export_job(job, job.parent / "out"))["bundle"] == "theirs"
     with pytest.raises(PFedSAMError, match="E18"):
         export_job(job, job.parent / "other", plan={"overrides": {"batch_size": 0}})
@@ -170,7 +165,13 @@ def test_a_kit_of_the_server_allows_the_aggregator_of_every_rule(rule: str, tmp_
 
 
 def of_before(job: Path) -> Path:
-    """The job as it was before there were other rules: plain mean, nothing promised."""
+    """The job as it was before there were other rules: plain mean, nothing promised, the plan on both sides."""
+    plan = json.loads(config_of(job, PLAN_FILE).read_text())
+    config_of(job, PLAN_FILE).unlink()
+    for side in (SERVER, CLIENT):
+        config = json.loads(config_of(job, side).read_text())
+        next(one for one in config["components"] if one["id"] == "plan")["args"] = plan
+        config_of(job, side).write_text(json.dumps(config))
     path = config_of(job)
     config = json.loads(path.read_text())
     config["components"] = [one for one in config["components"] if one["id"] != "least_sites"]
@@ -188,8 +189,9 @@ def test_a_job_of_before_keeps_its_rule_and_keeps_what_it_promises_now(job: Path
     assert components["aggregator"] == MEAN and components["least_sites"].endswith(".LeastSites")
     told = plan_settings(out)
     assert (told["strategy"]["aggregation"], told["least_sites"]) == ("mean", 3)
-    client = json.loads(config_of(out, CLIENT).read_text())["components"]
-    assert next(one for one in client if one["id"] == "plan")["args"] == told
+    for side in (SERVER, CLIENT):
+        (plan,) = [one for one in json.loads(config_of(out, side).read_text())["components"] if one["id"] == "plan"]
+        assert "args" not in plan, "the plan stands once"
     assert Simulation(tmp_path, tmp_path, str(job)).plan["strategy"]["aggregation"] == "mean", "also in a simulation"
 
 

@@ -23,8 +23,8 @@ from pfedsam.deployment.kits import AUTHORIZATION, FILTER, PRIVACY, RESOURCES, S
 from pfedsam.deployment.processes import Deployment
 from pfedsam.deployment.site_check import Finding, check_kit
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.federated.settings import KIT_DEFAULTS, SITE_SETTINGS, SiteSettings, read_settings
+from pfedsam.storage.job_plan import CLIENT, SERVER
 
 PROJECT = Path(__file__).resolve().parents[2] / "poc_workspace" / "project.yml"
 OTHER = {"path": "nvflare.app_common.filters.svt_privacy.SVTPrivacy", "args": {"fraction": 0.1}}

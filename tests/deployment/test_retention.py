@@ -17,9 +17,8 @@ from pfedsam.cli import app
 from pfedsam.deployment.audit import audit
 from pfedsam.deployment.retention import AUDIT_FILE, KEPT, outdated
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.literals import CLIENT
-from pfedsam.federated.plan import PLAN_ID
 from pfedsam.federated.records import CHECKED, LEFT, SENT_FILE, append_record
+from pfedsam.storage.job_plan import CLIENT, PLAN_ID
 
 SUBMITTED = "[E:1][T:2026-01-01][S:pfedsam][A:train#0]submit result OK\n"
 

@@ -19,7 +19,7 @@ from pfedsam.deployment.job_terms import job_terms
 from pfedsam.deployment.jobs import make_job
 from pfedsam.deployment.run_terms import differences, keep_terms, kept_terms, require_same, terms_of, with_data
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.literals import SERVER
+from pfedsam.storage.job_plan import SERVER
 
 SETTINGS = {"backbone": "vit_test", "image_size": 64}
 

@@ -20,8 +20,9 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 from pfedsam.federated.aggregators import ProductAggregator, RobustAggregator, RobustModelSelector
-from pfedsam.federated.plan import PLAN_ID, Plan
+from pfedsam.federated.plan import Plan
 from pfedsam.federated.records import ROUNDS_FILE
+from pfedsam.storage.job_plan import PLAN_ID
 from pfedsam.training.aggregation import RULES, aggregate
 
 SHAPES = {"qkv.lora_a": (2, 4, 12), "qkv.lora_b": (2, 9, 4), "hyper.weight": (5, 3)}

@@ -31,11 +31,12 @@ from pfedsam.deployment.job_privacy import DECRYPT, ENCRYPT, GUARD, Privacy
 from pfedsam.deployment.jobs import export_job, make_job
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
-from pfedsam.federated.plan import PLAN_ID, Plan
+from pfedsam.federated.plan import Plan
 from pfedsam.federated.records import RECEIVED_FILE
 from pfedsam.files import read_safetensors
 from pfedsam.parameters import TensorSpec
 from pfedsam.storage.global_model import read_global_model
+from pfedsam.storage.job_plan import PLAN_ID
 
 tenseal = pytest.importorskip("tenseal")
 

@@ -28,9 +28,10 @@ from pfedsam.federated.filters import (
     require_outgoing_filter,
 )
 from pfedsam.federated.packing import PACKED, PackPayload
-from pfedsam.federated.plan import PLAN_ID, Plan
+from pfedsam.federated.plan import Plan
 from pfedsam.federated.privacy import ClipAndNoise
 from pfedsam.parameters import TensorSpec
+from pfedsam.storage.job_plan import PLAN_ID
 
 TASKS = ("train", "submit_model", "validate", "configure")
 A, D = "image_encoder.blocks.0.qkv.lora_a", "mask_decoder.mask_tokens.weight"

@@ -24,10 +24,10 @@ from pfedsam.federated import settings as settings_module
 from pfedsam.federated.boundary import FINGERPRINT_KEY, METADATA, check_result, told_names
 from pfedsam.federated.global_dice import fall
 from pfedsam.federated.learner import STARTED, PFedSAMLearner
-from pfedsam.federated.literals import CLIENT
-from pfedsam.federated.plan import PLAN_ID, Plan
+from pfedsam.federated.plan import Plan
 from pfedsam.federated.scalars import ListedScalars
 from pfedsam.parameters import COPY, TensorSpec
+from pfedsam.storage.job_plan import CLIENT, PLAN_ID
 from pfedsam.storage.site_model import SiteModel, read
 from pfedsam.storage.state import SiteState
 from pfedsam.storage.state_files import BEST, CURRENT

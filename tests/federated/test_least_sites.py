@@ -16,12 +16,12 @@ from nvflare.app_common.app_event_type import AppEventType
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
-from pfedsam.deployment.job_files import find_job
+from pfedsam.deployment.job_files import find_job, plan_settings
 from pfedsam.deployment.jobs import PROMISED, export_job
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.least_sites import LeastSites, require_enough_sites, sites_of
-from pfedsam.federated.literals import CLIENT, SERVER
-from pfedsam.federated.plan import PLAN_ID, Plan
+from pfedsam.federated.plan import Plan
+from pfedsam.storage.job_plan import PLAN_ID, SERVER
 from pfedsam.training.catalogue import find_strategy
 
 
@@ -96,25 +96,23 @@ def test_a_promise_is_a_whole_number(least: object) -> None:
         plan.checked()
 
 
-def promised(job: Path) -> list[int | None]:
-    """What both sides' plans promise."""
-    configs = [json.loads((job / "app" / "config" / name).read_text()) for name in (SERVER, CLIENT)]
-    plans = [next(one["args"] for one in config["components"] if one["id"] == PLAN_ID) for config in configs]
-    return [plan.get("least_sites") for plan in plans]
+def promised(job: Path) -> int | None:
+    """What the plan promises."""
+    return plan_settings(job).get("least_sites")
 
 
 def test_an_exported_job_promises_what_the_server_waits_for_up_to_three(tmp_path: Path) -> None:
     source = find_job("pfedsam")
     waits = json.loads((source / "app" / "config" / SERVER).read_text())["min_clients"]
     assert waits > PROMISED
-    assert promised(export_job(source, tmp_path / "three", server={"min_clients": 3})) == [3, 3]
+    assert promised(export_job(source, tmp_path / "three", server={"min_clients": 3})) == 3
     other = export_job(source, tmp_path / "two", server={"min_clients": 3}, plan={"least_sites": 2})
-    assert promised(other) == [2, 2]
-    assert promised(export_job(source, tmp_path / "none")) == [None, None]
+    assert promised(other) == 2
+    assert promised(export_job(source, tmp_path / "none")) is None
     for options, number in (([], 3), (["--min-clients", "2"], 2), (["--least-sites", "5"], 5)):
         out = tmp_path / f"job-{number}"
         assert CliRunner().invoke(app, ["job", "export", "pfedsam", str(out), *options]).exit_code == 0
-        assert promised(out) == [number, number]
+        assert promised(out) == number
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 
 from pfedsam.bundles import folder
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.literals import CLIENT, SERVER, require_literal
+from pfedsam.federated.literals import require_literal
+from pfedsam.storage.job_plan import CLIENT, PLAN_FILE, SERVER
 
 JOBS = sorted(path.parent for path in folder("jobs").glob("*/meta.json"))
 
@@ -24,6 +25,7 @@ def app(out: Path, content: dict, name: str = CLIENT) -> Path:
 def test_the_packaged_jobs_are_plain(job: Path) -> None:
     require_literal(job / "app", CLIENT)
     require_literal(job / "app", SERVER, references=True)
+    require_literal(job / "app", PLAN_FILE)
 
 
 @pytest.mark.parametrize(

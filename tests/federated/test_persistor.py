@@ -28,11 +28,11 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.federated import persistor as module
 from pfedsam.federated.boundary import FINGERPRINT_KEY
 from pfedsam.federated.final_phase import FinalPersonalPhase
-from pfedsam.federated.literals import SERVER
 from pfedsam.federated.persistor import BEST_GLOBAL_MODEL_FILE, GLOBAL_MODEL_FILE, SharedStatePersistor
-from pfedsam.federated.plan import PLAN_ID, Plan
+from pfedsam.federated.plan import Plan
 from pfedsam.parameters import Roles, TensorSpec
 from pfedsam.storage.global_model import read_global_model, write_global_model
+from pfedsam.storage.job_plan import PLAN_ID, SERVER
 
 A, D = "image_encoder.blocks.0.lora_a", "mask_decoder.mask_tokens.weight"
 SHARED = {A: TensorSpec((2, 3), "float32"), D: TensorSpec((4, 2), "float32")}

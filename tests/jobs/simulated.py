@@ -48,18 +48,21 @@ class Job:
         sites: number of sites.
         recorded: whether the server records and the sites copy their states.
         special: configurations of single sites; a site without one has `client`.
+        plan, special_plans: what the plan says, for all and for single sites.
         source: folder of the job.
     """
 
     sites: int = 2
     recorded: bool = True
     special: dict[str, dict[str, Any]] = field(default_factory=dict)
+    special_plans: dict[str, dict[str, Any]] = field(default_factory=dict)
     custom: dict[str, bytes] = field(default_factory=dict)
     source: Path = SOURCE
 
     def __post_init__(self) -> None:
         self.server = json.loads((self.source / "app/config/config_fed_server.json").read_text())
         self.client = json.loads((self.source / "app/config/config_fed_client.json").read_text())
+        self.plan = json.loads((self.source / "app/config/plan.json").read_text())
         self.server["min_clients"], self.server["num_rounds"] = self.sites, 1
         self.plan["overrides"] = {**self.plan["overrides"], **TINY}
         if self.plan["strategy"]["name"] == "pfedsam":
@@ -68,20 +71,14 @@ class Job:
             self.server["components"].append({"id": "recorder", "path": "recorder.Recorder"})
             self.client["components"].append({"id": "watcher", "path": "recorder.StateWatcher"})
 
-    @property
-    def plan(self) -> dict[str, Any]:
-        """The plan's arguments, one dict for both sides."""
-        args = component(self.server, "plan")["args"]
-        component(self.client, "plan")["args"] = args
-        return args
-
     def site(self, name: str) -> dict[str, Any]:
         """The configuration of one site alone, to be changed."""
         return self.special.setdefault(name, deepcopy(self.client))
 
     def site_plan(self, name: str) -> dict[str, Any]:
-        """The plan's arguments of one site alone, to be changed."""
-        return component(self.site(name), "plan")["args"]
+        """The plan of one site alone, to be changed."""
+        self.site(name)
+        return self.special_plans.setdefault(name, deepcopy(self.plan))
 
     def write(self, folder: Path, locked: bool = False) -> Path:
         """Write the job folder: one app for all, or one for the server and one for each site."""
@@ -94,6 +91,7 @@ class Job:
             client = self.special.get(target, self.client)
             (folder / app / "config/config_fed_server.json").write_text(json.dumps(self.server))
             (folder / app / "config/config_fed_client.json").write_text(json.dumps(client))
+            (folder / app / "config/plan.json").write_text(json.dumps(self.special_plans.get(target, self.plan)))
             if locked:
                 shutil.rmtree(folder / app / "custom")
                 continue

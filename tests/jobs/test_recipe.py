@@ -43,7 +43,7 @@ def settings(**more: Any) -> dict[str, Any]:
     return {"rounds": 1, "min_clients": 2, "federation": "recipe", "bundle": BUNDLE, "overrides": TINY, **more}
 
 
-def test_the_settings_reach_both_sides(tmp_path: Path) -> None:
+def test_the_settings_reach_the_plan_and_both_sides(tmp_path: Path) -> None:
     PFedSAMRecipe("fedrep", name="mine", **settings(privacy=Privacy(1.0, 0.5, "int8"), locked=True)).export(
         str(tmp_path)
     )
@@ -51,10 +51,9 @@ def test_the_settings_reach_both_sides(tmp_path: Path) -> None:
     assert not [name for name in found if "custom" in name]
     server, client = (found[f"app/config/config_fed_{side}.json"] for side in ("server", "client"))
     assert (server["num_rounds"], server["min_clients"]) == (1, 2)
-    for side in (server, client):
-        (plan,) = [one["args"] for one in side["components"] if one["id"] == "plan"]
-        assert plan["federation"] == "recipe" and plan["strategy"]["name"] == "fedrep"
-        assert plan["overrides"] == {"experts": 0, **TINY}
+    plan = found["app/config/plan.json"]
+    assert plan["federation"] == "recipe" and plan["strategy"]["name"] == "fedrep"
+    assert plan["overrides"] == {"experts": 0, **TINY}
     names = [one["path"].rsplit(".", 1)[-1] for one in client["task_result_filters"][0]["filters"]]
     assert names[1:] == ["ClipAndNoise", "PackPayload"]
 

@@ -22,7 +22,7 @@ from pfedsam.deployment.job_files import find_job
 from pfedsam.deployment.job_privacy import Privacy
 from pfedsam.deployment.jobs import export_job
 from pfedsam.deployment.processes import OUTCOME_VARIABLE, Deployment
-from pfedsam.federated.literals import CLIENT, SERVER
+from pfedsam.storage.job_plan import PLAN_FILE, SERVER
 from pfedsam.storage.state_list import StateEntry, list_states
 from pfedsam.training.catalogue import find_strategy
 
@@ -75,8 +75,8 @@ class Federation:
         server |= {"validation_timeout": 15, "final_phase_timeout": 20}
         how: dict[str, Any] = {"server": server, "privacy": privacy}
         job = export_job(find_job("pfedsam"), self.folder / name, locked=not code, force=True, **how)
-        for side in (SERVER, CLIENT):  # by hand: a wrong plan is the sites' to refuse, too
-            change_config(job, side, lambda c: plan_arguments(c).update(told))
+        # by hand: a wrong plan is the sites' to refuse, too
+        change_config(job, PLAN_FILE, lambda plan: plan.update(told))
         for file in code:
             shutil.copy(file, job / "app" / "custom")
         change_config(job, SERVER, lambda c: c["workflows"][0]["args"].update(wait_time_after_min_received=wait))
@@ -162,11 +162,6 @@ def change_config(job: Path, name: str, change: Callable[[Any], None]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-
-
-def plan_arguments(config: Any) -> dict[str, Any]:
-    """Arguments of the plan in a configuration of a job."""
-    return next(one["args"] for one in config["components"] if one["id"] == "plan")
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:

@@ -25,10 +25,10 @@ from pfedsam.deployment.kits import init_kit
 from pfedsam.deployment.processes import OUTCOME_VARIABLE, Deployment
 from pfedsam.deployment.site_check import check_kit
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.federated.records import CHECKED, LEFT
 from pfedsam.federated.settings import SiteSettings
 from pfedsam.inference.pair import pair
+from pfedsam.storage.job_plan import CLIENT, SERVER
 from pfedsam.storage.site_model import read
 
 

@@ -18,10 +18,10 @@ from nvflare.apis.job_def import RunStatus
 
 from pfedsam.deployment.admin import connect, fetch, follow, resume, submit
 from pfedsam.deployment.processes import OUTCOME_VARIABLE
-from pfedsam.federated.literals import CLIENT
 from pfedsam.federated.records import RECEIVED_FILE
 from pfedsam.files import read_lines
 from pfedsam.storage.global_model import round_of
+from pfedsam.storage.job_plan import CLIENT
 from pfedsam.storage.site_model import read
 
 SITES = ("hospital-a", "hospital-b")

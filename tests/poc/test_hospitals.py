@@ -14,9 +14,9 @@ from pfedsam.deployment.admin import connect
 from pfedsam.deployment.audit import audit
 from pfedsam.deployment.processes import OUTCOME_VARIABLE, Deployment
 from pfedsam.deployment.site_check import check_kit
-from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.federated.records import CHECKED, SENT_FILE
 from pfedsam.files import read_lines
+from pfedsam.storage.job_plan import CLIENT, SERVER
 
 pytestmark = pytest.mark.slow
 HOSPITALS = PROJECT.with_name("hospitals.yml")

@@ -10,8 +10,8 @@ from pfedsam.bundles import folder
 from pfedsam.deployment.job_files import MEAN, META, read_json
 from pfedsam.deployment.job_privacy import DECRYPT, ENCRYPT, ENCRYPTED, GUARD, NOISE, PACK, UNPACK
 from pfedsam.errors import ErrorCode, PFedSAMError
-from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.files import write_like
+from pfedsam.storage.job_plan import CLIENT, SERVER
 
 #: Classes of a server that no packaged job names: for the plain mean, and in jobs of before there were other rules.
 _OTHER_SERVER = (

@@ -17,13 +17,12 @@ from nvflare.apis.dxo import MetaKey
 import pfedsam
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated import boundary, scalars
-from pfedsam.federated.literals import CLIENT
 from pfedsam.federated.packing import PACKED, Precision
-from pfedsam.federated.plan import PLAN_ID
 from pfedsam.federated.records import CHECKED, LEFT, SCALARS, SENT_FILE
 from pfedsam.federated.settings import KIT_DEFAULTS
 from pfedsam.files import read_lines
 from pfedsam.parameters import MAY_BE_PERSONAL, SHAREABLE_GROUPS
+from pfedsam.storage.job_plan import CLIENT, PLAN_ID, plan_arguments
 from pfedsam.training.validation import LEAST_COVERED, MOST_COVERED
 
 _SUBMITTED = re.compile(r"\[S:(?P<scope>[^\]]*)\].*\[A:(?P<task>\w+)#[^\]]*\]submit result:? (?P<reply>\S+)")
@@ -123,9 +122,8 @@ def _package_hash() -> str:
 def _shared_groups(run: Path) -> list[str]:
     """What the job says that it shares; nothing if it has no plan."""
     for path in run.glob(f"app_*/config/{CLIENT}"):
-        for one in json.loads(path.read_text()).get("components", ()):
-            if one.get("id") == PLAN_ID:
-                return list(one["args"]["strategy"]["shared"])
+        if any(one.get("id") == PLAN_ID for one in json.loads(path.read_text()).get("components", ())):
+            return list(plan_arguments(path.parents[1], CLIENT)["strategy"]["shared"])
     return []
 
 

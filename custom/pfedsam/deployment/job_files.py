@@ -9,10 +9,10 @@ from typing import Any
 
 from pfedsam.bundles import checked_overrides, folder, installed_bundles
 from pfedsam.errors import ErrorCode, PFedSAMError, shown
-from pfedsam.federated.literals import SERVER
 from pfedsam.federated.plan import Plan
 from pfedsam.files import read_object
 from pfedsam.ranges import MOST_ROUNDS, MOST_SECONDS, MOST_SITES
+from pfedsam.storage.job_plan import MAKE_JOB, SERVER, component_of, plan_arguments
 from pfedsam.training.strategy import Strategy
 
 #: NVFlare's aggregator, for the plain mean: it adds updates up as they come.
@@ -31,7 +31,6 @@ SERVER_SETTINGS: dict[str, tuple[int, int, str]] = {
 }
 #: Arguments of the workflows that are seconds; a text names a setting of the server.
 _SECONDS = ("wait_time_after_min_received", "train_timeout", "validation_timeout", "timeout", "task_check_period")
-_JOB = "Start from a job of this project (`pfedsam job make`)."
 
 
 def find_job(name_or_path: str) -> Path:
@@ -50,17 +49,16 @@ def find_job(name_or_path: str) -> Path:
 
 
 def plan_settings(job: Path) -> dict[str, Any]:
-    """Arguments of a job's plan, among them `bundle` and `strategy` (E29 if it is no job of ours).
+    """What a job's plan says, among it `bundle` and `strategy` (E29 if it is no job of ours).
 
     The strategy of a job that was made when the plain mean was the default names it here: it stays with it.
     """
-    config = server_settings(job)
-    plan = arguments_of(config, "plan")
+    config, plan = server_settings(job), plan_arguments(job / "app")
     kinds: dict[str, tuple[type, ...]] = {"bundle": (str,), "strategy": (dict,), "overrides": (dict, type(None))}
     for key, kind in kinds.items():
         if not isinstance(plan.get(key), kind):
             raise PFedSAMError(
-                ErrorCode.CONFIGURATION_FILE, f"{job}: {key} of the plan is {shown(plan.get(key))}.", _JOB
+                ErrorCode.CONFIGURATION_FILE, f"{job}: {key} of the plan is {shown(plan.get(key))}.", MAKE_JOB
             )
     if component_of(config, "aggregator")["path"] == MEAN["path"]:
         plan["strategy"] = {"aggregation": "mean", **plan["strategy"]}
@@ -81,16 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         PFedSAMError: E29 if the file is missing, not readable, or holds something else.
     """
-    return read_object(path, _JOB)
-
-
-def component_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A component of a job by its id (E29 if there is none); it can be changed in place."""
-    components = config.get("components")
-    for component in components if isinstance(components, list) else ():
-        if isinstance(component, dict) and component.get("id") == name:
-            return component
-    raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, f"the job has no component '{name}'.", _JOB)
+    return read_object(path, MAKE_JOB)
 
 
 def arguments_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -98,7 +87,7 @@ def arguments_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     found = component_of(config, name).setdefault("args", {})
     if not isinstance(found, dict):
         raise PFedSAMError(
-            ErrorCode.CONFIGURATION_FILE, f"the arguments of the job's '{name}' are {shown(found)}.", _JOB
+            ErrorCode.CONFIGURATION_FILE, f"the arguments of the job's '{name}' are {shown(found)}.", MAKE_JOB
         )
     return found
 
@@ -114,7 +103,7 @@ def check_settings(source: Path, plan: Mapping[str, Any], server: Mapping[str, A
         raise PFedSAMError(
             ErrorCode.CONFIGURATION_FILE,
             f"{source}: the plan has {sorted(told)}, expected {sorted(needed)} and no others than {sorted(known)}.",
-            _JOB,
+            MAKE_JOB,
         )
     if "bundle" in plan or told["bundle"] in installed_bundles():
         Plan(**told).checked()

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, get_args
 
-from pfedsam.deployment.job_files import component_of
 from pfedsam.errors import ErrorCode, PFedSAMError
-from pfedsam.federated.literals import SERVER
 from pfedsam.federated.packing import Precision
+from pfedsam.storage.job_plan import SERVER, component_of
 from pfedsam.training.strategy import Strategy
 
 #: Rules that can be taken of ciphertexts, as a plain mean: what would be bounded cannot be seen.

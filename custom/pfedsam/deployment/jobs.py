@@ -17,16 +17,15 @@ from pfedsam.deployment.job_files import (
     META,
     arguments_of,
     check_settings,
-    component_of,
     find_job,
     plan_settings,
     read_json,
 )
 from pfedsam.deployment.job_privacy import Privacy, add_filters, check_encryption
 from pfedsam.errors import ErrorCode, PFedSAMError
-from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.files import when_whole
 from pfedsam.ownership import MARKER, require_sealed, seal
+from pfedsam.storage.job_plan import CLIENT, PLAN_FILE, PLAN_ID, SERVER, component_of
 from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.strategy import Strategy
 
@@ -60,7 +59,7 @@ def export_job(
         locked: leave out `app/custom`, so that the job carries no code; each site must then allow its classes.
         byoc: bring the code, bundles and strategies in `app/custom`, for sites that allow code in jobs and have the
             libraries of `app/custom/requirements.txt` but not this package, or another version of it.
-        plan: arguments of the plan to set on both sides.
+        plan: what the plan shall say, over what it says.
         server: top-level settings of the server's configuration, for example `num_rounds`; see
             `pfedsam.deployment.job_files.SERVER_SETTINGS`. With `min_clients` the plan promises that no round has fewer
             sites, up to `PROMISED`, unless `plan` says something else of `least_sites`.
@@ -81,19 +80,20 @@ def export_job(
         )
     if privacy and privacy.encrypt:
         check_encryption({**plan_settings(source), **(plan or {})})
-    told = {"strategy": plan_settings(source)["strategy"], **_promised(server or {}), **(plan or {})}
+    told = {**plan_settings(source), **_promised(server or {}), **(plan or {})}
     with _job_folder(source, out, force) as path:
         shutil.copytree(source, path, ignore=shutil.ignore_patterns("__pycache__", MARKER))
         if locked:
             shutil.rmtree(path / "app" / "custom", ignore_errors=True)
         if byoc:
             _add_code(path / "app" / "custom")
+        (path / "app" / "config" / PLAN_FILE).write_text(_pretty(told))
         for side in (SERVER, CLIENT):
             config = read_json(path / "app" / "config" / side)
-            arguments_of(config, "plan").update(told)
+            component_of(config, PLAN_ID).pop("args", None)  # of a job of before
             if side == SERVER:
-                _set_aggregator(config)
-                _set_promise(config)
+                _set_aggregator(config, told)
+                _set_promise(config, told)
                 config.update(server or {})
                 arguments_of(config, "persistor").update(persistor or {})
             add_filters(config, side, privacy or Privacy())
@@ -152,17 +152,17 @@ def _promised(server: Mapping[str, Any]) -> dict[str, int]:
     return {"least_sites": min(PROMISED, int(server["min_clients"]))} if "min_clients" in server else {}
 
 
-def _set_promise(config: dict[str, Any]) -> None:
+def _set_promise(config: dict[str, Any], plan: Mapping[str, Any]) -> None:
     """The component that keeps the plan's promise, in a job that was made without it."""
     found = any(isinstance(one, dict) and one.get("id") == _LEAST_SITES["id"] for one in config["components"])
-    if not found and arguments_of(config, "plan").get("least_sites"):
+    if not found and plan.get("least_sites"):
         config["components"].append(dict(_LEAST_SITES))
 
 
-def _set_aggregator(config: dict[str, Any]) -> None:
+def _set_aggregator(config: dict[str, Any], plan: Mapping[str, Any]) -> None:
     """The aggregator of the plan's rule, in the place of one of the two; another one is somebody's own and stays."""
     component = component_of(config, "aggregator")
-    rule = Strategy.of(arguments_of(config, "plan")["strategy"]).aggregation
+    rule = Strategy.of(plan["strategy"]).aggregation
     if component["path"] not in (MEAN["path"], _ROBUST):
         return
     component.pop("args", None)

@@ -22,11 +22,11 @@ from nvflare.security.security import COMMAND_CATEGORIES, CommandCategory
 
 from pfedsam.deployment.allowed_classes import needed_classes
 from pfedsam.errors import ErrorCode, PFedSAMError
-from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.federated.log_streaming import LOG_SENDERS
 from pfedsam.federated.settings import KIT_DEFAULTS, SITE_SETTINGS, SiteSettings, read_settings
 from pfedsam.files import write_like
 from pfedsam.parameters import GROUPS
+from pfedsam.storage.job_plan import CLIENT, SERVER
 
 RESOURCES, PRIVACY, AUTHORIZATION = "resources.json", "privacy.json", "authorization.json"
 FILTER = "pfedsam.federated.filters.PersonalisedFilter"

@@ -17,9 +17,9 @@ from nvflare.security.security import COMMAND_CATEGORIES
 from pfedsam.deployment.allowed_classes import needed_classes
 from pfedsam.deployment.kits import AUTHORIZATION, FILTER, PRIVACY, RESOURCES, SHELL, is_server, outgoing
 from pfedsam.errors import PFedSAMError
-from pfedsam.federated.literals import CLIENT, SERVER
 from pfedsam.federated.log_streaming import LOG_SENDERS
 from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings
+from pfedsam.storage.job_plan import CLIENT, SERVER
 
 #: A certificate that expires sooner is a problem.
 _EXPIRES_SOON_DAYS = 30

@@ -21,7 +21,7 @@ from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
 from pfedsam.federated.filters import outgoing_filters, require_outgoing_filter
 from pfedsam.federated.global_dice import BEST_DICE, best_dice_of, fall
 from pfedsam.federated.least_sites import require_enough_sites
-from pfedsam.federated.literals import CLIENT, require_literal
+from pfedsam.federated.literals import require_literal
 from pfedsam.federated.log_streaming import require_no_log_streaming
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.federated.privacy import require_policy
@@ -35,6 +35,7 @@ from pfedsam.federated.settings import (
     site_folder,
     site_settings,
 )
+from pfedsam.storage.job_plan import CLIENT
 from pfedsam.storage.state import SiteState, state_root
 from pfedsam.training.round_result import RoundResult
 from pfedsam.training.site import SiteTrainer

@@ -15,8 +15,6 @@ from typing import Any
 
 from pfedsam.errors import ErrorCode, PFedSAMError
 
-#: The configurations of a job, in its app folder's `config`.
-SERVER, CLIENT = "config_fed_server.json", "config_fed_client.json"
 #: At the server a setting of the same file may stand for a number of the workflow.
 _SERVER_REFERENCE = re.compile(r"\{[a-z_]+\}")
 _FORBIDDEN = re.compile(r"[{}$\\/]|\.\.")
@@ -27,7 +25,7 @@ def require_literal(app: str | Path, name: str, references: bool = False) -> Non
 
     Args:
         app: the job's app folder on this machine.
-        name: file name, `config_fed_client.json` or `config_fed_server.json`.
+        name: file name, `SERVER`, `CLIENT` or `PLAN_FILE` of `pfedsam.storage.job_plan`.
         references: whether a text may be the name of a setting in braces.
 
     Raises:

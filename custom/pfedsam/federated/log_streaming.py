@@ -9,7 +9,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.logging.constants import is_log_streaming_allowed
 
 from pfedsam.errors import ErrorCode, PFedSAMError
-from pfedsam.federated.literals import CLIENT
+from pfedsam.storage.job_plan import CLIENT
 
 #: Components of NVFlare that send a site's log files to the server.
 LOG_SENDERS = ("SiteLogStreamer", "JobLogStreamer", "JobLogReceiver")

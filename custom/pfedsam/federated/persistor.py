@@ -16,10 +16,11 @@ from torch import Tensor
 from pfedsam.bundles import network_of
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY
-from pfedsam.federated.literals import SERVER, require_literal
+from pfedsam.federated.literals import require_literal
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.parameters import Manifest, shared_state
 from pfedsam.storage.global_model import read_global_model, write_global_model
+from pfedsam.storage.job_plan import SERVER
 
 GLOBAL_MODEL_FILE = "global_model.safetensors"
 BEST_GLOBAL_MODEL_FILE = "best_global_model.safetensors"

@@ -1,4 +1,4 @@
-"""The plan of a job: which bundle, with which overrides, by which strategy. Server and sites build it from the job.
+"""The plan of a job: which bundle, with which overrides, by which strategy. Server and sites read it from one file.
 
 NVFlare builds one `Plan` on each side as the component `plan`; the learner, the outgoing filter, the server's guard and
 the persistor read it. The tensors that may travel are computed here from the *installed* bundle, never taken from a
@@ -7,20 +7,26 @@ message.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 
 from pfedsam.bundles import network_of, require_settings
 from pfedsam.errors import ErrorCode, PFedSAMError, shown
+from pfedsam.federated.literals import require_literal
+from pfedsam.files import read_object
 from pfedsam.parameters import COPY, Manifest, manifest
+from pfedsam.storage.job_plan import MAKE_JOB, PLAN_FILE, PLAN_ID
 from pfedsam.training.strategy import Strategy
-
-PLAN_ID = "plan"
 
 
 class Plan:
     """What a job trains and how.
+
+    A component without arguments has them in the job's `config/plan.json`, see `read`; in a job of before they are
+    arguments of the component on both sides.
 
     Args:
         federation: name of the federation: the personal state at a site is keyed by it.
@@ -40,9 +46,9 @@ class Plan:
 
     def __init__(
         self,
-        federation: str,
-        bundle: str,
-        strategy: dict[str, Any],
+        federation: str = "",
+        bundle: str = "",
+        strategy: dict[str, Any] | None = None,
         overrides: dict[str, Any] | None = None,
         most_cases: int | dict[str, int] | None = None,
         least_sites: int | None = None,
@@ -54,6 +60,25 @@ class Plan:
         self.most_cases = most_cases
         self.least_sites = least_sites
         self._manifests: dict[str, Manifest] = {}
+
+    def read(self, app: str | Path) -> None:
+        """Take the arguments from the job's file, where the component has none.
+
+        Args:
+            app: the job's app folder on this machine.
+
+        Raises:
+            PFedSAMError: E18 if the file holds a variable, a path or an expression; E29 if it is missing, not readable,
+                or has a key that a plan does not have.
+        """
+        if self.federation or self.bundle or self.strategy is not None:
+            return
+        require_literal(app, PLAN_FILE)
+        told = read_object(Path(app) / "config" / PLAN_FILE, MAKE_JOB)
+        unknown = sorted(set(told) - {key for key in vars(self) if not key.startswith("_")})
+        if unknown:
+            raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, f"{PLAN_FILE} has the key(s) {unknown}.", MAKE_JOB)
+        vars(self).update(told)
 
     def checked(self) -> Strategy:
         """The strategy, after a check of all settings.
@@ -105,7 +130,7 @@ def plan_of(fl_ctx: FLContext) -> Plan:
     """The plan of the running job.
 
     Raises:
-        PFedSAMError: E29 if the job has none.
+        PFedSAMError: E29 if the job has none, and as `Plan.read`.
     """
     engine = fl_ctx.get_engine()
     plan = engine.get_component(PLAN_ID) if engine else None
@@ -113,4 +138,5 @@ def plan_of(fl_ctx: FLContext) -> Plan:
         raise PFedSAMError(
             ErrorCode.CONFIGURATION_FILE, f"the job has no component '{PLAN_ID}' of class {Plan.__module__}.Plan."
         )
+    plan.read(fl_ctx.get_prop(FLContextKey.APP_ROOT) or "")
     return plan

@@ -29,6 +29,7 @@ from pfedsam.files import write_atomically
 from pfedsam.parameters import Roles
 from pfedsam.report.plots import plots
 from pfedsam.report.warnings import FEW_CASES, gain_of, warnings_of, worse_than_alone
+from pfedsam.storage.job_plan import SERVER, plan_arguments
 from pfedsam.storage.run_folder import RUN, SENT_FILE, bytes_by_round, starts
 from pfedsam.training.strategy import Strategy
 from pfedsam.training.workflow import SPLIT_FILE
@@ -134,14 +135,14 @@ def read_curves(run: Path) -> pd.DataFrame:
 
 def _plan(run: Path) -> tuple[dict[str, Any], int | None]:
     """The plan of the job that was run, and its number of rounds."""
-    path = run / "job" / "app" / "config" / "config_fed_server.json"
+    app = run / "job" / "app"
+    path = app / "config" / SERVER
     if not path.is_file():
         return {}, None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        plan = next(one["args"] for one in config["components"] if one["id"] == "plan")
-        return dict(plan), int(config["start_round"]) + int(config["num_rounds"])
-    except (OSError, ValueError, TypeError, KeyError, StopIteration) as error:
+        config, plan = json.loads(path.read_text(encoding="utf-8")), plan_arguments(app)
+        return plan, int(config["start_round"]) + int(config["num_rounds"])
+    except (OSError, ValueError, TypeError, KeyError, PFedSAMError) as error:
         told = f"{path} is no configuration of ours ({type(error).__name__}: {error})"
         raise PFedSAMError(
             ErrorCode.RUN_INCOMPLETE, f"{told}.", "Bring it back, or take the job's folder away."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -30,8 +29,8 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Self:
-        """From plain settings.
+    def of(cls, settings: object) -> Self:
+        """From plain settings, as they are in a JSON file.
 
         Raises:
             PFedSAMError: E16 naming the first wrong key, its value and what was expected.
