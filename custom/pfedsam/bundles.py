@@ -41,8 +41,8 @@ def own_bundles() -> Path:
 
 def installed_bundles() -> dict[str, Path]:
     """Folders of the packaged bundles and of this machine's own, by name; a packaged one comes first."""
-    found = [path.parent.parent for root in (folder("bundles"), own_bundles()) for path in root.glob(_BUNDLES)]
-    return {path.name: path for path in reversed(found)}
+    folders = [path.parent.parent for root in (folder("bundles"), own_bundles()) for path in root.glob(_BUNDLES)]
+    return {path.name: path for path in reversed(folders)}
 
 
 def find_bundle(name: str) -> Path:
@@ -112,8 +112,11 @@ def network_of(
     if not weights:
         parser["checkpoint"] = None
     # MONAI wraps an error of a component in a RuntimeError
-    told = f"the network of bundle '{bundle}' could not be built"
-    with failing_as(ErrorCode.BUNDLE_FAILED, told, "Check the overrides."), torch.device("cpu" if weights else "meta"):
+    message = f"the network of bundle '{bundle}' could not be built"
+    with (
+        failing_as(ErrorCode.BUNDLE_FAILED, message, "Check the overrides."),
+        torch.device("cpu" if weights else "meta"),
+    ):
         return parser.get_parsed_content("network_def")
 
 
@@ -171,17 +174,17 @@ def is_rgb(folder: Path) -> bool:
 
 def _told_of_network(folder: Path, *keys: str) -> Any:
     """A value of the metadata's `network_data_format`."""
-    found: Any = metadata(folder)
+    value: Any = metadata(folder)
     for key in ("network_data_format", *keys):
-        if not isinstance(found, dict) or key not in found:
+        if not isinstance(value, dict) or key not in value:
             where, path = ".".join(("network_data_format", *keys)), folder / "configs" / METADATA
             raise PFedSAMError(
                 ErrorCode.CONFIGURATION_FILE,
                 f"{path} has no {where}.",
                 "See the metadata of the bundle brain_lesion_mri.",
             )
-        found = found[key]
-    return found
+        value = value[key]
+    return value
 
 
 def literals_of(bundle: str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -125,12 +125,12 @@ def _end_all_below() -> None:
 
 def _below() -> list[psutil.Process]:
     """What runs below this process; not what has ended and waits to be asked for its exit code."""
-    found = []
+    running = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                running.append(process)
+    return running
 
 
 def _prctl(option: int, value: int) -> None:

@@ -52,8 +52,8 @@ def main() -> None:
     try:
         app()
     except PFedSAMError as error:
-        told = f"[bold red]error[/] {escape(str(error))}"
-        Console(stderr=True).print(told, highlight=False, soft_wrap=True)
+        line = f"[bold red]error[/] {escape(str(error))}"
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 

@@ -32,8 +32,8 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, f"{path} is not readable: {error}.", remedy) from None
     if not isinstance(content, dict):
-        told = f"{path} is {shown(content)}, expected keys with values."
-        raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, told, remedy)
+        message = f"{path} is {shown(content)}, expected keys with values."
+        raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, message, remedy)
     return content
 
 
@@ -85,12 +85,12 @@ def write_like(path: str | Path, data: bytes, like: Path) -> None:
     Raises:
         OSError: as `write_atomically`.
     """
-    found = like.stat()
+    status = like.stat()
     write_atomically(path, data)
     if like.is_file():
-        Path(path).chmod(stat.S_IMODE(found.st_mode))
+        Path(path).chmod(stat.S_IMODE(status.st_mode))
     if os.geteuid() == 0:
-        os.chown(path, found.st_uid, found.st_gid)
+        os.chown(path, status.st_uid, status.st_gid)
 
 
 def append_line(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -113,15 +113,15 @@ def append_line(path: str | Path, record: Mapping[str, Any]) -> None:
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """The JSON objects in a file, one a line; none if there is no file, and without lines that were cut off."""
-    path, found = Path(path), []
+    path, records = Path(path), []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except ValueError:
             continue
         if isinstance(record, dict):
-            found.append(record)
-    return found
+            records.append(record)
+    return records
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

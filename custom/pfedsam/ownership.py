@@ -53,11 +53,11 @@ def _require_ours(folder: Path, what: str, force: bool, remedy: str) -> None:
         raise PFedSAMError(ErrorCode.NOT_OURS, f"{folder} is a file, a folder was expected.", "Choose another folder.")
     if force or _is_empty(folder):
         return
-    found = (marker(folder) or {}).get("what")
-    if found == what:
+    kind = (marker(folder) or {}).get("what")
+    if kind == what:
         return
-    told = f"is a folder of another kind ('{found}', not '{what}')" if found else "holds files that are not ours"
-    raise PFedSAMError(ErrorCode.NOT_OURS, f"{folder} {told}.", remedy)
+    problem = f"is a folder of another kind ('{kind}', not '{what}')" if kind else "holds files that are not ours"
+    raise PFedSAMError(ErrorCode.NOT_OURS, f"{folder} {problem}.", remedy)
 
 
 def claim(folder: Path, what: str, force: bool = False) -> None:
@@ -129,7 +129,7 @@ def require_free(path: Path, force: bool = False, keep: Iterable[Path] = ()) -> 
     """
     if path.is_dir():
         raise PFedSAMError(ErrorCode.NOT_OURS, f"{path} is a folder, a file was expected.", "Choose another name.")
-    if path.resolve() in {one.resolve() for one in keep}:
+    if path.resolve() in {file.resolve() for file in keep}:
         raise PFedSAMError(ErrorCode.NOT_OURS, f"{path} is read, so it cannot be written.", "Choose another name.")
     if not force and (path.exists() or path.is_symlink()):
         raise PFedSAMError(
@@ -153,8 +153,8 @@ def _is_empty(folder: Path) -> bool:
 
 def _mark(folder: Path, content: dict[str, Any]) -> None:
     made = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    told = {**content, "made": made, "by": f"pfedsam {pfedsam.__version__}"}
-    write_atomically(folder / MARKER, f"{json.dumps(told)}\n".encode())
+    fields = {**content, "made": made, "by": f"pfedsam {pfedsam.__version__}"}
+    write_atomically(folder / MARKER, f"{json.dumps(fields)}\n".encode())
 
 
 def _digests(folder: Path) -> dict[str, str]:

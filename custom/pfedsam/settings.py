@@ -129,7 +129,7 @@ _TYPES = {
 def _in_words(schema: Mapping[str, Any]) -> str:
     """Type and range of a JSON schema."""
     if "anyOf" in schema:
-        return " or ".join(_in_words(one) for one in schema["anyOf"])
+        return " or ".join(_in_words(option) for option in schema["anyOf"])
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     if schema["type"] == "array":
@@ -145,13 +145,13 @@ def _in_words(schema: Mapping[str, Any]) -> str:
 @cache
 def all_settings() -> dict[str, Setting]:
     """Every setting by name, in the order in which they are told."""
-    found = {}
+    settings = {}
     for name, schema in Settings.model_json_schema()["properties"].items():
         if name == "checkpoint":
             schema = {**schema, "enum": ["default", *CHECKPOINTS]}
-        other = next((f" Also `{other}`." for other, ours in ALIASES.items() if ours == name), "")
-        found[name] = Setting(name, schema["description"] + other, schema["unit"], _in_words(schema), schema["by"])
-    return found
+        other = next((f" Also `{other}`." for other, own_name in ALIASES.items() if own_name == name), "")
+        settings[name] = Setting(name, schema["description"] + other, schema["unit"], _in_words(schema), schema["by"])
+    return settings
 
 
 #: Names of the settings that a job may override.
@@ -206,8 +206,8 @@ def require_literals(content: Mapping[str, Any], where: str) -> list[str]:
     try:
         Settings.model_validate(given)
     except ValidationError as error:
-        told = all_settings()[str(error.errors()[0]["loc"][0])]
-        problem = f"{where}: setting '{told.name}' is {shown(given[told.name])}, expected {told.allowed}."
+        setting = all_settings()[str(error.errors()[0]["loc"][0])]
+        problem = f"{where}: setting '{setting.name}' is {shown(given[setting.name])}, expected {setting.allowed}."
         raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, problem, _LIST) from None
     return list(given)
 
@@ -222,9 +222,11 @@ def by_one_name(given: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[st
     Raises:
         PFedSAMError: E32 if something is given under both names.
     """
-    for other, ours in aliases.items():
-        if other in given and ours in given:
-            raise PFedSAMError(ErrorCode.CONTRADICTION, f"'{other}' and '{ours}' are one setting.", "Give one of them.")
+    for other, own_name in aliases.items():
+        if other in given and own_name in given:
+            raise PFedSAMError(
+                ErrorCode.CONTRADICTION, f"'{other}' and '{own_name}' are one setting.", "Give one of them."
+            )
     return {aliases.get(name, name) if isinstance(name, str) else name: value for name, value in given.items()}
 
 
@@ -264,10 +266,10 @@ def require_together(settings: Mapping[str, Any], where: str) -> None:
 
 
 def _not_for_a_job(name: Any) -> PFedSAMError:
-    told = all_settings().get(name) if isinstance(name, str) else None
-    if told is not None:
+    setting = all_settings().get(name) if isinstance(name, str) else None
+    if setting is not None:
         return PFedSAMError(
-            ErrorCode.OVERRIDE_NOT_ALLOWED, f"override {name!r} is not allowed: only a {told.by} sets it.", _LIST
+            ErrorCode.OVERRIDE_NOT_ALLOWED, f"override {name!r} is not allowed: only a {setting.by} sets it.", _LIST
         )
     close = difflib.get_close_matches(str(name), JOB_SETTINGS, n=1)
     hint = f"Did you mean '{close[0]}'? " if close else ""
@@ -279,10 +281,10 @@ def _not_for_a_job(name: Any) -> PFedSAMError:
 
 
 def _wrong(name: str, overrides: Mapping[str, Any]) -> PFedSAMError:
-    told = all_settings()[name]
-    unit = f" ({told.unit})" if told.unit else ""
+    setting = all_settings()[name]
+    unit = f" ({setting.unit})" if setting.unit else ""
     return PFedSAMError(
         ErrorCode.OVERRIDE_NOT_ALLOWED,
-        f"override '{name}' is {shown(overrides[name])}, expected {told.allowed}{unit}.",
+        f"override '{name}' is {shown(overrides[name])}, expected {setting.allowed}{unit}.",
         _LIST,
     )

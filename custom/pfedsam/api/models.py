@@ -46,8 +46,8 @@ class Segmentation:
     @property
     def probabilities(self) -> NDArray[np.float32]:
         """`(C, x, y[, z])`, 0 to 1: one map for each class."""
-        found = self.prediction.probabilities
-        return found.reshape(len(found), *self.prediction.image.label_shape)
+        probabilities = self.prediction.probabilities
+        return probabilities.reshape(len(probabilities), *self.prediction.image.label_shape)
 
     @property
     def affine(self) -> NDArray[np.float64] | None:
@@ -59,9 +59,9 @@ class Segmentation:
         """What a person should know of how the image was read, and of the part that the bundle does not see."""
         from pfedsam.data.field_of_view import told
 
-        found = self.prediction
-        side, unseen = found.field_of_view, found.share_unseen
-        return (*found.remarks, *((told(unseen, side),) if side is not None and unseen >= 0.005 else ()))
+        prediction = self.prediction
+        side, unseen = prediction.field_of_view, prediction.share_unseen
+        return (*prediction.remarks, *((told(unseen, side),) if side is not None and unseen >= 0.005 else ()))
 
     def save(self, path: str | Path, force: bool = False) -> Path:
         """Write the label map, with the geometry of the image: NIfTI (`.nii.gz`), of a picture PNG.
@@ -157,8 +157,8 @@ class Model:
         if not isinstance(image, (str, os.PathLike)):
             raise TypeError(f"an image is a path or an array, not {type(image).__name__}")
         if affine is not None:
-            told = f"an affine is for an array, and {image} is a path."
-            raise PFedSAMError(ErrorCode.CONTRADICTION, told, "Leave it out: the file has its own.")
+            message = f"an affine is for an array, and {image} is a path."
+            raise PFedSAMError(ErrorCode.CONTRADICTION, message, "Leave it out: the file has its own.")
         return Segmentation(self.predictor(Path(image), box), self.class_names)
 
     def segment_many(self, images: Iterable[Image]) -> Iterator[Segmentation]:
@@ -222,11 +222,11 @@ def load_model(
     from pfedsam.inference.predict import Predictor
     from pfedsam.storage.model_files import find_model
 
-    file, found = find_model(Path(path), site, shared=which == "global")
+    file, site_name = find_model(Path(path), site, shared=which == "global")
     how: dict[str, Any] = {"bundle": bundle, "overrides": overrides, "checkpoint": checkpoint, "device": device}
     predictor = Predictor(file, experts=which == "personal", **how)
     predictor.open()
-    return Model(file, found, which, tuple(class_names(find_bundle(predictor.bundle))), predictor)
+    return Model(file, site_name, which, tuple(class_names(find_bundle(predictor.bundle))), predictor)
 
 
 def evaluate(
@@ -272,9 +272,11 @@ def evaluate(
     else:
         path = Path(model)
         file, _ = find_model(path, None if only_model(path) else site)
-    bundle, told = model_settings(file, bundle, overrides or {})
+    bundle, settings = model_settings(file, bundle, overrides or {})
     with tempfile.TemporaryDirectory() as scratch:
-        found = evaluate_site(bundle, folder, file, overrides=told, section=section, site=site, output_dir=scratch)
-    rows = case_rows([found], bundle)
-    rows.attrs["notes"] = found.notes
+        evaluation = evaluate_site(
+            bundle, folder, file, overrides=settings, section=section, site=site, output_dir=scratch
+        )
+    rows = case_rows([evaluation], bundle)
+    rows.attrs["notes"] = evaluation.notes
     return rows

@@ -92,9 +92,9 @@ def simulate(
     from pfedsam.storage.run_folder import claim_run, is_simulation
 
     out = Path(out or f"runs/simulation-{time.strftime('%Y%m%d-%H%M%S')}")
-    told = {"seed": seed, **(settings or {})}
+    overrides = {"seed": seed, **(settings or {})}
     with planned_simulation(
-        Path(data), out, job, strategy, federation, bundle, rounds, told, validate_every
+        Path(data), out, job, strategy, federation, bundle, rounds, overrides, validate_every
     ) as simulation:
         require_splits(simulation)
         claim_run(out, "simulation", is_simulation, force)
@@ -207,10 +207,10 @@ def compare(
 
         comparison.simulator = run_simulated
     if not fresh and (outdated := comparison.outdated()):
-        told = "; ".join(f"other {what} for {', '.join(names)}" for what, names in outdated.items())
+        differences = "; ".join(f"other {what} for {', '.join(names)}" for what, names in outdated.items())
         raise PFedSAMError(
             ErrorCode.OTHER_RUN,
-            f"{comparison.record_file} does not tell of what is here now: {told}.",
+            f"{comparison.record_file} does not tell of what is here now: {differences}.",
             "fresh=True runs them again, another `records` keeps both.",
         )
     claim_run(out, "comparison", is_comparison, force)
@@ -236,10 +236,10 @@ def _result(simulation: Simulation) -> SimulationResult:
     ]
     table, file = write_results(evaluations, sent_bytes(simulation), out, bundle, overrides), out / RESULTS_FILE
     rows = {
-        site: {"cases": one["cases"], "global": one["dice_global"], "personal": one["dice_personal"]}
-        for site, one in table["sites"].items()
+        site: {"cases": row["cases"], "global": row["dice_global"], "personal": row["dice_personal"]}
+        for site, row in table["sites"].items()
     }
-    dice = pd.DataFrame.from_dict(rows, orient="index").assign(gain=lambda found: found["personal"] - found["global"])
+    dice = pd.DataFrame.from_dict(rows, orient="index").assign(gain=lambda frame: frame["personal"] - frame["global"])
     cases = case_rows(evaluations, bundle)
     return SimulationResult(out, simulation.global_model, states, file, dice.rename_axis("site"), cases)
 
@@ -247,6 +247,6 @@ def _result(simulation: Simulation) -> SimulationResult:
 def _failure(failed: Mapping[str, str], runs: int) -> PFedSAMError:
     """One error for the runs that failed, with the code of the first."""
     first = next(iter(failed.values())).partition(":")[0]
-    code = ErrorCode(first) if first in {one.value for one in ErrorCode} else ErrorCode.UNEXPECTED
-    told = "; ".join(f"{name}: {problem}" for name, problem in failed.items())
-    return PFedSAMError(code, f"{len(failed)} of {runs} runs failed: {told}", "The others are kept: call it again.")
+    code = ErrorCode(first) if first in {member.value for member in ErrorCode} else ErrorCode.UNEXPECTED
+    problems = "; ".join(f"{name}: {problem}" for name, problem in failed.items())
+    return PFedSAMError(code, f"{len(failed)} of {runs} runs failed: {problems}", "The others are kept: call it again.")

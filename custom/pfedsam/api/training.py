@@ -73,8 +73,8 @@ def train_site(
     folder, out = Path(folder).resolve(), Path(out)
     file = find_strategy(strategy)
     if file.kind != "local":
-        told = f"'{strategy}' does not train a site alone: it is of kind '{file.kind}'."
-        raise PFedSAMError(ErrorCode.CONTRADICTION, told, "Take local_only, or call simulate or compare.")
+        message = f"'{strategy}' does not train a site alone: it is of kind '{file.kind}'."
+        raise PFedSAMError(ErrorCode.CONTRADICTION, message, "Take local_only, or call simulate or compare.")
     overrides = {**(settings or {}), **file.overrides, "seed": seed}
     require_settings(bundle, overrides)
     require_valid(check_site(folder, **expected_by(bundle, overrides)))

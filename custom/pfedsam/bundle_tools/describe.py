@@ -88,10 +88,10 @@ def describe(
         named[roles.group(name)][name] = tensor
     if copies:
         named["personal_copy"] = {name: t for name, t in tensors(network).items() if roles.of(name) == "shared"}
-    groups = tuple(_size(group, found, roles) for group, found in named.items() if found)
-    told = settings_of(bundle, overrides)
+    groups = tuple(_size(group, members, roles) for group, members in named.items() if members)
+    literals = settings_of(bundle, overrides)
     trunk, head = _gflop(network)
-    settings = {key: told[key] for key in SWITCHES if key in told}
+    settings = {key: literals[key] for key in SWITCHES if key in literals}
     if settings.get("adapted_blocks") == AUTO:
         blocks = network.image_encoder.adaptable_blocks()
         settings["adapted_blocks"] = len(blocks) - network.first_adapted

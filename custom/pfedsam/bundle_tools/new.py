@@ -70,35 +70,38 @@ def new_bundle(name: str, classes: Sequence[str], modality: Modality, out: Path,
     metadata = _metadata(json.loads((source / "configs" / "metadata.json").read_text()), name, classes, nested)
     (target / "configs" / "metadata.json").write_text(pretty(metadata))
     page = Environment(loader=PackageLoader("pfedsam.bundle_tools", "."), undefined=StrictUndefined, autoescape=False)
-    told = {"name": name, "classes": list(classes), "modality": modality, "nested": nested, "metadata": metadata}
-    (target / "docs" / "README.md").write_text(page.get_template("README.md.j2").render(told) + "\n")
+    context = {"name": name, "classes": list(classes), "modality": modality, "nested": nested, "metadata": metadata}
+    (target / "docs" / "README.md").write_text(page.get_template("README.md.j2").render(context) + "\n")
     return target
 
 
-def _metadata(found: dict[str, Any], name: str, classes: Sequence[str], nested: bool) -> dict[str, Any]:
+def _metadata(metadata: dict[str, Any], name: str, classes: Sequence[str], nested: bool) -> dict[str, Any]:
     task = f"Segmentation of {', '.join(classes)} by a personalised, federated Segment Anything Model"
-    found |= {
+    metadata |= {
         "version": "0.1.0",
         "changelog": {"0.1.0": "first version"},
         "name": name,
         "task": task,
         "data_source": "site folders of the user",
-        "label_classes": ", ".join(f"{n}: {one}" for n, one in enumerate(["background", *classes])),
+        "label_classes": ", ".join(f"{n}: {class_name}" for n, class_name in enumerate(["background", *classes])),
         "pred_classes": f"{len(classes)} channel(s) of logits, one a class"
         + (", each inside the last" if nested else ""),
         "eval_metrics": {},
     }
-    output = found["network_data_format"]["outputs"]["pred"]
-    output |= {"num_channels": len(classes), "channel_def": {str(n): one for n, one in enumerate(classes)}}
-    return found
+    output = metadata["network_data_format"]["outputs"]["pred"]
+    output |= {
+        "num_channels": len(classes),
+        "channel_def": {str(n): class_name for n, class_name in enumerate(classes)},
+    }
+    return metadata
 
 
 def pretty(content: Any) -> str:
     """JSON as people write it: short lists on one line."""
     short = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")
 
-    def joined(found: re.Match[str]) -> str:
-        line = "[" + re.sub(r"\s*\n\s*", " ", found.group(1)) + "]"
-        return line if len(line) < 100 else found.group(0)
+    def joined(match: re.Match[str]) -> str:
+        line = "[" + re.sub(r"\s*\n\s*", " ", match.group(1)) + "]"
+        return line if len(line) < 100 else match.group(0)
 
     return short.sub(joined, json.dumps(content, indent=4, ensure_ascii=False)) + "\n"

@@ -133,9 +133,9 @@ def _settings(bundle: Bundle, scratch: Path) -> str:
 
 def _network(bundle: Bundle, scratch: Path) -> str:
     network, image, expected = _network_and_input(bundle)
-    found = tuple(network(image).shape[1:])
-    _require(found == expected, f"metadata say output {expected}, the network gives {found}")
-    return f"{tuple(image.shape[1:])} to {found}"
+    shape = tuple(network(image).shape[1:])
+    _require(shape == expected, f"metadata say output {expected}, the network gives {shape}")
+    return f"{tuple(image.shape[1:])} to {shape}"
 
 
 def _train(bundle: Bundle, scratch: Path) -> str:

@@ -35,29 +35,32 @@ def audit(
         raise PFedSAMError(
             ErrorCode.SITE_SETTINGS, "no workspace is given.", "pfedsam audit <startup kit> <job>, or --statement."
         )
-    found = rooms.audit(workspace, job)
+    report = rooms.audit(workspace, job)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
-        raise typer.Exit(1 if found.problems else 0)
-    _show(f"results of job {found.job} after the allow-list", found.stage(CHECKED), "by_group", "excluded", "metadata")
-    _show("what left this site, after all filters", found.stage(LEFT), "reply", "metadata")
-    for task, chain in {one["task"]: one["filters"] for one in found.stage(CHECKED) if "filters" in one}.items():
+        print(json.dumps(report.to_dict(), indent=1))
+        raise typer.Exit(1 if report.problems else 0)
+    _show(
+        f"results of job {report.job} after the allow-list", report.stage(CHECKED), "by_group", "excluded", "metadata"
+    )
+    _show("what left this site, after all filters", report.stage(LEFT), "reply", "metadata")
+    chains = {record["task"]: record["filters"] for record in report.stage(CHECKED) if "filters" in record}
+    for task, chain in chains.items():
         console.print(f"filters of task {task}: {', then '.join(chain)}", highlight=False)
-    for one in found.stage(SCALARS):
-        tags = ", ".join(f"{tag} ({count})" for tag, count in sorted(one["tags"].items()))
+    for record in report.stage(SCALARS):
+        tags = ", ".join(f"{tag} ({count})" for tag, count in sorted(record["tags"].items()))
         console.print(f"scalars for curves, beside the filters: {tags}", highlight=False)
-    for file, digest in found.hashes.items():
+    for file, digest in report.hashes.items():
         console.print(f"{digest[:16]}  {file}", highlight=False, soft_wrap=True)
-    for action in found.actions:
+    for action in report.actions:
         console.print(f"{action['user']}: {action['action']}", highlight=False)
-    for problem in found.problems:
+    for problem in report.problems:
         console.print(f"problem: {problem}", style="bold red", highlight=False)
-    codes = sorted({one["reply"] for one in found.submitted} - {"OK"})
-    fine = f"{len(found.stage(LEFT))} results by NVFlare's audit log, as many by the filter: they agree"
-    console.print(fine if not found.problems else f"{len(found.problems)} problem(s)", highlight=False)
+    codes = sorted({record["reply"] for record in report.submitted} - {"OK"})
+    fine = f"{len(report.stage(LEFT))} results by NVFlare's audit log, as many by the filter: they agree"
+    console.print(fine if not report.problems else f"{len(report.problems)} problem(s)", highlight=False)
     if codes:
         console.print(f"tasks that ended with a code of NVFlare and no result: {', '.join(codes)}", highlight=False)
-    raise typer.Exit(1 if found.problems else 0)
+    raise typer.Exit(1 if report.problems else 0)
 
 
 def _show(title: str, records: list[dict[str, Any]], *more: str) -> None:
@@ -68,9 +71,11 @@ def _show(title: str, records: list[dict[str, Any]], *more: str) -> None:
     columns = ("task", "round", "tensors", "bytes", *more)
     for column in ("time", *(names.get(key, key) for key in columns), "SHA-256"):
         table.add_column(column)
-    for one in records:
-        told = one | {"by_group": ", ".join(one.get("by_group", ())) or one["reply"]}
-        told["metadata"] = ", ".join(one.get("metadata", ()))
-        cells = (told.get(key) for key in columns)
-        table.add_row(one["time"][11:19], *("" if v is None else str(v) for v in cells), one.get("sha256", "")[:12])
+    for record in records:
+        row = record | {"by_group": ", ".join(record.get("by_group", ())) or record["reply"]}
+        row["metadata"] = ", ".join(record.get("metadata", ()))
+        cells = (row.get(key) for key in columns)
+        table.add_row(
+            record["time"][11:19], *("" if v is None else str(v) for v in cells), record.get("sha256", "")[:12]
+        )
     console.print(table)

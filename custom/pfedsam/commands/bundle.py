@@ -28,7 +28,7 @@ def new_bundle(
     from pfedsam.bundles import own_bundles
 
     root = out or own_bundles()
-    path = write(name, [one.strip() for one in classes.split(",")], modality, root, nested)  # type: ignore[arg-type]
+    path = write(name, [label.strip() for label in classes.split(",")], modality, root, nested)  # type: ignore[arg-type]
     console.print(f"{path}", highlight=False)
     console.print("Next, with a site folder of yours:")
     console.print(f"  pfedsam validate <site> --bundle {name}\n  pfedsam simulate <data> --bundle {name}")

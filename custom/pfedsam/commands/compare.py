@@ -90,9 +90,9 @@ def compare(
             comparison.simulator = run_simulated
         outdated, missing = _outdated(comparison), comparison.missing()
     if outdated and not (fresh or table_only):
-        told = f"{comparison.record_file} does not tell of what is here now: {'; '.join(outdated)}."
+        message = f"{comparison.record_file} does not tell of what is here now: {'; '.join(outdated)}."
         remedy = "--fresh runs them again, another --records keeps both, --table shows the old ones."
-        raise PFedSAMError(ErrorCode.OTHER_RUN, told, remedy)
+        raise PFedSAMError(ErrorCode.OTHER_RUN, message, remedy)
     claim_folder(out, "comparison", is_comparison, force)
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} done before; records: {comparison.record_file}")
     if missing and not table_only:
@@ -164,8 +164,8 @@ def show_comparison(comparison: Any, reference: str) -> None:
     for record in comparison.records():
         problem = problem_of_record(record)
         if problem:
-            told = f"{comparison.record_file}: the record {record['key']} is left out: {problem}"
-            console.print(told, style="yellow", highlight=False)
+            warning = f"{comparison.record_file}: the record {record['key']} is left out: {problem}"
+            console.print(warning, style="yellow", highlight=False)
         else:
             records.append(record)
     missing = [run.name for run in comparison.missing()]

@@ -27,9 +27,9 @@ def errors(
     """
     shown = codes or list(ErrorCode)
     if as_json:
-        print(json.dumps({one.value: {"meaning": one.meaning, "remedy": one.remedy} for one in shown}, indent=2))
+        print(json.dumps({code.value: {"meaning": code.meaning, "remedy": code.remedy} for code in shown}, indent=2))
         return
     table = Table("code", "meaning", "what helps", title="error codes")
-    for one in shown:
-        table.add_row(one.value, one.meaning, one.remedy)
+    for code in shown:
+        table.add_row(code.value, code.meaning, code.remedy)
     console.print(table)

@@ -89,13 +89,13 @@ def show_evaluation(
     for site, (data, model) in models.items():
         with bar(f"evaluating {site}", 1) as advance:
             how: dict[str, Any] = {"overrides": overrides, "section": section, "site": site, "output_dir": out}
-            found = evaluate_site(bundle, data, model, progress=advance.total, **how)
-        evaluations.append(found)
-        for note in found.notes:
+            evaluation = evaluate_site(bundle, data, model, progress=advance.total, **how)
+        evaluations.append(evaluation)
+        for note in evaluation.notes:
             console.print(f"{site}: {note}", style="yellow", highlight=False)
-        for name, example in found.examples.items():
+        for name, example in evaluation.examples.items():
             image = load_picture(example.image)
-            case_picture(found, name, image, out / "pictures" / f"{site}-{name}.png")
+            case_picture(evaluation, name, image, out / "pictures" / f"{site}-{name}.png")
     table = write_results(evaluations, sent, out, bundle, overrides, section)
     console.print(site_table(table, f"{bundle}: {section} cases"))
     console.print(f"pictures: {out / 'pictures'}    all numbers: {out / 'results.json'}")

@@ -175,7 +175,7 @@ def federate(simulation: Any, fresh: bool = False) -> None:
 
         if not run(simulation, event):
             console.print("this federation has finished before; its sites are evaluated again")
-    show_doubts(one / "server" / RUN for one in starts(out))
+    show_doubts(start / "server" / RUN for start in starts(out))
     states = simulation.states()
     models = {site: (simulation.data / site, states[site].file) for site in simulation.sites}
     show_evaluation(models, simulation.plan["bundle"], simulation.settings, out, sent_bytes(simulation))

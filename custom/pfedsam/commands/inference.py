@@ -91,8 +91,8 @@ def infer(
     with bar("segmenting", len(images)) as advance:
         for number, image in enumerate(images, 1):
             try:
-                found = loaded.segment(image, corners).prediction
-                lines += _write(found, out, labels, loaded.bundle, probabilities, overlay, dicom_seg)
+                prediction = loaded.segment(image, corners).prediction
+                lines += _write(prediction, out, labels, loaded.bundle, probabilities, overlay, dicom_seg)
             except PFedSAMError as error:
                 failed.append((image, error))
             # a library that writes one format must not cost the other images
@@ -114,28 +114,28 @@ def infer(
 
 
 def _write(
-    found: Any, out: Path, labels: list[str], bundle: str, probabilities: bool, overlay: bool, dicom_seg: bool
+    prediction: Any, out: Path, labels: list[str], bundle: str, probabilities: bool, overlay: bool, dicom_seg: bool
 ) -> list[str]:
     """Write the results of one image; returns what to say of them."""
     from pfedsam.data.field_of_view import told
     from pfedsam.inference.segmentation import is_series, write_segmentation
     from pfedsam.inference.writers import OVERLAY, stem_of, write_label, write_probabilities
 
-    label, source = found.label(), found.image.source
+    label, source = prediction.label(), prediction.image.source
     stem = stem_of(source, out, labels)
-    path, voxels = write_label(label, found.image, stem), int((label > 0).sum())
+    path, voxels = write_label(label, prediction.image, stem), int((label > 0).sum())
     if probabilities:
-        write_probabilities(found.probabilities, found.image, stem)
+        write_probabilities(prediction.probabilities, prediction.image, stem)
     if dicom_seg and is_series(source):
         write_segmentation(label, source, stem, labels, f"pFedSAM {bundle}")
     if overlay:
         from pfedsam.inference.overlay import write_overlay
 
-        write_overlay(found, stem.with_name(stem.name + OVERLAY))
+        write_overlay(prediction, stem.with_name(stem.name + OVERLAY))
     lines = [f"{path}: {voxels:,} voxels" if voxels else f"{path}: nothing found"]
-    lines += [f"  {source.name}: {remark}" for remark in found.remarks]
-    if found.share_unseen >= 0.005:
-        lines.append(f"  {source.name}: {told(found.share_unseen, found.field_of_view)}")
+    lines += [f"  {source.name}: {remark}" for remark in prediction.remarks]
+    if prediction.share_unseen >= 0.005:
+        lines.append(f"  {source.name}: {told(prediction.share_unseen, prediction.field_of_view)}")
     return lines
 
 

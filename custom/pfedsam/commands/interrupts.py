@@ -43,10 +43,10 @@ def ends_in_order(last_line: str) -> Iterator[None]:
             _leave(terminals)
         raise Interrupted(number)
 
-    before = {one: signal.getsignal(one) for one in _SIGNALS}
-    for one, how in before.items():
+    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    for signum, how in before.items():
         if how != signal.SIG_IGN:
-            signal.signal(one, act)
+            signal.signal(signum, act)
     try:
         yield
     except BaseException:
@@ -57,8 +57,8 @@ def ends_in_order(last_line: str) -> Iterator[None]:
             console.print(f"stopped by {came[0].name}. {last_line}", highlight=False, soft_wrap=True)
         raise SystemExit(128 + came[0]) from None
     finally:
-        for one, how in before.items():
-            signal.signal(one, how)
+        for signum, how in before.items():
+            signal.signal(signum, how)
 
 
 def command_again(out: Path | None = None, without: Sequence[str] = ("--fresh",)) -> str:

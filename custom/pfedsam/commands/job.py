@@ -87,8 +87,8 @@ def job_export(
     )
     console.print(f"{out} written" + (", locked: it carries no code" if locked else ", with our code" if byoc else ""))
     if encrypt:
-        told = "encrypted: the plain mean is taken; length and direction of an update cannot be checked"
-        console.print(told, highlight=False, soft_wrap=True)
+        note = "encrypted: the plain mean is taken; length and direction of an update cannot be checked"
+        console.print(note, highlight=False, soft_wrap=True)
     if noise:
         from pfedsam.federated.privacy import DELTA, epsilon
 

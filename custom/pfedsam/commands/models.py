@@ -71,15 +71,15 @@ def describe_bundle(
         plan = plan_settings(find_job(job))
         strategy = Strategy.of(plan["strategy"])
         overrides = {**(plan.get("overrides") or {}), **given}
-        found = describe(bundle, strategy.roles, overrides, copies=strategy.has_copy)
+        description = describe(bundle, strategy.roles, overrides, copies=strategy.has_copy)
     if as_json:
-        print(json.dumps({**found.to_dict(), "strategy": strategy.model_dump()}, indent=2))
+        print(json.dumps({**description.to_dict(), "strategy": strategy.model_dump()}, indent=2))
         return
-    _print_groups(bundle, found)
+    _print_groups(bundle, description)
     settings = Table("setting", "value", title="network and data (change with --set, see pfedsam settings)")
-    for key, value in found.settings.items():
+    for key, value in description.settings.items():
         settings.add_row(key, str(value))
-    settings.add_row("decoder share", f"{found.decoder_share} (from the strategy's groups and decoder_rank)")
+    settings.add_row("decoder share", f"{description.decoder_share} (from the strategy's groups and decoder_rank)")
     console.print(settings)
     _print_phases(strategy)
 
@@ -115,18 +115,18 @@ def init_global(
     )
 
 
-def _print_groups(bundle: str, found: Any) -> None:
+def _print_groups(bundle: str, description: Any) -> None:
     table = Table("group", "role", "tensors", "parameters", "bytes", title=f"{bundle}: parameters by group")
-    for size in found.groups:
+    for size in description.groups:
         table.add_row(size.group, size.role, str(size.tensors), f"{size.parameters:,}", f"{size.bytes:,}")
     table.add_section()
     for role in ("shared", "personal", "frozen"):
-        table.add_row("all", role, "", f"{found.parameters(role):,}", "", style="bold")
+        table.add_row("all", role, "", f"{description.parameters(role):,}", "", style="bold")
     console.print(table)
-    console.print(f"on the wire: {found.payload / 1e6:.2f} MB for each site, round and direction")
+    console.print(f"on the wire: {description.payload / 1e6:.2f} MB for each site, round and direction")
     console.print(
-        f"forward pass of an image: {found.trunk_gflop:.1f} GFLOP frozen trunk (cached), "
-        f"{found.head_gflop:.1f} GFLOP trained head; a backward pass costs about twice the head"
+        f"forward pass of an image: {description.trunk_gflop:.1f} GFLOP frozen trunk (cached), "
+        f"{description.head_gflop:.1f} GFLOP trained head; a backward pass costs about twice the head"
     )
 
 

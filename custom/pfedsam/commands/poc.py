@@ -108,12 +108,12 @@ def status(runtime: Runtime = RUNTIME) -> None:
     deployment = _deployment(runtime, runtime / "project.yml", None)
     for name in (deployment.server, *deployment.sites):
         running = [process.pid for process in deployment.processes(name)]
-        told = f"running {running}" if running else "not running"
-        console.print(f"{name}: {told}; log: {deployment.log(name)}", soft_wrap=True)
+        state = f"running {running}" if running else "not running"
+        console.print(f"{name}: {state}; log: {deployment.log(name)}", soft_wrap=True)
     for site in deployment.sites:
         for entry in list_states(deployment.state_root(site)):
-            told = f"state of federation '{entry.federation}', round {entry.info.get('round')}"
-            console.print(f"{site}: {told}{entry.problem and f'; {entry.problem}'}", soft_wrap=True)
+            summary = f"state of federation '{entry.federation}', round {entry.info.get('round')}"
+            console.print(f"{site}: {summary}{entry.problem and f'; {entry.problem}'}", soft_wrap=True)
 
 
 @app.command("down")
@@ -230,14 +230,14 @@ def _submit(deployment: Any, job: str, rounds: int, settings: dict[str, Any], si
         with console.status("training") as shown:
             news = News(deployment, job_id, shown.update)
             result = follow(session, job_id, shown.update, look=news)
-        found = fetch(session, job_id, deployment.root / "results")
-    if (received := found.file(RECEIVED_FILE)) is not None:
+        download = fetch(session, job_id, deployment.root / "results")
+    if (received := download.file(RECEIVED_FILE)) is not None:
         show_doubts([received.parent])
     if not result.completed:
         raise PFedSAMError(
-            ErrorCode.DEPLOYMENT, f"the job ended as {result.status}: {found.problem()}.", f"See {found.folder}."
+            ErrorCode.DEPLOYMENT, f"the job ended as {result.status}: {download.problem()}.", f"See {download.folder}."
         )
-    model = found.file("global_model.safetensors")
+    model = download.file("global_model.safetensors")
     console.print(f"{result.status}; global model: {model}", highlight=False, soft_wrap=True)
 
 

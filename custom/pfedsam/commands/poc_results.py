@@ -40,11 +40,11 @@ def _sent(deployment: Any) -> dict[str, dict[int, int]]:
     """Bytes that left each site in the rounds of its last job, by its own records."""
     from pfedsam.storage.run_folder import SENT_FILE, bytes_by_round
 
-    found = {}
+    sent = {}
     for site in deployment.sites:
         files = sorted(deployment.kit(site).glob(f"*/{SENT_FILE}"), key=lambda path: path.stat().st_mtime)
-        found[site] = bytes_by_round(files[-1:])
-    return found
+        sent[site] = bytes_by_round(files[-1:])
+    return sent
 
 
 class News:
@@ -61,8 +61,8 @@ class News:
 
         for site, log in self.logs.items():
             text = log.read_text(errors="replace") if log.exists() else ""
-            found = PROGRESS_LINE.findall(text)
-            for line in found[self.read[site] :]:
+            lines = PROGRESS_LINE.findall(text)
+            for line in lines[self.read[site] :]:
                 console.print(f"  {site}: {line}", highlight=False)
                 self.show(escape(f"{site}: {line}"))
-            self.read[site] = len(found)
+            self.read[site] = len(lines)

@@ -24,10 +24,10 @@ def settings(as_json: Annotated[bool, typer.Option("--json", help="Print JSON in
     from pfedsam.settings import all_settings
 
     if as_json:
-        print(json.dumps([asdict(one) for one in all_settings().values()], indent=2))
+        print(json.dumps([asdict(setting) for setting in all_settings().values()], indent=2))
         return
     table = Table("name", "meaning", "allowed", "set by", title="settings of a bundle")
-    for one in all_settings().values():
-        allowed = one.allowed + (f" ({one.unit})" if one.unit else "")
-        table.add_row(one.name, one.meaning, allowed, one.by)
+    for setting in all_settings().values():
+        allowed = setting.allowed + (f" ({setting.unit})" if setting.unit else "")
+        table.add_row(setting.name, setting.meaning, allowed, setting.by)
     console.print(table)

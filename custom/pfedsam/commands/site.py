@@ -70,7 +70,7 @@ def init(
 
     if not is_server(kit) and data_root is None and not read_settings(kit / "local" / SITE_SETTINGS).data_root:
         raise PFedSAMError(ErrorCode.SITE_SETTINGS, "a site needs its data.", "Say where: --data-root.")
-    told = {
+    options = {
         "data_root": data_root and str(data_root.resolve()),
         "state_root": state_root and str(state_root.resolve()),
         "device": device,
@@ -88,7 +88,7 @@ def init(
         "most_epochs": most_epochs,
         "most_hours": most_hours,
     }
-    given = {key: value for key, value in told.items() if value is not None}
+    given = {key: value for key, value in options.items() if value is not None}
     try:
         settings = SiteSettings.model_validate(given)
     except ValueError as error:
@@ -107,7 +107,7 @@ def _say(*lines: str, **how: Any) -> None:
 
 def _words(text: str | None) -> list[str] | None:
     """The names in a list with commas."""
-    return None if text is None else [one.strip() for one in text.split(",") if one.strip()]
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _labels(text: str | None) -> Any:
@@ -126,13 +126,13 @@ def check(kit: Kit) -> None:
         from pfedsam.deployment.site_check import check_kit
 
         findings = list(check_kit(kit))
-    for one in findings:
-        mark, style = ("ok   ", "green") if one.fine else ("WRONG", "bold red")
-        if one.fine and one.warning:
+    for finding in findings:
+        mark, style = ("ok   ", "green") if finding.fine else ("WRONG", "bold red")
+        if finding.fine and finding.warning:
             mark, style = "NOTE ", "yellow"
-        console.print(f"[{style}]{mark}[/] {one.name}: ", end="", markup=True)
-        _say(one.message)
-    raise typer.Exit(0 if all(one.fine for one in findings) else 1)
+        console.print(f"[{style}]{mark}[/] {finding.name}: ", end="", markup=True)
+        _say(finding.message)
+    raise typer.Exit(0 if all(finding.fine for finding in findings) else 1)
 
 
 @app.command("clean")
@@ -147,14 +147,14 @@ def clean(
     """
     from pfedsam.deployment.retention import outdated, remove
 
-    found = outdated(kit, older_than)
-    for one in found:
-        _say(f"{one.path}: {one.days:.0f} days old, {one.bytes / 1e6:.1f} MB")
-    if not found:
+    entries = outdated(kit, older_than)
+    for entry in entries:
+        _say(f"{entry.path}: {entry.days:.0f} days old, {entry.bytes / 1e6:.1f} MB")
+    if not entries:
         _say(f"nothing in {kit} is older than {older_than} days")
         return
     if not yes:
-        typer.confirm(f"Remove these {len(found)} for good?", abort=True)
-    for one in found:
-        remove(kit, one)
-    _say(f"removed {len(found)}")
+        typer.confirm(f"Remove these {len(entries)} for good?", abort=True)
+    for entry in entries:
+        remove(kit, entry)
+    _say(f"removed {len(entries)}")

@@ -84,8 +84,8 @@ def state_export(
     model = read(file)
     model.moments = {}
     write(out, model)
-    told = f"{out} written: round {model.info.get('round')}, {len(model.personal)} personal tensors"
-    console.print(told, soft_wrap=True)
+    line = f"{out} written: round {model.info.get('round')}, {len(model.personal)} personal tensors"
+    console.print(line, soft_wrap=True)
 
 
 @app.command("delete")
@@ -102,8 +102,8 @@ def state_delete(
     """Delete a site's state for good, for example when it leaves a federation."""
     from pfedsam.storage.state_list import delete_state
 
-    found = _found(federation, site, _where(root, kit), fingerprint, bundle)
-    chosen = found if every else [_one(found)]
+    entries = _found(federation, site, _where(root, kit), fingerprint, bundle)
+    chosen = entries if every else [_one(entries)]
     if not yes:
         folders = "\n".join(str(entry.folder) for entry in chosen)
         typer.confirm(f"{folders}\nDelete for good?", abort=True)
@@ -136,15 +136,15 @@ def _where(root: Path | None, kit: Path | None) -> Path:
             f"there is no {path}.",
             "Make the kit ready with `pfedsam site init`, or use --root.",
         )
-    told = read_settings(path).state_root
-    if not told:
+    configured_root = read_settings(path).state_root
+    if not configured_root:
         raise PFedSAMError(
             ErrorCode.PERSONAL_STATE,
             f"{path} names no state_root: the user that the service runs as keeps the state in its own home, or where "
             f"its {ROOT_VARIABLE} says, so what states there are is not known.",
             "Say where to look: --root <folder>, which is ~/.pfedsam of that user by default.",
         )
-    return _required(state_root(told))
+    return _required(state_root(configured_root))
 
 
 def _required(root: Path) -> Path:
@@ -173,15 +173,15 @@ def _found(federation: str, site: str, where: Path, fingerprint: str, bundle: st
     from pfedsam.storage.state_list import list_states
 
     entries = list_states(where)
-    found = [
+    matches = [
         entry
         for entry in entries
         if (entry.federation, entry.site) == (federation, site)
         and entry.fingerprint.startswith(fingerprint[: len(entry.fingerprint)])
         and bundle in (None, entry.bundle)
     ]
-    if found:
-        return found
+    if matches:
+        return matches
     if not entries:
         raise PFedSAMError(ErrorCode.PERSONAL_STATE, _nothing(where))
     known = sorted({f"{entry.federation} {entry.site}" for entry in entries})
@@ -192,12 +192,12 @@ def _found(federation: str, site: str, where: Path, fingerprint: str, bundle: st
     )
 
 
-def _one(found: list[StateEntry]) -> StateEntry:
-    if len(found) > 1:
-        names = ", ".join(f"{entry.bundle}-{entry.fingerprint}" for entry in found)
+def _one(entries: list[StateEntry]) -> StateEntry:
+    if len(entries) > 1:
+        names = ", ".join(f"{entry.bundle}-{entry.fingerprint}" for entry in entries)
         raise PFedSAMError(
             ErrorCode.PERSONAL_STATE,
-            f"{len(found)} states of site '{found[0].site}' in federation '{found[0].federation}': {names}.",
+            f"{len(entries)} states of site '{entries[0].site}' in federation '{entries[0].federation}': {names}.",
             "Choose one with --fingerprint or --bundle (`delete` also takes --all).",
         )
-    return found[0]
+    return entries[0]

@@ -73,11 +73,11 @@ class Comparison:
             "bundle": lambda run: bundle_hash(run.bundle),
             "inputs": Run.inputs,
         }
-        found = {
+        run_names = {
             what: [run.name for run in self.runs if cards.get(run.key(), {}).get(what) not in (None, ask(run))]
             for what, ask in now.items()
         }
-        return {what: names for what, names in found.items() if names}
+        return {what: names for what, names in run_names.items() if names}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -85,7 +85,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     A record with a value that is none, such as a text as Dice, is left out, too, and a warning names it.
     """
-    found: dict[str, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
     for record in read_lines(path):
         if "key" not in record:
             continue
@@ -93,8 +93,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         if problem:
             warn_once(f"{path}: the record {shown(record['key'])} is left out: {problem}")
         else:
-            found[record["key"]] = record
-    return list(found.values())
+            records[record["key"]] = record
+    return list(records.values())
 
 
 def compare(comparison: Comparison, workers: int, event: Callable[[str, int], None] | None = None) -> None:
@@ -117,9 +117,16 @@ def compare(comparison: Comparison, workers: int, event: Callable[[str, int], No
         while waiting or running:
             while waiting and len(running) < workers:
                 run = waiting.pop(_next(comparison, waiting, running))
-                told = (_name(_work), number, asdict(run), str(comparison.out), _name(comparison.simulator), messages)
+                arguments = (
+                    _name(_work),
+                    number,
+                    asdict(run),
+                    str(comparison.out),
+                    _name(comparison.simulator),
+                    messages,
+                )
                 # NVFlare's simulator starts processes of its own, which a daemon may not
-                process = context.Process(target=begin, args=told, daemon=not run.simulator)
+                process = context.Process(target=begin, args=arguments, daemon=not run.simulator)
                 with terminal_signals_held():
                     process.start()
                     running[number] = (process, run, run.events())

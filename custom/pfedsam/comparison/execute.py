@@ -106,25 +106,25 @@ def _test(run: Run, models: Mapping[str, Path], store: Path, out: Path, tell: Ca
     """Both models of every site on its test cases; without a personal part they are one."""
     kind, strategy = run.file.kind, run.file.checked()
     # trained alone, a site has one model; so has a federation that keeps nothing personal
-    one = kind != "federated" or not strategy.keeps
+    single_model = kind != "federated" or not strategy.keeps
     scores: list[CaseScore] = []
     for site, path in run.folders().items():
         own = models["pooled" if kind == "pooled" else site]
         others = [model for name, model in models.items() if name != site] if kind == "ensemble" else []
-        found = evaluate_site(
+        evaluation = evaluate_site(
             run.bundle,
             path,
             own,
             overrides=run.settings,
             site=site,
-            models=("personal",) if one else ("global", "personal"),
+            models=("personal",) if single_model else ("global", "personal"),
             ensemble=others,
             feature_store=store,
             output_dir=out / "evaluation",
             refuse_seen=True,
         )
-        scores += found.scores
-        tell(f"{run.name}: tested on {site}, Dice {found.mean('personal'):.3f}")
+        scores += evaluation.scores
+        tell(f"{run.name}: tested on {site}, Dice {evaluation.mean('personal'):.3f}")
     return scores
 
 

@@ -36,12 +36,14 @@ def planned_runs(
     """
     sites = site_names(data)
     if not sites:
-        told = f"{data} holds no site folder."
-        raise PFedSAMError(ErrorCode.SITE_FOLDER, told, "Lay it out as <data>/<site>/images and <data>/<site>/labels.")
+        message = f"{data} holds no site folder."
+        raise PFedSAMError(
+            ErrorCode.SITE_FOLDER, message, "Lay it out as <data>/<site>/images and <data>/<site>/labels."
+        )
     wrong = [seed for seed in seeds if not 0 <= seed <= LARGEST_SEED]
     if wrong:
-        told = f"seed(s) {wrong} are not from 0 to {LARGEST_SEED}."
-        raise PFedSAMError(ErrorCode.WRONG_SETTING, told, "Give others.")
+        message = f"seed(s) {wrong} are not from 0 to {LARGEST_SEED}."
+        raise PFedSAMError(ErrorCode.WRONG_SETTING, message, "Give others.")
     for name in strategies:
         require_settings(bundle, {**overrides, **find_strategy(name).overrides})
     require_own_names(strategies)
@@ -68,5 +70,5 @@ def require_own_names(strategies: Sequence[str]) -> None:
         name = strategy_name(path)
         other = known.setdefault(name, path)
         if other != path and find_strategy(other) != find_strategy(path):
-            told = f"'{path}' and '{other}' are two strategies named '{name}'."
-            raise PFedSAMError(ErrorCode.CONTRADICTION, told, "Give each a `name` of its own.")
+            message = f"'{path}' and '{other}' are two strategies named '{name}'."
+            raise PFedSAMError(ErrorCode.CONTRADICTION, message, "Give each a `name` of its own.")

@@ -33,8 +33,8 @@ def hash_of(value: Any) -> str:
 
 def split_hash(splits: Mapping[str, Split]) -> str:
     """Hash of which case is in which section, by site."""
-    told = {site: {s: [c.name for c in cases] for s, cases in split.items()} for site, split in splits.items()}
-    return hash_of(told)[:16]
+    case_names = {site: {s: [c.name for c in cases] for s, cases in split.items()} for site, split in splits.items()}
+    return hash_of(case_names)[:16]
 
 
 def content_hash(path: Path | None) -> str:
@@ -45,7 +45,7 @@ def content_hash(path: Path | None) -> str:
     if path is None:
         return ""
     if path.is_dir():
-        return hash_of([content_hash(one) for one in sorted(path.iterdir()) if one.is_file()])
+        return hash_of([content_hash(file) for file in sorted(path.iterdir()) if file.is_file()])
     status = path.stat()
     return _content_hash(path.resolve(), status.st_size, status.st_mtime_ns)
 
@@ -86,22 +86,22 @@ def defaults(bundle: str) -> str:
 def bundle_hash(name: str) -> str:
     """Hash of what a bundle does in training and evaluation; its settings are told by name, see `defaults`."""
     root = find_bundle(name)
-    configs = {one: json.loads((root / "configs" / one).read_text()) for one in ("train.json", "evaluate.json")}
+    configs = {file: json.loads((root / "configs" / file).read_text()) for file in ("train.json", "evaluate.json")}
     # Records of weeks of training hold a hash of evaluate.json with two lines where it has one now. No recorded number
     # depends on which: `evaluate_site` calls `SiteModel.use` itself before each model, whatever `initialize` left.
     evaluate = configs["evaluate.json"]
     if "initialize" in evaluate:
         evaluate["initialize"] = _as_before(evaluate["initialize"])
-    told = {one: {k: v for k, v in content.items() if k not in OVERRIDES} for one, content in configs.items()}
+    contents = {file: {k: v for k, v in content.items() if k not in OVERRIDES} for file, content in configs.items()}
     scripts = {str(path.relative_to(root)): file_digest(path) for path in sorted((root / "scripts").rglob("*.py"))}
-    return hash_of([told, scripts])[:16]
+    return hash_of([contents, scripts])[:16]
 
 
 def _as_before(steps: Any) -> Any:
     """Steps of a configuration, with the two lines that `LOAD_MODEL` replaced in its place."""
     if not isinstance(steps, list):
         return steps
-    return [one for step in steps for one in (LOAD_MODEL_BEFORE if step == LOAD_MODEL else (step,))]
+    return [line for step in steps for line in (LOAD_MODEL_BEFORE if step == LOAD_MODEL else (step,))]
 
 
 def machine() -> str:
@@ -128,8 +128,8 @@ def code_version(root: Path) -> str:
     """
 
     def git(*words: str) -> str:
-        told = ("git", "--no-optional-locks", *words, "--", *_CODE)
-        return subprocess.run(told, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        command = ("git", "--no-optional-locks", *words, "--", *_CODE)
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "")

@@ -112,9 +112,9 @@ def _problem(model: type[BaseModel], content: Any, whole: bool) -> str:
     try:
         model.model_validate(content)
     except ValidationError as error:
-        found = [one for one in error.errors() if whole or one["type"] != "missing"]
-        if found:
-            where = ".".join(map(str, found[0]["loc"])) or "the whole"
-            told = "is missing" if found[0]["type"] == "missing" else f"is {shown(found[0]['input'])}"
-            return f"{where} {told}"
+        details = [detail for detail in error.errors() if whole or detail["type"] != "missing"]
+        if details:
+            where = ".".join(map(str, details[0]["loc"])) or "the whole"
+            problem = "is missing" if details[0]["type"] == "missing" else f"is {shown(details[0]['input'])}"
+            return f"{where} {problem}"
     return ""

@@ -76,10 +76,12 @@ class Run:
     @property
     def file(self) -> StrategyFile:
         """The strategy with the rule of the server (E28 if there is none)."""
-        found = self.named
-        if self.aggregation is None or found.kind != "federated" or "aggregation" in found.strategy:
-            return found
-        return found.model_copy(update={"strategy": {**found.strategy, "aggregation": self.aggregation}})
+        strategy_file = self.named
+        if self.aggregation is None or strategy_file.kind != "federated" or "aggregation" in strategy_file.strategy:
+            return strategy_file
+        return strategy_file.model_copy(
+            update={"strategy": {**strategy_file.strategy, "aggregation": self.aggregation}}
+        )
 
     @property
     def simulated(self) -> bool:
@@ -118,8 +120,8 @@ class Run:
         settings = {key: value for key, value in self.settings.items() if key not in INDIFFERENT}
         if settings.get("experts") == 0 and settings.get("lora_rank") == 0:
             settings.pop("adapted_blocks", None)  # they get nothing
-        told = [self.bundle, self.sites, strategy, kind, settings, self.rounds, self.held_out, self.simulator]
-        return hash_of([told, self.split_hash()])[:16]
+        terms = [self.bundle, self.sites, strategy, kind, settings, self.rounds, self.held_out, self.simulator]
+        return hash_of([terms, self.split_hash()])[:16]
 
     def key(self) -> str:
         """Hash of all that the record depends on: a run with a record is not repeated."""
@@ -143,10 +145,12 @@ class Run:
             folds = int(self.settings.get("folds", 3))
             sites = {"pooled": pooled_site(sites, folder_ / "pooled", self.seed, folds)}
         settings = {"feature_store": out / "features"}
-        found = Federation(self.bundle, sites, strategy, folder_, self.rounds, self.settings, settings)
+        federation = Federation(self.bundle, sites, strategy, folder_, self.rounds, self.settings, settings)
         if file.kind == "federated" and not self.simulator:
-            found.shared_rounds = found.rounds_alone(out / "rounds", f"{self.split_hash()} {self._beside_the_key()}")
-        return found
+            federation.shared_rounds = federation.rounds_alone(
+                out / "rounds", f"{self.split_hash()} {self._beside_the_key()}"
+            )
+        return federation
 
     def training_folder(self, out: Path) -> Path:
         """In the comparison's folder `out`; another one for what is another training, though its record has one key."""
@@ -155,8 +159,8 @@ class Run:
     def inputs(self) -> str:
         """Hash of the content of all images and labels and of the base weights, wherever they lie."""
         cases = {(site, case) for site, split in self.splits().items() for part in split.values() for case in part}
-        told = sorted([site, one.name, content_hash(one.image), content_hash(one.label)] for site, one in cases)
-        return hash_of([told, weights_checksum(self.bundle, self.settings)])[:16]
+        contents = sorted([site, case.name, content_hash(case.image), content_hash(case.label)] for site, case in cases)
+        return hash_of([contents, weights_checksum(self.bundle, self.settings)])[:16]
 
     def _beside_the_key(self) -> str:
         """Hash of what the training depends on beside its key: the bundle as it is, the content of the inputs."""

@@ -24,14 +24,14 @@ def case_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
     Columns: `strategy`, `seed`, `held_out`, `site`, `case`, `patient`, `model`, `dice`, `hd95`, `asd`, `nsd`, `failed`.
     """
-    told = {
+    patients = {
         (row["site"], row["case"]): row["patient"] for record in records for row in record["cases"] if "patient" in row
     }
     rows = [
         {
             **{key: record[key] for key in ("strategy", "seed", "held_out")},
             **{key: row[key] for key in ("site", "case", "model")},
-            "patient": told.get((row["site"], row["case"]), row["case"]),
+            "patient": patients.get((row["site"], row["case"]), row["case"]),
             **{metric: float(np.mean(row[metric])) for metric in METRICS},
             "failed": any(row["failed"]),
         }
@@ -75,18 +75,21 @@ def compared(records: Sequence[Mapping[str, Any]], model: str = "personal") -> C
     """
     cases = case_table(records)
     cases = cases[(cases.model == model) & cases.held_out.isna()]
-    found = {str(name): tuple(sorted(set(rows.seed))) for name, rows in cases.groupby("strategy")}
-    if not found:
-        return Compared(cases, (), found, ())
-    having = {one: sum(set(one) <= set(own) for own in found.values()) for one in set(found.values())}
-    seeds = max(sorted(having), key=lambda one: (having[one] > 1, len(one), having[one]))
-    complete = tuple(name for name, own in found.items() if set(seeds) <= set(own))
-    ours = cases[cases.strategy.isin(complete) & cases.seed.isin(seeds)]
-    strategies = ours.groupby(["seed", "site", "case"]).strategy.transform("nunique")
-    common = ours[strategies == len(complete)]
+    strategy_seeds = {str(name): tuple(sorted(set(rows.seed))) for name, rows in cases.groupby("strategy")}
+    if not strategy_seeds:
+        return Compared(cases, (), strategy_seeds, ())
+    having = {
+        candidate: sum(set(candidate) <= set(own) for own in strategy_seeds.values())
+        for candidate in set(strategy_seeds.values())
+    }
+    seeds = max(sorted(having), key=lambda candidate: (having[candidate] > 1, len(candidate), having[candidate]))
+    complete = tuple(name for name, own in strategy_seeds.items() if set(seeds) <= set(own))
+    complete_cases = cases[cases.strategy.isin(complete) & cases.seed.isin(seeds)]
+    strategies = complete_cases.groupby(["seed", "site", "case"]).strategy.transform("nunique")
+    common = complete_cases[strategies == len(complete)]
     if common.empty:
-        return Compared(cases, seeds, found, ())
-    return Compared(pd.concat([common, cases[~cases.strategy.isin(complete)]]), seeds, found, complete)
+        return Compared(cases, seeds, strategy_seeds, ())
+    return Compared(pd.concat([common, cases[~cases.strategy.isin(complete)]]), seeds, strategy_seeds, complete)
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -94,8 +97,8 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     data = np.asarray(values, dtype=float)
     if len(data) < 2 or np.ptp(data) == 0:
         return float(data.mean()), float(data.mean())
-    found = bootstrap((data,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed))
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    result = bootstrap((data,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed))
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def summary(records: Sequence[Mapping[str, Any]], model: str = "personal") -> pd.DataFrame:
@@ -115,12 +118,12 @@ def summary(records: Sequence[Mapping[str, Any]], model: str = "personal") -> pd
         Costs are means over the seeds whose cases are in the row.
     """
     chosen = compared(records, model)
-    found = {}
+    table_rows = {}
     for strategy, rows in chosen.cases.groupby("strategy"):
         sites = _over_patients(rows, [])
         seeds = set(rows.seed)
         runs = [r for r in records if r["strategy"] == strategy and not r["held_out"] and r["seed"] in seeds]
-        found[strategy] = {
+        table_rows[strategy] = {
             "mean": sites.dice.mean(),
             "worst": sites.dice.min(),
             "worst_site": sites.dice.idxmin(),
@@ -131,13 +134,13 @@ def summary(records: Sequence[Mapping[str, Any]], model: str = "personal") -> pd
             "complete": strategy in chosen.complete,
             "folds": chosen.folds(str(strategy)),
             "seeds": len(seeds),
-            "steps": _mean_known([one["steps"] for one in runs]),
-            "teacher_passes": _mean_known([one["teacher_passes"] for one in runs]),
-            "megabytes": _mean_known([one["bytes_per_round"] or None for one in runs]) / 1e6,
-            "to_95": float(np.mean([bytes_to_share(one) for one in runs])) / 1e6,
-            "minutes": float(np.mean([one["seconds"]["training"] for one in runs])) / 60,
+            "steps": _mean_known([run["steps"] for run in runs]),
+            "teacher_passes": _mean_known([run["teacher_passes"] for run in runs]),
+            "megabytes": _mean_known([run["bytes_per_round"] or None for run in runs]) / 1e6,
+            "to_95": float(np.mean([bytes_to_share(run) for run in runs])) / 1e6,
+            "minutes": float(np.mean([run["seconds"]["training"] for run in runs])) / 60,
         }
-    table = pd.DataFrame.from_dict(found, orient="index")
+    table = pd.DataFrame.from_dict(table_rows, orient="index")
     table.index.name = "strategy"
     return table.sort_values(["complete", "mean"], ascending=False) if len(table) else table
 
@@ -148,12 +151,12 @@ def site_summary(records: Sequence[Mapping[str, Any]], model: str = "personal") 
     Returns:
         Index (strategy, site); columns `mean`, `low`, `high`, `patients`.
     """
-    found = {}
+    table_rows = {}
     for key, rows in compared(records, model).cases.groupby(["strategy", "site"]):
         patients = rows.groupby("patient", sort=False).dice.mean()
         low, high = interval(patients.tolist())
-        found[key] = {"mean": patients.mean(), "low": low, "high": high, "patients": len(patients)}
-    return pd.DataFrame.from_dict(found, orient="index")
+        table_rows[key] = {"mean": patients.mean(), "low": low, "high": high, "patients": len(patients)}
+    return pd.DataFrame.from_dict(table_rows, orient="index")
 
 
 def seed_summary(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -169,7 +172,7 @@ def seed_summary(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     cases = case_table(records)
     cases = cases[cases.held_out.isna()]
     columns = ["test_global", "test_personal", "val_global", "val_personal"]
-    found = {}
+    table_rows = {}
     for key, rows in cases.groupby(["strategy", "seed"]):
         runs = [r for r in records if (r["strategy"], r["seed"]) == key and not r["held_out"]]
         notes = pd.DataFrame(runs[-1]["history"], columns=["round", *(f"val_dice_{model}" for model in MODELS)])
@@ -177,8 +180,8 @@ def seed_summary(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         last = last[last["round"] == last["round"].max()].mean()
         validated = {"federated": MODELS, "local": ("personal",)}.get(runs[-1]["kind"], ())
         test = {f"test_{model}": _over_patients(rows[rows.model == model], []).dice.mean() for model in MODELS}
-        found[key] = {**test, **{f"val_{model}": last[f"val_dice_{model}"] for model in validated}}
-    return pd.DataFrame.from_dict(found, orient="index", columns=columns)
+        table_rows[key] = {**test, **{f"val_{model}": last[f"val_dice_{model}"] for model in validated}}
+    return pd.DataFrame.from_dict(table_rows, orient="index", columns=columns)
 
 
 def against(records: Sequence[Mapping[str, Any]], reference: str) -> pd.DataFrame:
@@ -201,7 +204,7 @@ def against(records: Sequence[Mapping[str, Any]], reference: str) -> pd.DataFram
     if reference not in wide:
         return pd.DataFrame(columns=columns)
     complete = compared(records).complete
-    found = {}
+    table_rows = {}
     for other in wide.columns.drop(reference):
         differences = (wide[reference] - wide[other]).dropna().groupby(["site", "patient"]).mean()
         if differences.empty:
@@ -210,8 +213,14 @@ def against(records: Sequence[Mapping[str, Any]], reference: str) -> pd.DataFram
         p = np.nan
         if {reference, other} <= set(complete):
             p = float(wilcoxon(differences).pvalue) if differences.any() else 1.0
-        found[other] = {"difference": differences.mean(), "low": low, "high": high, "p": p, "pairs": len(differences)}
-    table = pd.DataFrame.from_dict(found, orient="index", columns=columns)
+        table_rows[other] = {
+            "difference": differences.mean(),
+            "low": low,
+            "high": high,
+            "p": p,
+            "pairs": len(differences),
+        }
+    table = pd.DataFrame.from_dict(table_rows, orient="index", columns=columns)
     tested = table["p"].notna()
     if tested.any():
         table.loc[tested, "p"] = multipletests(table.loc[tested, "p"].astype(float), alpha=ALPHA, method="holm")[1]

@@ -61,20 +61,20 @@ def warnings(records: Records) -> list[str]:
             renamed.setdefault(was, []).append(str(record["seed"]))
     lines = []
     if len(versions) > 1:
-        told = "; ".join(f"{code} ({_some(sorted(names))})" for code, names in sorted(versions.items()))
-        lines.append(f"Warning: the records are of {len(versions)} code versions: {told}.")
+        listed = "; ".join(f"{code} ({_some(sorted(names))})" for code, names in sorted(versions.items()))
+        lines.append(f"Warning: the records are of {len(versions)} code versions: {listed}.")
     if renamed:
-        told = "; ".join(f"{was}, seed {', '.join(seeds)}" for was, seeds in renamed.items())
-        lines.append(f"Warning: records of before a default changed, under the name that they have now: {told}.")
+        listed = "; ".join(f"{was}, seed {', '.join(seeds)}" for was, seeds in renamed.items())
+        lines.append(f"Warning: records of before a default changed, under the name that they have now: {listed}.")
     return lines
 
 
 def _configurations(records: Records) -> list[str]:
     """As `pfedsam: 0 434655cb, 1 c35df981`: by seed, the start of the hash in the run card."""
-    found: dict[str, list[str]] = {}
-    for record in sorted(records, key=lambda one: (one["strategy"], one["seed"])):
-        found.setdefault(record["strategy"], []).append(f"{record['seed']} {record['card']['configuration'][:8]}")
-    return [f"{strategy}: {', '.join(hashes)}" for strategy, hashes in found.items()]
+    by_strategy: dict[str, list[str]] = {}
+    for record in sorted(records, key=lambda r: (r["strategy"], r["seed"])):
+        by_strategy.setdefault(record["strategy"], []).append(f"{record['seed']} {record['card']['configuration'][:8]}")
+    return [f"{strategy}: {', '.join(hashes)}" for strategy, hashes in by_strategy.items()]
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:
@@ -85,36 +85,36 @@ def _some(names: Sequence[str], most: int = 4) -> str:
 def _frames(records: Records, reference: str) -> list[tuple[str, pd.DataFrame]]:
     """Titles, and tables of finished text."""
     frames = []
-    found = summary(records)
-    if len(found):
-        shown = pd.DataFrame(index=found.index)
-        shown["folds"] = found["folds"]
-        shown["mean Dice"] = _numbers(found["mean"], 3)
-        shown["worst site"] = _numbers(found["worst"], 3)
-        if found["deviation"].notna().any():
-            shown["SD of seeds"] = _numbers(found["deviation"], 3)
-        shown["HD95"] = _numbers(found["hd95"], 1)
-        shown["ASD"] = _numbers(found["asd"], 1)
-        shown["NSD"] = _numbers(found["nsd"], 3)
-        shown["failed"] = [f"{a}/{b}" for a, b in zip(found["failed"], found["cases"], strict=True)]
-        shown["steps"] = _numbers(found["steps"], 0)
-        below = "" if found["complete"].all() else "; below, with fewer folds, on its own cases: not to be ranked"
+    overview = summary(records)
+    if len(overview):
+        shown = pd.DataFrame(index=overview.index)
+        shown["folds"] = overview["folds"]
+        shown["mean Dice"] = _numbers(overview["mean"], 3)
+        shown["worst site"] = _numbers(overview["worst"], 3)
+        if overview["deviation"].notna().any():
+            shown["SD of seeds"] = _numbers(overview["deviation"], 3)
+        shown["HD95"] = _numbers(overview["hd95"], 1)
+        shown["ASD"] = _numbers(overview["asd"], 1)
+        shown["NSD"] = _numbers(overview["nsd"], 3)
+        shown["failed"] = [f"{a}/{b}" for a, b in zip(overview["failed"], overview["cases"], strict=True)]
+        shown["steps"] = _numbers(overview["steps"], 0)
+        below = "" if overview["complete"].all() else "; below, with fewer folds, on its own cases: not to be ranked"
         title = "Strategies on the test cases that all have, mean over sites"
         title += "; HD95 and ASD in the unit of the files' spacing, steps of the optimiser in a fold"
         frames.append((f"{title}{below}", shown))
-        shown = pd.DataFrame(index=found.index)
-        shown["MB"] = _numbers(found["megabytes"], 2)
-        shown["MB to 95 %"] = _numbers(found["to_95"], 1)
-        shown["teacher passes"] = _numbers(found["teacher_passes"], 0)
-        shown["minutes"] = _numbers(found["minutes"], 0)
+        shown = pd.DataFrame(index=overview.index)
+        shown["MB"] = _numbers(overview["megabytes"], 2)
+        shown["MB to 95 %"] = _numbers(overview["to_95"], 1)
+        shown["teacher passes"] = _numbers(overview["teacher_passes"], 0)
+        shown["minutes"] = _numbers(overview["minutes"], 0)
         frames.append(("Cost: MB sent by a site in a round, by all to 95 % of the Dice; training of a seed", shown))
         sites = site_summary(records)
         text = sites.apply(lambda row: f"{row['mean']:.3f} [{row['low']:.2f}, {row['high']:.2f}]", axis=1)
         text.index = pd.MultiIndex.from_tuples(text.index, names=["strategy", "site"])
-        shown = text.unstack("site").loc[found.index].fillna("-")
+        shown = text.unstack("site").loc[overview.index].fillna("-")
         frames.append(("Dice of each site on the same cases, bootstrap 95 % interval over patients", shown))
         title = "Dice of each seed, all its test cases, then the last validation: global / personal, mean over sites"
-        frames.append((title, _by_seed(records, list(found.index))))
+        frames.append((title, _by_seed(records, list(overview.index))))
     tests = against(records, reference)
     if len(tests):
         shown = pd.DataFrame(index=tests.index)
@@ -138,13 +138,13 @@ def _frames(records: Records, reference: str) -> list[tuple[str, pd.DataFrame]]:
 
 def _by_seed(records: Records, order: Sequence[str]) -> pd.DataFrame:
     """One row for each strategy, two columns for each seed."""
-    found = seed_summary(records)
+    scores = seed_summary(records)
     rows: dict[str, dict[str, str]] = {strategy: {} for strategy in order}
     for part in ("test", "val"):
-        texts = [_numbers(found[f"{part}_{model}"], 3) for model in MODELS]
-        for (strategy, seed), *pair in zip(found.index.tolist(), *texts, strict=True):
+        texts = [_numbers(scores[f"{part}_{model}"], 3) for model in MODELS]
+        for (strategy, seed), *pair in zip(scores.index.tolist(), *texts, strict=True):
             rows[strategy][f"{seed} {part}"] = " / ".join(pair)
-    seeds = sorted({seed for _, seed in found.index.tolist()})
+    seeds = sorted({seed for _, seed in scores.index.tolist()})
     columns = [f"{seed} {part}" for seed in seeds for part in ("test", "val")]
     shown = pd.DataFrame.from_dict(rows, orient="index", columns=columns).fillna("-")
     shown.index.name = "strategy"

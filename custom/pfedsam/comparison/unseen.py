@@ -100,7 +100,7 @@ def _scores(
 ) -> list[CaseScore]:
     """Scores of some of the two models in a file, under other names."""
     site, path = _held_out(run)
-    found = evaluate_site(
+    evaluation = evaluate_site(
         run.bundle,
         path,
         file,
@@ -111,6 +111,6 @@ def _scores(
         output_dir=output,
         refuse_seen=True,
     )
-    told = ", ".join(f"{name} {found.mean(model):.3f}" for model, name in names.items())
-    tell(f"{run.name}: {site} unseen, Dice {told}")
-    return [replace(score, model=names[score.model]) for score in found.scores]
+    means = ", ".join(f"{name} {evaluation.mean(model):.3f}" for model, name in names.items())
+    tell(f"{run.name}: {site} unseen, Dice {means}")
+    return [replace(score, model=names[score.model]) for score in evaluation.scores]

@@ -63,22 +63,22 @@ class JobResult:
         log = self.file("error_log.txt") or self.file("log.txt")
         lines = log.read_text(errors="replace").splitlines() if log else []
         errors = _errors(lines)
-        ours = [line for line in errors if _OURS.search(line)]
-        return next(iter([*ours, *self.refusals, *errors]), NO_REASON)
+        own_errors = [line for line in errors if _OURS.search(line)]
+        return next(iter([*own_errors, *self.refusals, *errors]), NO_REASON)
 
 
 def _errors(lines: Sequence[str]) -> list[str]:
     """The messages of the errors in a log; of a traceback its last line, which says what it was."""
-    found = []
+    messages = []
     for number, line in enumerate(lines):
         if " - ERROR - " not in line:
             continue
         message = line.split(" - ERROR - ", 1)[-1]
         if message.startswith("Traceback"):
-            after = (one for one in lines[number + 1 :] if one and not one[0].isspace())
+            after = (text for text in lines[number + 1 :] if text and not text[0].isspace())
             message = next(after, message)
-        found.append(message)
-    return found
+        messages.append(message)
+    return messages
 
 
 @contextmanager
@@ -203,7 +203,7 @@ def fetch(session: Session, job_id: str, out: Path) -> JobResult:
     """Download the result of a job to `out/<job id>`, and what was said of it."""
     meta = session.get_job_meta(job_id)
     status = str(meta.get(JobMetaKey.STATUS.value, ""))
-    told = [line for line in meta.get(JobMetaKey.JOB_DEPLOY_DETAIL.value) or () if not str(line).endswith("OK")]
+    refusals = [line for line in meta.get(JobMetaKey.JOB_DEPLOY_DETAIL.value) or () if not str(line).endswith("OK")]
     out.mkdir(parents=True, exist_ok=True)
     target: Path | None = out / job_id
     shutil.rmtree(out / job_id, ignore_errors=True)
@@ -212,7 +212,7 @@ def fetch(session: Session, job_id: str, out: Path) -> JobResult:
     except Exception:
         # a job that never ran has no result
         target = None
-    return JobResult(job_id, status, target, tuple(str(line) for line in told))
+    return JobResult(job_id, status, target, tuple(str(line) for line in refusals))
 
 
 def resume(session: Session, job: Path, global_model: Path, rounds: int) -> str:

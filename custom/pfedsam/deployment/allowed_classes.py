@@ -39,7 +39,7 @@ def needed_classes(side: str) -> list[str]:
     """
     of_privacy = {
         CLIENT: {NOISE, PACK, ENCRYPT, DECRYPT},
-        SERVER: {UNPACK, GUARD, *(one["path"] for one in ENCRYPTED.values()), *_OTHER_SERVER},
+        SERVER: {UNPACK, GUARD, *(component["path"] for component in ENCRYPTED.values()), *_OTHER_SERVER},
     }
     named: set[str] = set(of_privacy[side])
     for job in folder("jobs").glob(f"*/{META}"):
@@ -80,7 +80,7 @@ def allow_classes(job: Path, workspace: Path) -> tuple[Path, list[str]]:
     settings["class_allow_list"] = [*allowed, *added]
     path.parent.mkdir(parents=True, exist_ok=True)
     text = f"{json.dumps(settings, indent=2)}\n"
-    write_like(path, text.encode(), next((one for one in (path, source) if one.exists()), path.parent))
+    write_like(path, text.encode(), next((file for file in (path, source) if file.exists()), path.parent))
     return path, added
 
 

@@ -57,7 +57,7 @@ class Audit:
 
     def stage(self, name: str) -> list[dict[str, Any]]:
         """The records of one stage."""
-        return [one for one in self.results if one.get("stage") == name]
+        return [record for record in self.results if record.get("stage") == name]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -74,21 +74,21 @@ def audit(workspace: Path, job: str) -> Audit:
     Raises:
         PFedSAMError: E02 if there is no such job, or more than one.
     """
-    found = [path for path in workspace.glob(f"{job}*") if (path / "meta.json").is_file()]
-    if len(found) != 1:
+    runs = [path for path in workspace.glob(f"{job}*") if (path / "meta.json").is_file()]
+    if len(runs) != 1:
         known = sorted(path.parent.name for path in workspace.glob("*/meta.json"))
         raise PFedSAMError(
-            ErrorCode.SITE_FOLDER, f"{len(found)} jobs in {workspace} start with '{job}'.", f"Jobs: {known}."
+            ErrorCode.SITE_FOLDER, f"{len(runs)} jobs in {workspace} start with '{job}'.", f"Jobs: {known}."
         )
-    run = found[0]
+    run = runs[0]
     log = (run / "audit.log").read_text() if (run / "audit.log").exists() else ""
     site_log = (workspace / "audit.log").read_text() if (workspace / "audit.log").exists() else ""
     files = [*sorted(run.glob("app_*/**/*")), *sorted((workspace / "local").glob("*.json"))]
     result = Audit(
         run.name,
         _with_all_scalars_in_one(read_lines(run / SENT_FILE)),
-        [one.groupdict() for one in _SUBMITTED.finditer(log)],
-        [one.groupdict() for one in _ACTION.finditer(site_log) if one["user"]],
+        [match.groupdict() for match in _SUBMITTED.finditer(log)],
+        [match.groupdict() for match in _ACTION.finditer(site_log) if match["user"]],
         {
             str(path.relative_to(workspace)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in files
@@ -103,12 +103,12 @@ def audit(workspace: Path, job: str) -> Audit:
 
 def _with_all_scalars_in_one(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records with the counts of all records of scalars added up in the first of them, which comes last."""
-    others = [one for one in records if one.get("stage") != SCALARS]
-    counted = [one for one in records if one.get("stage") == SCALARS]
+    others = [record for record in records if record.get("stage") != SCALARS]
+    counted = [record for record in records if record.get("stage") == SCALARS]
     total: Counter[str] = Counter()
-    for one in counted:
-        total.update(one["tags"])
-    return [*others, *({**one, "tags": dict(total)} for one in counted[:1])]
+    for record in counted:
+        total.update(record["tags"])
+    return [*others, *({**record, "tags": dict(total)} for record in counted[:1])]
 
 
 def _package_hash() -> str:
@@ -122,32 +122,34 @@ def _package_hash() -> str:
 def _shared_groups(run: Path) -> list[str]:
     """What the job says that it shares; nothing if it has no plan."""
     for path in run.glob(f"app_*/config/{CLIENT}"):
-        if any(one.get("id") == PLAN_ID for one in json.loads(path.read_text()).get("components", ())):
+        if any(component.get("id") == PLAN_ID for component in json.loads(path.read_text()).get("components", ())):
             return list(plan_arguments(path.parents[1], CLIENT)["strategy"]["shared"])
     return []
 
 
-def _problems(found: Audit) -> list[str]:
+def _problems(job_audit: Audit) -> list[str]:
     problems = []
     # NVFlare's own codes (a task that failed or was aborted) go out without a result, past no filter
-    submitted, left = sum(one["reply"] == "OK" for one in found.submitted), len(found.stage(LEFT))
+    submitted, left = sum(submission["reply"] == "OK" for submission in job_audit.submitted), len(job_audit.stage(LEFT))
     if submitted != left:
         problems.append(f"NVFlare says that {submitted} results were submitted, the filter saw {left}")
-    outside = sorted({one["scope"] for one in found.submitted} - {"pfedsam"})
+    outside = sorted({submission["scope"] for submission in job_audit.submitted} - {"pfedsam"})
     if outside:
         problems.append(f"results left under the privacy scope {outside}, not under the site's own 'pfedsam'")
-    for number, one in enumerate(found.stage(CHECKED), 1):
-        above = sorted(set(one.get("by_group", {})) - (SHAREABLE_GROUPS & set(found.shared)))
+    for number, record in enumerate(job_audit.stage(CHECKED), 1):
+        above = sorted(set(record.get("by_group", {})) - (SHAREABLE_GROUPS & set(job_audit.shared)))
         if above:
             problems.append(f"result {number}: group(s) {above} are not shared by the job's plan, or may never leave")
     for stage, listed in ((CHECKED, boundary.LISTED_NAMES), (LEFT, boundary.LISTED_NAMES | _ADDED)):
-        more = sorted({name for one in found.stage(stage) for name in one.get("metadata", ())} - listed)
+        more = sorted({name for record in job_audit.stage(stage) for name in record.get("metadata", ())} - listed)
         if more:
             problems.append(f"metadata or metrics that are not listed are in results of stage '{stage}': {more[:3]}")
-    unlisted = sorted(tag for one in found.stage(SCALARS) for tag in one["tags"] if not scalars.LISTED.fullmatch(tag))
+    unlisted = sorted(
+        tag for record in job_audit.stage(SCALARS) for tag in record["tags"] if not scalars.LISTED.fullmatch(tag)
+    )
     if unlisted:
         problems.append(f"scalars were sent under tags that are not listed: {unlisted[:3]}")
-    carried = [name for name in found.hashes if "/custom/" in name and not name.endswith("README.md")]
+    carried = [name for name in job_audit.hashes if "/custom/" in name and not name.endswith("README.md")]
     if carried:
         problems.append(f"the job carried code: {carried[:3]}")
     return problems

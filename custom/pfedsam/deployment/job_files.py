@@ -84,33 +84,36 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def arguments_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Arguments of a component (E29 if they are none); they can be changed in place."""
-    found = component_of(config, name).setdefault("args", {})
-    if not isinstance(found, dict):
+    arguments = component_of(config, name).setdefault("args", {})
+    if not isinstance(arguments, dict):
         raise PFedSAMError(
-            ErrorCode.CONFIGURATION_FILE, f"the arguments of the job's '{name}' are {shown(found)}.", MAKE_JOB
+            ErrorCode.CONFIGURATION_FILE, f"the arguments of the job's '{name}' are {shown(arguments)}.", MAKE_JOB
         )
-    return found
+    return arguments
 
 
 def check_settings(source: Path, plan: Mapping[str, Any], server: Mapping[str, Any]) -> None:
     """Refuse a job that no site or server could run, before anything is written."""
     config = {**server_settings(source), **server}
     _check_server(config, str(source))
-    told = {**plan_settings(source), **plan}
-    known = {name: one for name, one in inspect.signature(Plan.__init__).parameters.items() if name != "self"}
-    needed = {name for name, one in known.items() if one.default is one.empty}
-    if needed - set(told) or set(told) - set(known):
+    full_plan = {**plan_settings(source), **plan}
+    known = {
+        name: parameter for name, parameter in inspect.signature(Plan.__init__).parameters.items() if name != "self"
+    }
+    needed = {name for name, parameter in known.items() if parameter.default is parameter.empty}
+    if needed - set(full_plan) or set(full_plan) - set(known):
         raise PFedSAMError(
             ErrorCode.CONFIGURATION_FILE,
-            f"{source}: the plan has {sorted(told)}, expected {sorted(needed)} and no others than {sorted(known)}.",
+            f"{source}: the plan has {sorted(full_plan)}, "
+            f"expected {sorted(needed)} and no others than {sorted(known)}.",
             MAKE_JOB,
         )
-    if "bundle" in plan or told["bundle"] in installed_bundles():
-        Plan(**told).checked()
+    if "bundle" in plan or full_plan["bundle"] in installed_bundles():
+        Plan(**full_plan).checked()
         return
     # of a bundle that only those who run the job have, the rest can be checked
-    checked_overrides(told.get("overrides"))
-    Strategy.of(told["strategy"])
+    checked_overrides(full_plan.get("overrides"))
+    Strategy.of(full_plan["strategy"])
 
 
 def _check_server(config: Mapping[str, Any], where: str) -> None:
@@ -131,5 +134,5 @@ def _check_server(config: Mapping[str, Any], where: str) -> None:
 
 
 def _not_between(where: str, key: str, value: Any, expected: str) -> PFedSAMError:
-    told = f"{where}: {key} is {shown(value)}, expected {expected}."
-    return PFedSAMError(ErrorCode.WRONG_SETTING, told, "Correct the job, or give another number.")
+    message = f"{where}: {key} is {shown(value)}, expected {expected}."
+    return PFedSAMError(ErrorCode.WRONG_SETTING, message, "Correct the job, or give another number.")

@@ -107,5 +107,5 @@ def check_encryption(plan: Mapping[str, Any]) -> None:
 def _encrypt_server(config: dict[str, Any]) -> None:
     """The guard, aggregator, generator and persistor of ciphertexts in place of the plain ones."""
     config["task_result_filters"][0]["filters"] = [{"path": GUARD}]
-    for name, told in ENCRYPTED.items():
-        component_of(config, name).update(told)
+    for name, replacement in ENCRYPTED.items():
+        component_of(config, name).update(replacement)

@@ -30,8 +30,8 @@ def job_terms(job: Path) -> dict[str, Any]:
 def _without_waits(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            key: _without_waits(one) for key, one in value.items() if key not in _OPEN and not _WAITS.search(str(key))
+            key: _without_waits(item) for key, item in value.items() if key not in _OPEN and not _WAITS.search(str(key))
         }
     if isinstance(value, list):
-        return [_without_waits(one) for one in value]
+        return [_without_waits(item) for item in value]
     return value

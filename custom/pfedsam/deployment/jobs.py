@@ -80,20 +80,20 @@ def export_job(
         )
     if privacy and privacy.encrypt:
         check_encryption({**plan_settings(source), **(plan or {})})
-    told = {**plan_settings(source), **_promised(server or {}), **(plan or {})}
+    full_plan = {**plan_settings(source), **_promised(server or {}), **(plan or {})}
     with _job_folder(source, out, force) as path:
         shutil.copytree(source, path, ignore=shutil.ignore_patterns("__pycache__", MARKER))
         if locked:
             shutil.rmtree(path / "app" / "custom", ignore_errors=True)
         if byoc:
             _add_code(path / "app" / "custom")
-        (path / "app" / "config" / PLAN_FILE).write_text(_pretty(told))
+        (path / "app" / "config" / PLAN_FILE).write_text(_pretty(full_plan))
         for side in (SERVER, CLIENT):
             config = read_json(path / "app" / "config" / side)
             component_of(config, PLAN_ID).pop("args", None)  # of a job of before
             if side == SERVER:
-                _set_aggregator(config, told)
-                _set_promise(config, told)
+                _set_aggregator(config, full_plan)
+                _set_promise(config, full_plan)
                 config.update(server or {})
                 arguments_of(config, "persistor").update(persistor or {})
             add_filters(config, side, privacy or Privacy())
@@ -106,8 +106,8 @@ def export_job(
 @contextmanager
 def _job_folder(source: Path, out: Path, force: bool) -> Iterator[Path]:
     """A folder to write a job to, which is sealed and takes the place of `out` when it is complete."""
-    found, place = source.resolve(), out.resolve()
-    if found == place or found in place.parents or place in found.parents:
+    original, place = source.resolve(), out.resolve()
+    if original == place or original in place.parents or place in original.parents:
         raise PFedSAMError(
             ErrorCode.CONTRADICTION,
             f"{out} is the job that is copied, or one lies in the other.",
@@ -154,8 +154,10 @@ def _promised(server: Mapping[str, Any]) -> dict[str, int]:
 
 def _set_promise(config: dict[str, Any], plan: Mapping[str, Any]) -> None:
     """The component that keeps the plan's promise, in a job that was made without it."""
-    found = any(isinstance(one, dict) and one.get("id") == _LEAST_SITES["id"] for one in config["components"])
-    if not found and plan.get("least_sites"):
+    present = any(
+        isinstance(component, dict) and component.get("id") == _LEAST_SITES["id"] for component in config["components"]
+    )
+    if not present and plan.get("least_sites"):
         config["components"].append(dict(_LEAST_SITES))
 
 
@@ -184,4 +186,4 @@ def _pretty(content: Mapping[str, Any]) -> str:
     """JSON with short lists of words on one line."""
     words = re.compile(r'\[\s+("[^"\[\]{}]*"(?:,\s+"[^"\[\]{}]*")*)\s+\]')
     text = json.dumps(content, indent=2)
-    return words.sub(lambda found: "[" + re.sub(r"\s+", " ", found.group(1)) + "]", text) + "\n"
+    return words.sub(lambda match: "[" + re.sub(r"\s+", " ", match.group(1)) + "]", text) + "\n"

@@ -95,22 +95,22 @@ def init_kit(kit: Path, settings: SiteSettings, *, byoc: bool = False) -> list[P
         before = read_settings(local / SITE_SETTINGS)
         given = settings.model_dump(exclude_unset=True, exclude_none=True)
         missing = {key: value for key, value in KIT_DEFAULTS.items() if key not in before.model_fields_set}
-        told = before.model_copy(update={**missing, **given})
-        unknown = sorted(set(told.may_share or ()) - set(GROUPS))
+        new_settings = before.model_copy(update={**missing, **given})
+        unknown = sorted(set(new_settings.may_share or ()) - set(GROUPS))
         if unknown:
             raise PFedSAMError(
                 ErrorCode.SITE_SETTINGS,
                 f"there are no parameter groups {unknown} to share.",
                 f"Some of {list(GROUPS)}.",
             )
-        files[SITE_SETTINGS] = told.model_dump(mode="json", exclude_unset=True)
+        files[SITE_SETTINGS] = new_settings.model_dump(mode="json", exclude_unset=True)
     return [_write(local / name, content) for name, content in files.items()]
 
 
 def outgoing(scope: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The filters of a site's privacy scope that its results go through, in their order."""
     filters = scope.get("task_result_filters") or ()
-    return [one for one in filters if str(one.get("direction") or "out").lower() != "in"]
+    return [filter_ for filter_ in filters if str(filter_.get("direction") or "out").lower() != "in"]
 
 
 def _load(path: Path, default: Any) -> Any:
@@ -130,7 +130,9 @@ def _resources(kit: Path, server: bool) -> dict[str, Any]:
     resources["class_list_enforcement_mode"] = "enforce"
     resources["allow_log_streaming"] = False
     resources["components"] = [
-        one for one in resources.get("components", []) if one["path"].rsplit(".", 1)[-1] not in LOG_SENDERS
+        component
+        for component in resources.get("components", [])
+        if component["path"].rsplit(".", 1)[-1] not in LOG_SENDERS
     ]
     if server and not path.exists():
         # a site that is silent for so long counts as gone; a cut of a minute is survived
@@ -150,9 +152,9 @@ def _with_storage(resources: dict[str, Any], kit: Path) -> dict[str, Any]:
 def _authorization(local: Path, byoc: bool) -> dict[str, Any]:
     """Rights of each role: what is there, without code in jobs (or with it, as NVFlare's default gives it)."""
     default = _load(local / f"{AUTHORIZATION}.default", {"permissions": {}})
-    found = _load(local / AUTHORIZATION, default)
+    policy = _load(local / AUTHORIZATION, default)
     permissions = {}
-    for role, given in found["permissions"].items():
+    for role, given in policy["permissions"].items():
         rights = given if isinstance(given, dict) else dict.fromkeys(_OPERATIONS, given)
         first = default["permissions"].get(role, {})
         code = first.get("byoc", "none") if isinstance(first, dict) else first
@@ -160,18 +162,18 @@ def _authorization(local: Path, byoc: bool) -> dict[str, Any]:
         # a single command may be named beside its category
         closed |= {name: "none" for name in SHELL if name in rights}
         permissions[role] = {**rights, **closed}
-    return {**found, "permissions": permissions}
+    return {**policy, "permissions": permissions}
 
 
-def _privacy(found: dict[str, Any]) -> dict[str, Any]:
+def _privacy(privacy: dict[str, Any]) -> dict[str, Any]:
     """Our filter as the first outgoing one of every scope, because a job may name any of them; ours by default."""
-    scopes = list(found.get("scopes") or ())
-    if SCOPE not in [one.get("name") for one in scopes]:
+    scopes = list(privacy.get("scopes") or ())
+    if SCOPE not in [scope.get("name") for scope in scopes]:
         scopes.insert(0, {"name": SCOPE, "properties": {}, "task_result_filters": [], "task_data_filters": []})
     for scope in scopes:
-        others = [one for one in scope.get("task_result_filters") or () if one.get("path") != FILTER]
+        others = [filter_ for filter_ in scope.get("task_result_filters") or () if filter_.get("path") != FILTER]
         scope["task_result_filters"] = [{"path": FILTER}, *others]
-    return {**found, "scopes": scopes, "default_scope": SCOPE}
+    return {**privacy, "scopes": scopes, "default_scope": SCOPE}
 
 
 def _write(path: Path, content: Any) -> PolicyFile:
@@ -205,9 +207,9 @@ def _changes(old: Any, new: Any, where: str = "") -> Iterator[str]:
         for key in {**old, **new}:
             yield from _changes(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
     elif isinstance(old, list) and isinstance(new, list):
-        yield from (f"{where}: added {_short(one)}" for one in new if one not in old)
-        yield from (f"{where}: removed {_short(one)}" for one in old if one not in new)
-        if old != new and all(one in old for one in new) and all(one in new for one in old):
+        yield from (f"{where}: added {_short(item)}" for item in new if item not in old)
+        yield from (f"{where}: removed {_short(item)}" for item in old if item not in new)
+        if old != new and all(item in old for item in new) and all(item in new for item in old):
             yield f"{where}: in another order"
     elif old != new:
         yield f"{where}: {_short(old)} -> {_short(new)}"

@@ -69,8 +69,8 @@ class PFedSAMRecipe(Recipe):
         self.how: dict[str, Any] = {"privacy": privacy, "locked": locked, "byoc": byoc}
         with tempfile.TemporaryDirectory() as folder:
             job = self.write(Path(folder) / "job")
-            told, wanted = plan_settings(job)["strategy"]["name"], server_settings(job)["min_clients"]
-        super().__init__(_FolderJob(self, name or told, wanted))
+            strategy_name, wanted = plan_settings(job)["strategy"]["name"], server_settings(job)["min_clients"]
+        super().__init__(_FolderJob(self, name or strategy_name, wanted))
 
     def write(self, out: Path) -> Path:
         """Write the job folder.

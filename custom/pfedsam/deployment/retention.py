@@ -63,8 +63,8 @@ def outdated(kit: Path, days: float) -> list[Outdated]:
             ErrorCode.SITE_SETTINGS, f"{kit} is a server's kit.", "Delete its jobs in the console: delete_job <id>."
         )
     running = {word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or ()}
-    found = [_measure(path) for path in [*_jobs(kit), *_rotated(kit)] if path.name not in running]
-    return [one for one in found if one.days >= days]
+    candidates = [_measure(path) for path in [*_jobs(kit), *_rotated(kit)] if path.name not in running]
+    return [candidate for candidate in candidates if candidate.days >= days]
 
 
 def remove(kit: Path, one: Outdated) -> None:

@@ -73,12 +73,12 @@ def with_data(terms: Mapping[str, Any], sites: Mapping[str, Path], kept: Mapping
         data[site] = {}
         for section, cases in read_split(folder, seed, folds).items():
             for case in cases:
-                told = {"section": section}
+                case_terms = {"section": section}
                 for kind, path in (("image", case.image), ("label", case.label)):
                     name = f"{site}/{kind}/{case.name}"
                     files[name] = _seen(path, before.get(name, {}))
-                    told[kind] = files[name]["hash"]
-                data[site][case.name] = told
+                    case_terms[kind] = files[name]["hash"]
+                data[site][case.name] = case_terms
     whole = {**terms, "sites": data}
     made = datetime.now(timezone.utc).isoformat(timespec="seconds")
     by = f"pfedsam {pfedsam.__version__}"
@@ -116,26 +116,26 @@ def require_same(what: str, kept: Mapping[str, Any] | None, terms: Mapping[str, 
         PFedSAMError: E25 naming what differs.
     """
     if kept is None:
-        told = f"{what} is of an earlier version, which noted neither its settings nor its data."
-        raise PFedSAMError(ErrorCode.OTHER_RUN, told, remedy)
-    found = differences(kept["terms"], terms)
-    if found:
-        more = f"; and {len(found) - _TOLD} more" if len(found) > _TOLD else ""
-        raise PFedSAMError(ErrorCode.OTHER_RUN, f"{what} is another one: {'; '.join(found[:_TOLD])}{more}.", remedy)
+        message = f"{what} is of an earlier version, which noted neither its settings nor its data."
+        raise PFedSAMError(ErrorCode.OTHER_RUN, message, remedy)
+    changes = differences(kept["terms"], terms)
+    if changes:
+        more = f"; and {len(changes) - _TOLD} more" if len(changes) > _TOLD else ""
+        raise PFedSAMError(ErrorCode.OTHER_RUN, f"{what} is another one: {'; '.join(changes[:_TOLD])}{more}.", remedy)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between the terms of two runs, in words; the data only where both tell them."""
     plain = [{key: value for key, value in terms.items() if key != "sites"} for terms in (then, now)]
     before, after = (dict(_flat(terms)) for terms in plain)
-    found = [
+    changes = [
         _difference(key, before.get(key), after.get(key))
         for key in [*before, *(key for key in after if key not in before)]
         if before.get(key) != after.get(key)
     ]
     if "sites" in then and "sites" in now:
-        found += _of_sites(then["sites"], now["sites"])
-    return found
+        changes += _of_sites(then["sites"], now["sites"])
+    return changes
 
 
 def _difference(key: tuple[str, ...], then: Any, now: Any) -> str:
@@ -162,13 +162,13 @@ def _of_cases(site: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> Ite
     moved = [case for case in both if then[case]["section"] != now[case]["section"]]
     changed = [case for case in both if any(then[case][kind] != now[case][kind] for kind in ("image", "label"))]
     new, gone = [case for case in now if case not in then], [case for case in then if case not in now]
-    told = {
+    by_change = {
         "are new": new,
         "are gone": gone,
         "are in another section of the split": moved,
         "have another image or label": changed,
     }
-    for what, cases in told.items():
+    for what, cases in by_change.items():
         if cases:
             yield f"{site}: {len(cases)} case(s) {what} ({few(cases, _NAMES)})"
 
@@ -176,11 +176,11 @@ def _of_cases(site: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> Ite
 def _flat(value: Any, key: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The leaves of a nested value; an item of a list of dictionaries has its id, its name or its number as key."""
     if isinstance(value, dict) and value:
-        for name, one in value.items():
-            yield from _flat(one, (*key, name))
-    elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-        for number, one in enumerate(value):
-            yield from _flat(one, (*key, str(one.get("id") or one.get("name") or number)))
+        for name, item in value.items():
+            yield from _flat(item, (*key, name))
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        for number, item in enumerate(value):
+            yield from _flat(item, (*key, str(item.get("id") or item.get("name") or number)))
     else:
         yield key, value
 
@@ -189,6 +189,6 @@ def _seen(path: Path | None, before: Mapping[str, Any]) -> dict[str, Any]:
     """Hash of a file or of a folder of DICOM slices, with the sizes and times of change that it had."""
     if path is None:
         return {"seen": None, "hash": ""}
-    parts = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path]
-    seen = hash_of([(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in parts])[:16]
+    parts = sorted(part for part in path.iterdir() if part.is_file()) if path.is_dir() else [path]
+    seen = hash_of([(part.name, part.stat().st_size, part.stat().st_mtime_ns) for part in parts])[:16]
     return {"seen": seen, "hash": before["hash"] if before.get("seen") == seen else content_hash(path)}

@@ -142,5 +142,8 @@ def expected_events(simulation: Simulation) -> int:
 
 def sent_bytes(simulation: Simulation) -> dict[str, dict[int, int]]:
     """Bytes of tensors that left each site, by round, as its own filter recorded them."""
-    found = starts(simulation.out)
-    return {site: bytes_by_round(one / site / RUN / SENT_FILE for one in found) for site in simulation.sites}
+    workspaces = starts(simulation.out)
+    return {
+        site: bytes_by_round(workspace / site / RUN / SENT_FILE for workspace in workspaces)
+        for site in simulation.sites
+    }

@@ -48,8 +48,8 @@ def require_same_run(simulation: Simulation, data: bool = True) -> dict[str, Any
     require_same(f"the run in {simulation.out}", kept, content["terms"] if data else terms, _ANOTHER)
     done = max([round_of(path) + 1 for path in models], default=0)
     if done > simulation.rounds_in_all:
-        told = f"the run in {simulation.out} has done {done} rounds, {simulation.rounds_in_all} are asked for."
-        raise PFedSAMError(ErrorCode.OTHER_RUN, told, _ANOTHER)
+        message = f"the run in {simulation.out} has done {done} rounds, {simulation.rounds_in_all} are asked for."
+        raise PFedSAMError(ErrorCode.OTHER_RUN, message, _ANOTHER)
     return content
 
 
@@ -73,11 +73,11 @@ def keep_start(simulation: Simulation) -> None:
         for name in (ROUNDS_FILE, RECEIVED_FILE, "tb_events/*/*")
         for path in workspace.glob(f"server/{RUN}/{name}")
     ]
-    told = [*workspace.glob(f"*/{RUN}/{SENT_FILE}"), *of_server]
-    if not told:
+    files = [*workspace.glob(f"*/{RUN}/{SENT_FILE}"), *of_server]
+    if not files:
         return
     kept = earlier / str(len(list(earlier.glob("*"))))
-    for path in told:
+    for path in files:
         target = kept / path.relative_to(workspace)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
@@ -99,8 +99,8 @@ def put_states_back(simulation: Simulation, done: int) -> None:
             for name in (CURRENT, PREVIOUS):
                 (entry.folder / name).unlink(missing_ok=True)
         elif done and not (entry and _takes_back(entry, done - 1)):
-            told = f"{site} in {simulation.out} has kept no state of round {done - 1}, with which the run goes on."
-            raise PFedSAMError(ErrorCode.OTHER_RUN, told, _ANOTHER)
+            message = f"{site} in {simulation.out} has kept no state of round {done - 1}, with which the run goes on."
+            raise PFedSAMError(ErrorCode.OTHER_RUN, message, _ANOTHER)
 
 
 def _takes_back(entry: StateEntry, number: int) -> bool:

@@ -68,8 +68,8 @@ def _alone(out: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        told = f"another simulation runs in {out}."
-        raise PFedSAMError(ErrorCode.STATE_IN_USE, told, "Wait for it, or give another --out.") from None
+        message = f"another simulation runs in {out}."
+        raise PFedSAMError(ErrorCode.STATE_IN_USE, message, "Wait for it, or give another --out.") from None
     try:
         yield
     finally:
@@ -147,7 +147,7 @@ def _first_problem(simulation: Simulation) -> PFedSAMError | None:
     """The first error of ours in the logs of the sites and the server."""
     for name in (*simulation.sites, "server"):
         path = simulation.workspace / name / "error_log.txt"
-        found = _PROBLEM.search(path.read_text(errors="replace")) if path.exists() else None
-        if found:
-            return PFedSAMError(found.group(1), f"{name}: {found.group(2)}", f"See {path}.")
+        match = _PROBLEM.search(path.read_text(errors="replace")) if path.exists() else None
+        if match:
+            return PFedSAMError(match.group(1), f"{name}: {match.group(2)}", f"See {path}.")
     return None

@@ -82,7 +82,7 @@ def _check_policy(kit: Path, server: bool) -> Iterator[Finding]:
     if extra:
         yield Finding("classes", True, f"{local / RESOURCES} allows more than our jobs need: {extra}", warning=True)
     streams = resources.get("allow_log_streaming", True) or any(
-        one["path"].endswith(LOG_SENDERS) for one in resources.get("components", ())
+        component["path"].endswith(LOG_SENDERS) for component in resources.get("components", ())
     )
     yield Finding("log streaming", not streams, "off" if not streams else f"on in {local / RESOURCES}: logs name cases")
     yield from _check_rights(local / AUTHORIZATION)
@@ -101,7 +101,7 @@ def _check_rights(path: Path) -> Iterator[Finding]:
         if policy is None:
             yield Finding(name, False, f"not denied in {path}: {problem}")
             continue
-        allowed = [role for role, given in policy.role_rights.items() if any(_allows(given, one) for one in rights)]
+        allowed = [role for role, given in policy.role_rights.items() if any(_allows(given, right) for right in rights)]
         yield Finding(name, not allowed, f"allowed for {allowed} in {path}" if allowed else "denied")
 
 
@@ -114,14 +114,14 @@ def _allows(given: Mapping[str, Any], right: str) -> bool:
 def _check_scopes(path: Path) -> Finding:
     """Whether our filter comes first in every scope: a job may name any of them in its meta.json."""
     privacy = _read(path) or {}
-    first = {str(one.get("name")): (outgoing(one) or [{}])[0].get("path") for one in privacy.get("scopes") or ()}
-    others = {name: found for name, found in first.items() if found != FILTER}
+    first = {str(scope.get("name")): (outgoing(scope) or [{}])[0].get("path") for scope in privacy.get("scopes") or ()}
+    others = {name: filter_path for name, filter_path in first.items() if filter_path != FILTER}
     default = privacy.get("default_scope")
     if default not in first:
         return Finding("outgoing filter", False, f"{path}: there is no default scope '{default}'")
     if others:
-        told = ", ".join(f"{found} in scope '{name}'" for name, found in others.items())
-        return Finding("outgoing filter", False, f"{path}: the first filter is {told}; jobs may name any scope")
+        listed = ", ".join(f"{filter_path} in scope '{name}'" for name, filter_path in others.items())
+        return Finding("outgoing filter", False, f"{path}: the first filter is {listed}; jobs may name any scope")
     return Finding("outgoing filter", True, f"{path}: the first filter is {FILTER} in every scope")
 
 
@@ -133,9 +133,9 @@ def _of_kit(kit: Path) -> Iterator[Path]:
 
 def _check_access(name: str, top: Path, paths: Iterable[Path]) -> Iterator[Finding]:
     """A warning if everybody with an account on this machine can read one of these files or folders of `top`."""
-    found = sorted(str(path) for path in paths if _others_may_read(path))
-    if found:
-        message = f"others on this machine can read {', '.join(found[:3])}{' ...' if len(found) > 3 else ''}"
+    readable = sorted(str(path) for path in paths if _others_may_read(path))
+    if readable:
+        message = f"others on this machine can read {', '.join(readable[:3])}{' ...' if len(readable) > 3 else ''}"
         yield Finding(f"{name} access", True, f"{message}: chmod -R o-rwx {shlex.quote(str(top))}", warning=True)
 
 
@@ -214,8 +214,8 @@ def _check_machine(kit: Path) -> Iterator[Finding]:
     memory = psutil.virtual_memory().available / 2**30
     message = f"{memory:.0f} GiB available, at least {_LEAST_MEMORY_GIB} are wanted"
     yield Finding("memory", memory >= _LEAST_MEMORY_GIB, message)
-    told = ", ".join(f"{name} {version(name)}" for name in ("pfedsam", "nvflare", "monai", "torch"))
-    yield Finding("versions", True, told)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("pfedsam", "nvflare", "monai", "torch"))
+    yield Finding("versions", True, versions)
 
 
 def _check_data(kit: Path) -> Iterator[Finding]:
@@ -249,7 +249,7 @@ def _check_data(kit: Path) -> Iterator[Finding]:
 
 def _limits(settings: SiteSettings) -> str:
     """What the site's own file asks of a job, in words."""
-    told = {
+    bounds = {
         "sites at least": settings.least_sites,
         "validation cases at least": settings.least_validation_cases,
         "rounds at most": settings.most_rounds,
@@ -258,6 +258,6 @@ def _limits(settings: SiteSettings) -> str:
         "clip at most": settings.largest_clip,
         "noise at least": settings.least_noise,
     }
-    limits = ", ".join(f"{what} {'any' if value is None else format(value, 'g')}" for what, value in told.items())
+    limits = ", ".join(f"{what} {'any' if value is None else format(value, 'g')}" for what, value in bounds.items())
     agreed = "any federation" if settings.federations is None else f"federations {', '.join(settings.federations)}"
     return f"{limits}; {agreed}; curves {'on' if settings.curves else 'off'}"

@@ -55,8 +55,8 @@ def case_metrics(prediction: Tensor, label: Tensor, spacing: Sequence[float] | N
     """
     if prediction.shape != label.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and label {tuple(label.shape)} have different shapes")
-    prediction, label = (torch.as_tensor(one).bool().cpu() for one in (prediction, label))
-    spacing = [1.0] * (label.ndim - 1) if spacing is None else [float(one) for one in spacing]
+    prediction, label = (torch.as_tensor(mask).bool().cpu() for mask in (prediction, label))
+    spacing = [1.0] * (label.ndim - 1) if spacing is None else [float(size) for size in spacing]
     dice = compute_dice(prediction[None], label[None], ignore_empty=False)[0].tolist()
     surfaces = [_surfaces(p, y, spacing) for p, y in zip(prediction, label, strict=True)]
     failed = (label.flatten(1).any(1) & ~prediction.flatten(1).any(1)).tolist()

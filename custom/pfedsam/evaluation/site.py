@@ -151,7 +151,7 @@ def evaluate_site(
     leave_out(evaluator, listed, [number for number, item in enumerate(listed) if str(item["case"]) in excluded])
     total = len(models) * len(evaluator.data_loader)
     images = {str(item["case"]): Path(item["image"]) for item in listed}
-    found: dict[str, CasePrediction] = {}
+    case_predictions: dict[str, CasePrediction] = {}
     scores: list[CaseScore] = []
     for model in models:
 
@@ -159,7 +159,7 @@ def evaluate_site(
             for item, output in zip(engine.state.batch, engine.state.output, strict=True):
                 score, label, prediction = _score(site, model, str(item["case"]), output)
                 kept_case = CasePrediction(score.case, images[score.case], label, {})
-                found.setdefault(score.case, kept_case).predictions[model] = prediction
+                case_predictions.setdefault(score.case, kept_case).predictions[model] = prediction
                 scores.append(score)
                 if progress:
                     progress(len(scores), total)
@@ -170,14 +170,14 @@ def evaluate_site(
         kept[0].use(network, personal)
         with evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep):
             evaluator.run()
-    return SiteEvaluation(site, scores, _examples(scores, found), excluded, _notes(kept[0], section, known))
+    return SiteEvaluation(site, scores, _examples(scores, case_predictions), excluded, _notes(kept[0], section, known))
 
 
 def seen_cases(model: SiteModel, listed: Sequence[Mapping[str, Any]], site: str) -> dict[str, str]:
     """The cases of a list whose patients a model has seen, with the section; none if it does not tell."""
     seen = Seen.of(model.info)
-    found = {} if seen is None else {str(one["case"]): seen.section_of(patient_of(one), site) for one in listed}
-    return {case: section for case, section in found.items() if section is not None}
+    sections = {} if seen is None else {str(item["case"]): seen.section_of(patient_of(item), site) for item in listed}
+    return {case: section for case, section in sections.items() if section is not None}
 
 
 def _require_unseen(folder: str | Path, excluded: Mapping[str, str], too_many: int) -> None:
@@ -198,12 +198,12 @@ def _notes(model: SiteModel, section: str, known: Mapping[str, str]) -> list[str
         notes.append("the model does not say which patients it was trained on")
     elif not seen.whole:
         notes.append("the model goes on from one that did not say which patients it was trained on")
-    for what, told in _SEEN_IN.items():
-        cases = [case for case, found in known.items() if found == what]
+    for what, words in _SEEN_IN.items():
+        cases = [case for case, seen_in in known.items() if seen_in == what]
         if cases and section == "test":
-            notes.append(f"left out, {len(cases)} test case(s) of patients that were {told}: {', '.join(cases)}")
+            notes.append(f"left out, {len(cases)} test case(s) of patients that were {words}: {', '.join(cases)}")
         elif cases:
-            notes.append(f"{len(cases)} of the {section} cases are of patients that were {told}: no test of the model")
+            notes.append(f"{len(cases)} of the {section} cases are of patients that were {words}: no test of the model")
     return notes
 
 
@@ -261,9 +261,11 @@ def _score(site: str, model: str, case: str, output: Any) -> tuple[CaseScore, np
     return CaseScore(site, case, model, **vars(metrics)), label.cpu().numpy(), prediction.cpu().numpy()
 
 
-def _examples(scores: list[CaseScore], found: dict[str, CasePrediction]) -> dict[str, CasePrediction]:
+def _examples(scores: list[CaseScore], predictions: dict[str, CasePrediction]) -> dict[str, CasePrediction]:
     """Best, median and worst case; with fewer than three cases the median, then the worst, is left out."""
     ranked = [s.case for s in sorted(scores, key=lambda s: s.mean_dice) if s.model == scores[-1].model]
     chosen = {"best": ranked[-1], "worst": ranked[0], "median": ranked[len(ranked) // 2]}
     distinct = {case: name for name, case in reversed(chosen.items())}
-    return {name: found[case] for case, name in sorted(distinct.items(), key=lambda one: list(chosen).index(one[1]))}
+    return {
+        name: predictions[case] for case, name in sorted(distinct.items(), key=lambda pair: list(chosen).index(pair[1]))
+    }

@@ -32,21 +32,25 @@ def results(evaluations: Sequence[SiteEvaluation], sent: Mapping[str, Mapping[in
         sent: bytes that left each site, by round.
     """
     sites = {
-        one.site: {
-            "cases": len(one.scores) // len(MODELS),
-            "excluded": len(one.excluded),
-            **{f"dice_{model}": one.mean(model) for model in MODELS},
-            **{f"failures_{model}": one.failures(model) for model in MODELS},
-            "bytes_per_round": int(np.mean(list(sent[one.site].values()))) if sent.get(one.site) else 0,
+        evaluation.site: {
+            "cases": len(evaluation.scores) // len(MODELS),
+            "excluded": len(evaluation.excluded),
+            **{f"dice_{model}": evaluation.mean(model) for model in MODELS},
+            **{f"failures_{model}": evaluation.failures(model) for model in MODELS},
+            "bytes_per_round": int(np.mean(list(sent[evaluation.site].values()))) if sent.get(evaluation.site) else 0,
         }
-        for one in evaluations
+        for evaluation in evaluations
     }
     summary = {
         f"{kind}_{model}": float(function([site[f"dice_{model}"] for site in sites.values()]))
         for model in MODELS
         for kind, function in (("mean", np.mean), ("worst", np.min))
     }
-    return {"sites": sites, **summary, "cases": [score.to_dict() for one in evaluations for score in one.scores]}
+    return {
+        "sites": sites,
+        **summary,
+        "cases": [score.to_dict() for evaluation in evaluations for score in evaluation.scores],
+    }
 
 
 def write_results(
@@ -74,8 +78,8 @@ def case_rows(evaluations: Sequence[SiteEvaluation], bundle: str) -> pd.DataFram
             "class": name,
             **{metric: getattr(score, metric)[number] for metric in METRICS},
         }
-        for one in evaluations
-        for score in one.scores
+        for evaluation in evaluations
+        for score in evaluation.scores
         for number, name in enumerate(class_names(find_bundle(bundle)))
     ]
     return pd.DataFrame(rows, columns=["site", "case", "model", "class", *METRICS])

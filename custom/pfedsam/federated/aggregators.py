@@ -54,12 +54,12 @@ class RobustAggregator(Aggregator):
         if shareable.get_return_code() != ReturnCode.OK:
             self.logger.warning(f"site {site} sent no update: {shareable.get_return_code()}")
             return False
-        told, current = (
+        contribution_round, current = (
             shareable.get_cookie(AppConstants.CONTRIBUTION_ROUND),
             fl_ctx.get_prop(AppConstants.CURRENT_ROUND),
         )
-        if told != current or site in self._held:
-            why = "its second of this round" if told == current else f"of round {told}"
+        if contribution_round != current or site in self._held:
+            why = "its second of this round" if contribution_round == current else f"of round {contribution_round}"
             self.logger.warning(f"site {site}: an update is left out, it is {why}; this is round {current}")
             return False
         dxo = from_shareable(shareable)
@@ -70,8 +70,8 @@ class RobustAggregator(Aggregator):
         """The change of the global model; none if no site sent an update."""
         plan, current = plan_of(fl_ctx), fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
         theta = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
-        held, self._held = dict(sorted(self._held.items())), {}
-        if not held:
+        updates, self._held = dict(sorted(self._held.items())), {}
+        if not updates:
             self.logger.error(f"round {current}: no site sent an update, the global model stays as it is")
             return DXO(
                 DataKind.WEIGHT_DIFF, data={name: np.zeros_like(value) for name, value in theta.items()}
@@ -79,14 +79,14 @@ class RobustAggregator(Aggregator):
         rule = self.rule(plan)
         change, judged = combine(
             _tensors(theta),
-            [_tensors(data) for _, data in held.values()],
-            [cases for cases, _ in held.values()],
+            [_tensors(data) for _, data in updates.values()],
+            [cases for cases, _ in updates.values()],
             rule,
-            [plan.most_of(site) for site in held],
+            [plan.most_of(site) for site in updates],
             self._start,
         )
         self._start = self._start or {name: tensor.clone() for name, tensor in _tensors(theta).items()}
-        self._tell(current, rule, dict(zip(held, judged, strict=True)), fl_ctx)
+        self._tell(current, rule, dict(zip(updates, judged, strict=True)), fl_ctx)
         data = {name: change[name].numpy().astype(np.asarray(value).dtype) for name, value in theta.items()}
         return DXO(DataKind.WEIGHT_DIFF, data=data).to_shareable()
 
@@ -100,12 +100,12 @@ class RobustAggregator(Aggregator):
 
     def _tell(self, number: int, rule: str, judged: dict[str, Judgement], fl_ctx: FLContext) -> None:
         run_dir = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
-        sites = {site: _rounded(one) for site, one in judged.items()}
+        sites = {site: _rounded(judgement) for site, judgement in judged.items()}
         append_record(run_dir, ROUNDS_FILE, {"round": number, "rule": rule, "sites": sites})
-        total = sum(one.counted for one in judged.values()) or 1.0
-        for site, one in judged.items():
-            line = f"round {number}: site {site}: {told(one)}, share {one.counted / total:.2f}"
-            doubtful = rule in JUDGING and one.changed
+        total = sum(judgement.counted for judgement in judged.values()) or 1.0
+        for site, judgement in judged.items():
+            line = f"round {number}: site {site}: {told(judgement)}, share {judgement.counted / total:.2f}"
+            doubtful = rule in JUDGING and judgement.changed
             (self.logger.warning if doubtful else self.logger.info)(line)
 
 
@@ -182,8 +182,10 @@ def told(one: Judgement) -> str:
     return ", ".join(words)
 
 
-def _rounded(one: Judgement) -> dict[str, Any]:
-    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(one).items()}
+def _rounded(judgement: Judgement) -> dict[str, Any]:
+    return {
+        key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(judgement).items()
+    }
 
 
 def _tensors(arrays: Any) -> dict[str, torch.Tensor]:

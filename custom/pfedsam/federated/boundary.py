@@ -244,8 +244,8 @@ def _tensors(
     unknown = sorted(set(data) - set(shared) - set(excluded))
     missing = sorted(set(shared) - (set(data) - set(excluded)))
     if unknown or missing:
-        told = [short([name[:_LONGEST_TEXT] for name in names]) for names in (missing, unknown)]
-        raise PFedSAMError(code, f"missing tensors {told[0]}, unknown tensors {told[1]}.")
+        listed = [short([name[:_LONGEST_TEXT] for name in names]) for names in (missing, unknown)]
+        raise PFedSAMError(code, f"missing tensors {listed[0]}, unknown tensors {listed[1]}.")
     return {name: _tensor(name, data[name], spec, code) for name, spec in shared.items()}, len(excluded)
 
 

@@ -114,10 +114,10 @@ class EncryptedGuard(IncomingGuard):
         vectors = ciphertexts(dxo.data, shared, self._context)
         # zeros in the place of ciphertexts: all the other rules are those of a plain update
         zeros = {name: np.zeros(spec.shape, spec.dtype) for name, spec in shared.items()}
-        told = DXO(DataKind.WEIGHT_DIFF, data=zeros, meta=dxo.meta).to_shareable()
+        plain_update = DXO(DataKind.WEIGHT_DIFF, data=zeros, meta=dxo.meta).to_shareable()
         for key, value in (shareable.get(ReservedHeaderKey.HEADERS) or {}).items():
-            told.set_header(key, value)
-        rebuilt = super()._rebuilt(told, client, fl_ctx)
+            plain_update.set_header(key, value)
+        rebuilt = super()._rebuilt(plain_update, client, fl_ctx)
         checked = from_shareable(rebuilt)
         return DXO(DataKind.WEIGHT_DIFF, vectors, {**checked.meta, **_encrypted(vectors)}).update_shareable(rebuilt)
 
@@ -181,24 +181,24 @@ def ciphertexts(data: Any, shared: Manifest, context: Any) -> dict[str, Any]:
     """
     if type(data) is not dict or set(data) != set(shared):
         raise PFedSAMError(ErrorCode.REFUSED_BY_GUARD, "the encrypted update does not hold the plan's tensors.")
-    found = {}
+    vectors = {}
     for name, spec in shared.items():
         if type(data[name]) is not bytes:
             raise PFedSAMError(
                 ErrorCode.REFUSED_BY_GUARD, f"'{name}' is {type(data[name]).__name__}, expected ciphertext."
             )
         try:
-            found[name] = tenseal.ckks_vector_from(context, data[name])
+            vectors[name] = tenseal.ckks_vector_from(context, data[name])
         except Exception as error:
             raise PFedSAMError(
                 ErrorCode.REFUSED_BY_GUARD, f"'{name}' is no ciphertext ({type(error).__name__})."
             ) from None
-        if found[name].size() != math.prod(spec.shape):
+        if vectors[name].size() != math.prod(spec.shape):
             raise PFedSAMError(
                 ErrorCode.REFUSED_BY_GUARD,
-                f"'{name}' holds {found[name].size()} values, expected {math.prod(spec.shape)}.",
+                f"'{name}' holds {vectors[name].size()} values, expected {math.prod(spec.shape)}.",
             )
-    return found
+    return vectors
 
 
 def _encrypted(values: dict[str, Any]) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class PersonalisedFilter(Filter):
             "excluded": excluded,
             "metadata": told_names(passed.metadata),
             "sha256": passed.sha256(),
-            "filters": [_described(one) for one in outgoing_filters(fl_ctx, task)],
+            "filters": [_described(filter_) for filter_ in outgoing_filters(fl_ctx, task)],
         }
         _append(fl_ctx, SENT_FILE, record)
         self.logger.info(
@@ -131,8 +131,8 @@ class PersonalisedFilter(Filter):
         return make_reply(error.as_reply())
 
     def _is_last_of_ours(self, fl_ctx: FLContext, task: str) -> bool:
-        ours = [one for one in outgoing_filters(fl_ctx, task) if type(one) is PersonalisedFilter]
-        return not ours or ours[-1] is self
+        own_filters = [filter_ for filter_ in outgoing_filters(fl_ctx, task) if type(filter_) is PersonalisedFilter]
+        return not own_filters or own_filters[-1] is self
 
 
 class IncomingGuard(Filter):
@@ -193,13 +193,13 @@ class IncomingGuard(Filter):
         _check_identity(shareable, client)
         passed = check_result(shareable, task, shared=plan_of(fl_ctx).shared(), code=ErrorCode.REFUSED_BY_GUARD)
         headers = check_headers(shareable, code=ErrorCode.REFUSED_BY_GUARD)
-        told: dict[str, Any] = {}
+        contribution: dict[str, Any] = {}
         if passed.tensors:
             self._check_metadata(passed.metadata, client, fl_ctx)
             _check_round(passed.metadata[ROUND_KEY], headers, task, fl_ctx)
             cases = passed.metadata[MetaKey.NUM_STEPS_CURRENT_ROUND]
             counted = self._counted(cases, client, fl_ctx)
-            told = {"cases": cases, "counted": counted, "norm": passed.norm() if self.sees_values else None}
+            contribution = {"cases": cases, "counted": counted, "norm": passed.norm() if self.sees_values else None}
             if counted != cases:
                 passed = with_cases(passed, counted)
         for key, value in headers.items():
@@ -212,7 +212,7 @@ class IncomingGuard(Filter):
             "accepted": True,
             "reply": passed.shareable.get_return_code(),
             "sha256": passed.sha256(),
-            **told,
+            **contribution,
         }
         _append(fl_ctx, RECEIVED_FILE, record)
         return passed.shareable
@@ -266,13 +266,13 @@ def require_outgoing_filter(fl_ctx: FLContext, tasks: Iterable[str]) -> None:
     for task in tasks:
         chain = outgoing_filters(fl_ctx, task)
         # a site's own filter does not excuse a job that left it out
-        of_job = [one for one in chain if one.get_prop(FilterContextKey.SOURCE) != FilterSource.SITE]
+        of_job = [filter_ for filter_ in chain if filter_.get_prop(FilterContextKey.SOURCE) != FilterSource.SITE]
         if not of_job or type(of_job[0]) is not PersonalisedFilter or type(chain[0]) is not PersonalisedFilter:
             name = f"{PersonalisedFilter.__module__}.{PersonalisedFilter.__name__}"
-            found = [type(one).__name__ for one in chain]
+            classes = [type(filter_).__name__ for filter_ in chain]
             raise PFedSAMError(
                 ErrorCode.NO_OUTGOING_FILTER,
-                f"the first outgoing filter of task '{task}' is not {name}: {found}.",
+                f"the first outgoing filter of task '{task}' is not {name}: {classes}.",
                 "Name it first, with this task, in the task_result_filters of the job's config_fed_client.json.",
             )
 
@@ -292,28 +292,28 @@ def check_site_ceiling(shared: Manifest, ceiling: Collection[str] | None) -> Non
         )
 
 
-def _described(one: Filter) -> str:
+def _described(filter_: Filter) -> str:
     """Class, where it comes from, and what it was given, for example `ClipAndNoise(clip=1.0, noise_multiplier=0.5)`."""
-    given = inspect.signature(type(one)).parameters
-    told = ", ".join(f"{name}={getattr(one, name)!r}" for name in given if hasattr(one, name))
-    where = " of the site" if one.get_prop(FilterContextKey.SOURCE) == FilterSource.SITE else ""
-    return f"{type(one).__name__}({told}){where}"
+    given = inspect.signature(type(filter_)).parameters
+    arguments = ", ".join(f"{name}={getattr(filter_, name)!r}" for name in given if hasattr(filter_, name))
+    where = " of the site" if filter_.get_prop(FilterContextKey.SOURCE) == FilterSource.SITE else ""
+    return f"{type(filter_).__name__}({arguments}){where}"
 
 
 def _contents(result: Shareable) -> dict[str, Any]:
     """Reply, round, number, bytes and digest of what is in a result: arrays, or ciphertexts as bytes; and the names of
     its metadata and metrics.
     """
-    found: dict[str, Any] = {"reply": result.get_return_code(), "round": None}
+    record: dict[str, Any] = {"reply": result.get_return_code(), "round": None}
     data: dict[str, Any] = {}
     metadata: dict[str, Any] = {}
     with suppress(ValueError):  # a reply that is only a code
         dxo = from_shareable(result)
         data, metadata = dxo.data or {}, dxo.meta or {}
-    told = {name: np.frombuffer(v, np.uint8) if isinstance(v, bytes) else v for name, v in data.items()}
-    arrays = {name: value for name, value in told.items() if isinstance(value, np.ndarray)}
-    others = {**metadata, **{name: value for name, value in told.items() if name not in arrays}}
-    return found | {
+    values = {name: np.frombuffer(v, np.uint8) if isinstance(v, bytes) else v for name, v in data.items()}
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    others = {**metadata, **{name: value for name, value in values.items() if name not in arrays}}
+    return record | {
         "round": metadata.get(ROUND_KEY),
         "tensors": len(arrays),
         "bytes": sum(array.nbytes for array in arrays.values()),
@@ -341,10 +341,10 @@ def _check_round(number: int, headers: Mapping[str, Any], task: str, fl_ctx: FLC
     if task != AppConstants.TASK_TRAIN or current is None:
         return
     jar = headers.get(ReservedHeaderKey.COOKIE_JAR) or {}
-    told = {number, jar.get(AppConstants.CONTRIBUTION_ROUND, number)}
-    if told != {current}:
+    rounds = {number, jar.get(AppConstants.CONTRIBUTION_ROUND, number)}
+    if rounds != {current}:
         raise PFedSAMError(
-            ErrorCode.REFUSED_BY_GUARD, f"the update is of round {sorted(told, key=str)}, this is round {current}."
+            ErrorCode.REFUSED_BY_GUARD, f"the update is of round {sorted(rounds, key=str)}, this is round {current}."
         )
 
 

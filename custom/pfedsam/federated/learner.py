@@ -136,8 +136,8 @@ class PFedSAMLearner(ModelLearner):
         require_valid(check_site(folder, **expected_by(plan.bundle, plan.overrides, site.labels)))
         output = Path(self.workspace.get_run_dir(self.job_id)) / "bundle"
         device = site.device or self.device
-        told: dict[str, Any] = {"device": device, "checkpoint": site.checkpoint, "label_map": site.labels}
-        self._local = SiteTrainer(plan.bundle, folder, strategy, plan.overrides, output, **told)
+        settings: dict[str, Any] = {"device": device, "checkpoint": site.checkpoint, "label_map": site.labels}
+        self._local = SiteTrainer(plan.bundle, folder, strategy, plan.overrides, output, **settings)
         self._local.open()
         self._open_state(plan, site.state_root)
         simulated = self._is_simulated()
@@ -157,9 +157,9 @@ class PFedSAMLearner(ModelLearner):
         self._time.start()
 
     def _find_scalars(self, wanted: bool) -> ListedScalars:
-        found = self.engine.get_component(self.scalars_id) if self.scalars_id and wanted else None
+        component = self.engine.get_component(self.scalars_id) if self.scalars_id and wanted else None
         # one that was never told of the run sends nothing
-        return found if isinstance(found, ListedScalars) else ListedScalars()
+        return component if isinstance(component, ListedScalars) else ListedScalars()
 
     def _open_state(self, plan: Plan, root: str | None) -> None:
         fingerprint = self._local.fingerprint
@@ -244,8 +244,8 @@ class PFedSAMLearner(ModelLearner):
 
     def _save(self, final: bool, **metrics: float | None) -> None:
         assert self._state is not None
-        told = {**metrics, BEST_DICE: self._best_dice}
-        known = {name: value for name, value in told.items() if value is not None}
+        info = {**metrics, BEST_DICE: self._best_dice}
+        known = {name: value for name, value in info.items() if value is not None}
         self._state.save(self._local.model(round=int(self.current_round), final=final, **known))
 
     def _report(self, result: RoundResult) -> None:

@@ -33,8 +33,8 @@ def sites_of(fl_ctx: FLContext) -> frozenset[str]:
     """Names of the sites that the server says take part in the job; empty if it says nothing."""
     meta = fl_ctx.get_prop(FLContextKey.JOB_META)
     listed = meta.get(JobMetaKey.JOB_CLIENTS.value) if isinstance(meta, dict) else None
-    found = [one.get("name") for one in listed or () if isinstance(one, dict)]
-    return frozenset(name for name in found if isinstance(name, str))
+    names = [client.get("name") for client in listed or () if isinstance(client, dict)]
+    return frozenset(name for name in names if isinstance(name, str))
 
 
 def require_enough_sites(fl_ctx: FLContext, plan: Plan, least: int | None) -> None:

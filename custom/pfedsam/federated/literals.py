@@ -33,12 +33,12 @@ def require_literal(app: str | Path, name: str, references: bool = False) -> Non
             read (YAML and HOCON, which can include others).
     """
     path = Path(app) / "config" / name
-    others = sorted(one.name for one in path.parent.glob(f"{path.stem}.*") if one.name != name)
+    others = sorted(file.name for file in path.parent.glob(f"{path.stem}.*") if file.name != name)
     if others or not path.is_file():
-        found = f"{others or 'nothing'} instead of {name} alone"
+        configuration = f"{others or 'nothing'} instead of {name} alone"
         raise PFedSAMError(
             ErrorCode.OVERRIDE_NOT_ALLOWED,
-            f"the job's configuration is {found}.",
+            f"the job's configuration is {configuration}.",
             "Make the job with `pfedsam job make`.",
         )
     for place, text in _texts(json.loads(path.read_text(encoding="utf-8"))):

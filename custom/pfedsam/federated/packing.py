@@ -58,9 +58,9 @@ class PackPayload(Filter):
         packed, left, scales = pack(dxo.data, self.precision, residual)
         if left:
             write_atomically(path, save(left))
-        told = {"precision": self.precision, "scales": scales}
-        result = DXO(DataKind.WEIGHT_DIFF, data=packed, meta={**dxo.meta, PACKED: told}).to_shareable()
-        before, after = (sum(array.nbytes for array in one.values()) for one in (dxo.data, packed))
+        packing = {"precision": self.precision, "scales": scales}
+        result = DXO(DataKind.WEIGHT_DIFF, data=packed, meta={**dxo.meta, PACKED: packing}).to_shareable()
+        before, after = (sum(array.nbytes for array in tensors.values()) for tensors in (dxo.data, packed))
         self.logger.info(f"payload packed as {self.precision}: {before} to {after} bytes")
         return result
 
@@ -86,9 +86,9 @@ class UnpackPayload(Filter):
         dxo = from_shareable(shareable)
         if not isinstance(dxo.meta, dict) or PACKED not in dxo.meta:
             return shareable
-        told = dxo.meta.pop(PACKED)
+        packing = dxo.meta.pop(PACKED)
         try:
-            dxo.data = unpack(dxo.data, told["precision"], told["scales"])
+            dxo.data = unpack(dxo.data, packing["precision"], packing["scales"])
         except Exception as error:
             raise PFedSAMError(
                 ErrorCode.REFUSED_BY_GUARD, f"the payload could not be unpacked ({type(error).__name__})."
@@ -131,10 +131,10 @@ def unpack(data: dict[str, Any], precision: Precision, scales: dict[str, float])
         KeyError, TypeError, ValueError: if the payload is not what `pack` gives.
     """
     expected = {"fp16": np.float16, "int8": np.int8}[precision]
-    found = {}
+    tensors = {}
     for name, array in data.items():
         if type(array) is not np.ndarray or array.dtype != expected:
             raise TypeError(f"'{name}' is not {expected.__name__}")
         factor = np.float32(1.0 if precision == "fp16" else float(scales[name]))
-        found[name] = array.astype(np.float32) * factor
-    return found
+        tensors[name] = array.astype(np.float32) * factor
+    return tensors

@@ -74,11 +74,11 @@ class Plan:
         if self.federation or self.bundle or self.strategy is not None:
             return
         require_literal(app, PLAN_FILE)
-        told = read_object(Path(app) / "config" / PLAN_FILE, MAKE_JOB)
-        unknown = sorted(set(told) - {key for key in vars(self) if not key.startswith("_")})
+        arguments = read_object(Path(app) / "config" / PLAN_FILE, MAKE_JOB)
+        unknown = sorted(set(arguments) - {key for key in vars(self) if not key.startswith("_")})
         if unknown:
             raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, f"{PLAN_FILE} has the key(s) {unknown}.", MAKE_JOB)
-        vars(self).update(told)
+        vars(self).update(arguments)
 
     def checked(self) -> Strategy:
         """The strategy, after a check of all settings.
@@ -88,8 +88,8 @@ class Plan:
                 for an override.
         """
         if not isinstance(self.federation, str) or not self.federation.replace("-", "_").isidentifier():
-            told = f"federation name {shown(self.federation)}"
-            raise PFedSAMError(ErrorCode.WRONG_SETTING, f"{told}.", "Use letters, digits, '-' and '_'.")
+            message = f"federation name {shown(self.federation)}"
+            raise PFedSAMError(ErrorCode.WRONG_SETTING, f"{message}.", "Use letters, digits, '-' and '_'.")
         agreed = self.most_cases.values() if isinstance(self.most_cases, dict) else (self.most_cases,)
         if any(most is not None and (type(most) is not int or most < 1) for most in agreed):
             raise PFedSAMError(

@@ -70,14 +70,16 @@ def require_policy(chain: Sequence[Filter], largest_clip: float | None, least_no
     if largest_clip is None and least_noise is None:
         return
     # a subclass could do anything
-    found = [one for one in chain if type(one) is ClipAndNoise]
-    for one in found:
-        if one.clip <= (largest_clip or math.inf) and one.noise_multiplier >= (least_noise or 0.0):
+    noise_filters = [filter_ for filter_ in chain if type(filter_) is ClipAndNoise]
+    for noise_filter in noise_filters:
+        if noise_filter.clip <= (largest_clip or math.inf) and noise_filter.noise_multiplier >= (least_noise or 0.0):
             return
-    told = [f"clip {one.clip:g}, noise {one.noise_multiplier:g}" for one in found] or "no clipping"
+    strengths = [
+        f"clip {noise_filter.clip:g}, noise {noise_filter.noise_multiplier:g}" for noise_filter in noise_filters
+    ] or "no clipping"
     raise PFedSAMError(
         ErrorCode.PRIVACY_TOO_WEAK,
-        f"the job has {told}, this site asks for clip <= {largest_clip} and noise >= {least_noise}.",
+        f"the job has {strengths}, this site asks for clip <= {largest_clip} and noise >= {least_noise}.",
         "Ask for a job made with --clip and --noise, or change the site's own local/pfedsam.json.",
     )
 

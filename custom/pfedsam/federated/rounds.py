@@ -17,35 +17,37 @@ def remarks(folders: Iterable[Path]) -> list[str]:
     Args:
         folders: run folders of the server: of a fetched result, or of each start of a simulation.
     """
-    found: dict[tuple[str, str], list[int | None]] = {}
+    doubts: dict[tuple[str, str], list[int | None]] = {}
     for folder in folders:
         for site, what, number in [*_judged(folder), *_refused(folder)]:
-            found.setdefault((site, what), []).append(number)
-    return [f"{site}: {what}{_in_rounds(numbers)}" for (site, what), numbers in sorted(found.items())]
+            doubts.setdefault((site, what), []).append(number)
+    return [f"{site}: {what}{_in_rounds(numbers)}" for (site, what), numbers in sorted(doubts.items())]
 
 
 def _judged(folder: Path) -> Iterator[tuple[str, str, int | None]]:
-    for one in read_lines(folder / ROUNDS_FILE):
-        if one["rule"] not in JUDGING:
+    for record in read_lines(folder / ROUNDS_FILE):
+        if record["rule"] not in JUDGING:
             continue
-        for site, told in one["sites"].items():
-            if told["why"]:
-                what = "scaled down" if told["counted"] else "left out"
-                yield site, f"its update was {what} ({_plain(told['why'])})", one["round"]
-            elif told["clipped_to"] is not None:
-                yield site, "its update was scaled down to what is usual", one["round"]
-            if 0 < told["counted"] < told["cases"]:
-                what = f"it counted as {told['counted']:g} training cases and not as the {told['cases']:g} it reports"
-                yield site, what, one["round"]
+        for site, judgement in record["sites"].items():
+            if judgement["why"]:
+                what = "scaled down" if judgement["counted"] else "left out"
+                yield site, f"its update was {what} ({_plain(judgement['why'])})", record["round"]
+            elif judgement["clipped_to"] is not None:
+                yield site, "its update was scaled down to what is usual", record["round"]
+            if 0 < judgement["counted"] < judgement["cases"]:
+                counted, cases = (f"{judgement[key]:g}" for key in ("counted", "cases"))
+                yield site, f"it counted as {counted} training cases and not as the {cases} it reports", record["round"]
 
 
 def _refused(folder: Path) -> Iterator[tuple[str, str, int | None]]:
-    for one in read_lines(folder / RECEIVED_FILE):
-        if not one.get("accepted"):
-            yield str(one.get("client")), f"the guard refused a result ({one.get('code')}, see the server's log)", None
-        elif _lowered(one):
-            told = f"it counted as {one['counted']} training cases, as agreed, and not as the {one['cases']} it reports"
-            yield str(one["client"]), told, one.get("round")
+    for record in read_lines(folder / RECEIVED_FILE):
+        if not record.get("accepted"):
+            code = record.get("code")
+            yield str(record.get("client")), f"the guard refused a result ({code}, see the server's log)", None
+        elif _lowered(record):
+            counted, cases = record["counted"], record["cases"]
+            sentence = f"it counted as {counted} training cases, as agreed, and not as the {cases} it reports"
+            yield str(record["client"]), sentence, record.get("round")
 
 
 def _plain(why: str) -> str:
@@ -53,8 +55,8 @@ def _plain(why: str) -> str:
     return why.partition(":")[0]
 
 
-def _lowered(one: dict[str, Any]) -> bool:
-    return isinstance(one.get("counted"), int) and one["counted"] < one["cases"]
+def _lowered(record: dict[str, Any]) -> bool:
+    return isinstance(record.get("counted"), int) and record["counted"] < record["cases"]
 
 
 def _in_rounds(numbers: list[int | None]) -> str:

@@ -59,7 +59,7 @@ TAGS = (
     Tag("expert_share_<n>/layer_<n>", rf"expert_share_\d{{1,2}}/{_LAYER}", "share of one expert in a layer's gate"),
 )
 #: Tags that may leave a site.
-LISTED = re.compile("|".join(one.pattern for one in TAGS))
+LISTED = re.compile("|".join(kind.pattern for kind in TAGS))
 
 
 def phase_tag(strategy: Strategy, name: str) -> str:
@@ -100,7 +100,7 @@ class ListedScalars(FLComponent):
             raise ValueError(f"scalar tag {tag!r} is not listed in {__name__}")
         if self._engine is None or not math.isfinite(value):
             return
-        if any(one.decimals is not None and re.fullmatch(one.pattern, tag) for one in TAGS):
+        if any(kind.decimals is not None and re.fullmatch(kind.pattern, tag) for kind in TAGS):
             value = rounded_metric(value)
         dxo = create_analytic_dxo(
             tag=tag,

@@ -85,8 +85,8 @@ def export_torchscript(network: Any, out: str | Path) -> float:
         traced = path.with_name("traced")
         torch.jit.trace(network, first, check_trace=False).save(str(traced))
         _without_sources(traced, path)
-        found = torch.jit.load(str(path), map_location="cpu")(other)
-        return _difference("TorchScript", found, network(other))
+        logits = torch.jit.load(str(path), map_location="cpu")(other)
+        return _difference("TorchScript", logits, network(other))
 
 
 def export_onnx(network: Any, out: str | Path) -> float:
@@ -122,9 +122,9 @@ def export_onnx(network: Any, out: str | Path) -> float:
         )
         _without_stack_traces(path)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        (found,) = session.run(None, {"image": other.numpy()})
+        (logits,) = session.run(None, {"image": other.numpy()})
         with torch.no_grad():
-            return _difference("ONNX", torch.from_numpy(found), network(other))
+            return _difference("ONNX", torch.from_numpy(logits), network(other))
 
 
 @contextmanager
@@ -171,9 +171,9 @@ def _examples(network: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(2, 3, side, side, generator=random), torch.rand(3, 3, side, side, generator=random)
 
 
-def _difference(kind: str, found: torch.Tensor, expected: torch.Tensor) -> float:
+def _difference(kind: str, logits: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference; E34 if it is more than `TOLERANCE`, or no number."""
-    difference = float((found - expected).abs().max())
+    difference = float((logits - expected).abs().max())
     if not difference <= TOLERANCE:
         raise PFedSAMError(
             ErrorCode.EXPORT_DIFFERS,

@@ -103,8 +103,8 @@ class Predictor:
         if self.device is not None:
             settings["device"] = _usable(self.device)
         workflow = _workflow(self.bundle, self.model_file, settings, self.experts)
-        told = f"inference of bundle '{self.bundle}' could not be started"
-        with failing_as(ErrorCode.BUNDLE_FAILED, told, "Check the settings."):
+        message = f"inference of bundle '{self.bundle}' could not be started"
+        with failing_as(ErrorCode.BUNDLE_FAILED, message, "Check the settings."):
             workflow.initialize()
             parser = workflow.parser
             self.field_of_view = parser.get_parsed_content("field_of_view_mm") if "field_of_view_mm" in parser else None
@@ -144,17 +144,17 @@ class Predictor:
         return Prediction(picture, probabilities, self.field_of_view)
 
     def _probabilities(self, image: Picture, box: Sequence[int] | None) -> NDArray[np.float32]:
-        found: list[Any] = []
+        outputs: list[Any] = []
         evaluator = self._evaluator
         evaluator.data_loader = DataLoader(Dataset([{"image": image}], self._transform), batch_size=1)
         evaluator.inferer = self._inferer if box is None else self._prompted(image, box)
         # what the transforms would warn of is among the remarks
         with (
             _without_warnings(),
-            evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: found.extend(engine.state.output)),
+            evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: outputs.extend(engine.state.output)),
         ):
             evaluator.run()
-        return np.asarray(found[0]["pred"].detach().cpu(), dtype=np.float32)
+        return np.asarray(outputs[0]["pred"].detach().cpu(), dtype=np.float32)
 
     def _prompted(self, image: Picture, box: Sequence[int]) -> PromptedSliceInferer:
         """The bundle's slice inferer with the box as a prompt: it goes the way of the image, as a mask of its own."""
@@ -197,8 +197,8 @@ def _usable(name: str) -> torch.device:
         torch.empty(0, device=device)
     # torch without CUDA says so by an AssertionError
     except (RuntimeError, AssertionError) as error:
-        told = f"the device '{name}' cannot be used: {str(error).splitlines()[0]}"
-        raise PFedSAMError(ErrorCode.WRONG_SETTING, told, "Take cpu, or a GPU that torch sees.") from None
+        message = f"the device '{name}' cannot be used: {str(error).splitlines()[0]}"
+        raise PFedSAMError(ErrorCode.WRONG_SETTING, message, "Take cpu, or a GPU that torch sees.") from None
     return device
 
 

@@ -24,8 +24,8 @@ class SlabSpacingd(Spacingd):
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Invert every key."""
-        found: dict[Any, Any] = dict(data)
-        return {**found, **{key: self._inverse(found[key]) for key in self.key_iterator(found)}}
+        entries: dict[Any, Any] = dict(data)
+        return {**entries, **{key: self._inverse(entries[key]) for key in self.key_iterator(entries)}}
 
     def _inverse(self, volume: MetaTensor) -> torch.Tensor:
         done = volume.applied_operations[-1]

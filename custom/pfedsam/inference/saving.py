@@ -22,5 +22,5 @@ class VolumeWriter(NibabelWriter):
 
     def set_metadata(self, meta_dict: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any) -> None:
         """Take the affine; nothing is resampled."""
-        found = (meta_dict or {}).get(MetaKeys.AFFINE)
-        self.affine = np.eye(4) if found is None else convert_data_type(found, output_type=np.ndarray)[0]
+        affine = (meta_dict or {}).get(MetaKeys.AFFINE)
+        self.affine = np.eye(4) if affine is None else convert_data_type(affine, output_type=np.ndarray)[0]

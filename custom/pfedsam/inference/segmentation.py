@@ -70,7 +70,7 @@ def check_series(sources: Sequence[Path]) -> None:
         absent = {word for frame in frames for word in TYPE_1 if frame.data.get(word) in (None, "")}
         if absent:
             problems.append(f"{source} lacks {', '.join(named(word) for word in TYPE_1 if word in absent)}")
-        elif len({frame.file for frame in frames}) > 1 and any("NumberOfFrames" in one.data for one in frames):
+        elif len({frame.file for frame in frames}) > 1 and any("NumberOfFrames" in frame.data for frame in frames):
             problems.append(f"{source} holds several multi-frame objects")
     if problems:
         raise PFedSAMError(
@@ -123,7 +123,7 @@ def write_segmentation(label: NDArray[np.uint8], source: Path, path: Path, label
     if len({id(frame.data) for frame in slices}) == 1:
         planes = planes[np.argsort([frame.number for frame in slices])]
     pixels = np.stack([planes == number for number in range(1, len(labels) + 1)], axis=-1).astype(np.uint8)
-    found = highdicom.seg.Segmentation(
+    segmentation = highdicom.seg.Segmentation(
         source_images=_sources(slices),
         pixel_array=pixels,
         segmentation_type=SegmentationTypeValues.BINARY,
@@ -141,15 +141,15 @@ def write_segmentation(label: NDArray[np.uint8], source: Path, path: Path, label
     )
     if len(slices) == 1:
         # highdicom takes 1 mm where there is no second slice
-        _measures(found).SpacingBetweenSlices = _measures(found).SliceThickness or slices[0].thickness
+        _measures(segmentation).SpacingBetweenSlices = _measures(segmentation).SliceThickness or slices[0].thickness
     path = path.with_name(path.name + SEGMENTATION)
     with when_whole(path) as file:
-        found.save_as(file)
+        segmentation.save_as(file)
     return path
 
 
-def _measures(found: pydicom.Dataset) -> pydicom.Dataset:
-    return found.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+def _measures(segmentation: pydicom.Dataset) -> pydicom.Dataset:
+    return segmentation.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
 
 
 def _sources(slices: Sequence[Frame]) -> list[pydicom.Dataset]:

@@ -103,7 +103,7 @@ def write_label(label: NDArray[np.uint8], image: Picture, path: Path) -> Path:
 def write_probabilities(probabilities: NDArray[np.float32], image: Picture, path: Path) -> Path:
     """Write probabilities `(C, x, y[, z])` as NIfTI, the classes last; one class has no axis for it."""
     path = path.with_name(path.name + PROBABILITY)
-    values = [one.reshape(image.label_shape) for one in probabilities]
+    values = [channel.reshape(image.label_shape) for channel in probabilities]
     _save_nifti(values[0] if len(values) == 1 else np.stack(values, axis=-1), image, path)
     return path
 

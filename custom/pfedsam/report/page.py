@@ -143,9 +143,9 @@ def _plan(run: Path) -> tuple[dict[str, Any], int | None]:
         config, plan = json.loads(path.read_text(encoding="utf-8")), plan_arguments(app)
         return plan, int(config["start_round"]) + int(config["num_rounds"])
     except (OSError, ValueError, TypeError, KeyError, PFedSAMError) as error:
-        told = f"{path} is no configuration of ours ({type(error).__name__}: {error})"
+        problem = f"{path} is no configuration of ours ({type(error).__name__}: {error})"
         raise PFedSAMError(
-            ErrorCode.RUN_INCOMPLETE, f"{told}.", "Bring it back, or take the job's folder away."
+            ErrorCode.RUN_INCOMPLETE, f"{problem}.", "Bring it back, or take the job's folder away."
         ) from None
 
 
@@ -167,10 +167,10 @@ def _settings(plan: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, st
     if not bundle:
         return {}
     overrides = plan.get("overrides") or about.get("overrides")
-    told = settings_of(bundle, overrides) | describe(bundle, Roles(), overrides).settings
-    if "checkpoint" in told and not str(told["checkpoint"]).isidentifier():
-        told["checkpoint"] = "a file of this machine"
-    return {"bundle": bundle, **{key: json.dumps(value) for key, value in told.items()}}
+    settings = settings_of(bundle, overrides) | describe(bundle, Roles(), overrides).settings
+    if "checkpoint" in settings and not str(settings["checkpoint"]).isidentifier():
+        settings["checkpoint"] = "a file of this machine"
+    return {"bundle": bundle, **{key: json.dumps(value) for key, value in settings.items()}}
 
 
 def _groups(plan: Mapping[str, Any]) -> list[Any]:
@@ -211,11 +211,11 @@ def _of_many(curves: pd.DataFrame, run: Path) -> pd.DataFrame:
 
 def _pictures(run: Path, results: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
     """Each site's example pictures as data in the page."""
-    found: dict[str, list[dict[str, str]]] = {}
+    pictures: dict[str, list[dict[str, str]]] = {}
     for site in results["sites"]:
         for example in EXAMPLES:
             path = run / "pictures" / f"{site}-{example}.png"
             if path.is_file():
                 data = base64.b64encode(path.read_bytes()).decode()
-                found.setdefault(site, []).append({"example": example, "data": f"data:image/png;base64,{data}"})
-    return found
+                pictures.setdefault(site, []).append({"example": example, "data": f"data:image/png;base64,{data}"})
+    return pictures

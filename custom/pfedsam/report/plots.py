@@ -50,7 +50,7 @@ def plots(curves: pd.DataFrame, results: Mapping[str, Any], sent: pd.DataFrame, 
         sent: columns `site`, `round`, `bytes`.
         cases: with the results of single cases.
     """
-    found = [_cases(results)] if cases else []
+    figures = [_cases(results)] if cases else []
     for pattern, title, label in (
         ("val_dice_(global|personal)", "Validation Dice over rounds", "Dice"),
         ("loss/.*", "Training loss over rounds", "loss"),
@@ -59,20 +59,20 @@ def plots(curves: pd.DataFrame, results: Mapping[str, Any], sent: pd.DataFrame, 
         chosen = curves[curves["tag"].str.fullmatch(pattern)] if len(curves) else curves
         if len(chosen):
             figure, words = curve_figure(chosen, label)
-            found.append(Plot(title, words, _svg(figure)))
+            figures.append(Plot(title, words, _svg(figure)))
     shares = curves[curves["tag"].str.startswith("expert_share_")] if len(curves) else curves
     if len(shares):
         if shares["round"].nunique() > 1:
             figure, words = curve_figure(_smallest(shares), "share")
-            found.append(Plot("Smallest share of an expert over rounds", words, _svg(figure)))
+            figures.append(Plot("Smallest share of an expert over rounds", words, _svg(figure)))
         figure, words = share_figure(shares)
-        found.append(Plot("Share of each expert at the end", words, _svg(figure)))
+        figures.append(Plot("Share of each expert at the end", words, _svg(figure)))
     if len(sent):
         total = sent.groupby("round")["bytes"].sum().cumsum() / 1e6
         rows = pd.DataFrame({"site": "all sites", "tag": "sent", "round": total.index, "value": total.values})
         figure, words = curve_figure(rows, "MB")
-        found.append(Plot("Megabytes sent by all sites up to each round", words, _svg(figure)))
-    return found
+        figures.append(Plot("Megabytes sent by all sites up to each round", words, _svg(figure)))
+    return figures
 
 
 def _smallest(shares: pd.DataFrame) -> pd.DataFrame:
@@ -98,8 +98,8 @@ def _cases(results: Mapping[str, Any]) -> Plot:
     axes.set_ylabel("Dice of a case")
     axes.legend(fontsize=8, frameon=False, labelcolor=_INK, loc="best")
     means = "; ".join(
-        f"{site}: global {one['dice_global']:.2f}, personal {one['dice_personal']:.2f}"
-        for site, one in results["sites"].items()
+        f"{site}: global {site_results['dice_global']:.2f}, personal {site_results['dice_personal']:.2f}"
+        for site, site_results in results["sites"].items()
     )
     return Plot("Dice of every test case", f"Points for each site. Means: {means}.", _svg(figure))
 
@@ -117,7 +117,7 @@ def curve_figure(rows: pd.DataFrame, label: str) -> tuple[Figure, str]:
     tags, sites = sorted(rows["tag"].unique(), key=_by_number), sorted(rows["site"].unique())
     styles = dict(zip(sites, zip(cycle(_COLOURS), cycle(_DASHES), cycle(_MARKERS)), strict=False))
     figure, panels = _figure(len(tags))
-    told, lines = [], {}
+    sentences, lines = [], {}
     once = {tag: rows[rows["tag"] == tag]["round"].nunique() == 1 for tag in tags}
     most = rows[rows["tag"].isin([tag for tag in tags if once[tag]])]["value"].max()
     for place, (axes, tag) in enumerate(zip(panels, tags, strict=True)):
@@ -130,7 +130,7 @@ def curve_figure(rows: pd.DataFrame, label: str) -> tuple[Figure, str]:
             else:
                 how = {"marker": marker, "color": colour, "markersize": 4}
                 (lines[site],) = axes.plot(values["round"], values["value"], dash, **how)
-            told.append(f"{_words(tag)} at {site} ends at {last:.2f}")
+            sentences.append(f"{_words(tag)} at {site} ends at {last:.2f}")
         when = f", once, at round {chosen['round'].iloc[0]}" if once[tag] else ""
         axes.set_title(f"{_words(tag)}{when}", fontsize=9, color=_INK)
         axes.set_xlabel(label if once[tag] else "round")
@@ -146,7 +146,7 @@ def curve_figure(rows: pd.DataFrame, label: str) -> tuple[Figure, str]:
     if lines:
         how = {"loc": "outside upper left", "ncols": _IN_A_ROW, "fontsize": 8, "frameon": False, "labelcolor": _INK}
         figure.legend(lines.values(), [name.replace("_", " ") for name in lines], **how)
-    return figure, "; ".join(told) + "."
+    return figure, "; ".join(sentences) + "."
 
 
 def share_figure(rows: pd.DataFrame) -> tuple[Figure, str]:
@@ -178,8 +178,8 @@ def share_figure(rows: pd.DataFrame) -> tuple[Figure, str]:
         axes.set_title(f"layer {layer}", fontsize=9, color=_INK)
         axes.set_xlim(0, 1)
         axes.set_xticks((0, 0.5, 1))
-    told = "; ".join(f"{r.site}, layer {r.layer}, expert {r.expert}: {r.value:.2f}" for r in last.itertuples())
-    return figure, told + "."
+    words = "; ".join(f"{r.site}, layer {r.layer}, expert {r.expert}: {r.value:.2f}" for r in last.itertuples())
+    return figure, words + "."
 
 
 def _sites_beside(axes: Any, sites: Sequence[str], named: bool) -> None:
@@ -207,11 +207,11 @@ def _figure(panels: int) -> tuple[Figure, Sequence[Any]]:
     for spare in axes[panels:]:
         spare.remove()
     figure.patch.set_alpha(0)
-    for one in axes[:panels]:
-        one.patch.set_alpha(0)
-        one.spines[["top", "right"]].set_visible(False)
-        one.grid(alpha=0.25)
-        one.set_axisbelow(True)
+    for panel in axes[:panels]:
+        panel.patch.set_alpha(0)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+        panel.set_axisbelow(True)
     return figure, axes[:panels]
 
 
@@ -228,8 +228,8 @@ def _svg(figure: Figure) -> Markup:
     return Markup(re.sub(r"<svg ", '<svg aria-hidden="true" focusable="false" ', text, count=1))
 
 
-def _is_colour(found: re.Match[str]) -> bool:
-    return found[1] == "#" and re.fullmatch(r"[0-9a-fA-F]{3,8}", found[2]) is not None
+def _is_colour(match: re.Match[str]) -> bool:
+    return match[1] == "#" and re.fullmatch(r"[0-9a-fA-F]{3,8}", match[2]) is not None
 
 
 def _words(tag: str) -> str:

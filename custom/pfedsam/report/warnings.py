@@ -27,7 +27,7 @@ def read_alone(path: Path) -> dict[tuple[str, str], float]:
 
     The mean over the classes, and over the records of `local_only` that tested the case.
     """
-    records = [one for one in read_records(path) if one["strategy"] == "local_only" and not one["held_out"]]
+    records = [record for record in read_records(path) if record["strategy"] == "local_only" and not record["held_out"]]
     cases = case_table(records)
     return {(str(site), str(case)): float(rows.dice.mean()) for (site, case), rows in cases.groupby(["site", "case"])}
 
@@ -39,37 +39,37 @@ def gain_of(site: Mapping[str, Any]) -> float | None:
 
 def warnings_of(results: Mapping[str, Any], curves: pd.DataFrame) -> list[str]:
     """What a careful reader would ask about, from the results and the curves of the run."""
-    found = []
+    warnings = []
     few = [f"{name} ({site['cases']})" for name, site in results["sites"].items() if site["cases"] < FEW_CASES]
     if few:
-        found.append(
+        warnings.append(
             f"Fewer than {FEW_CASES} test cases, so that a mean says little: {', '.join(few)}. Test all folds."
         )
     for name, site in results["sites"].items():
         gain = gain_of(site)
         if gain is not None and gain < 0:
-            found.append(
+            warnings.append(
                 f"At {name} the personal model is worse than the global one by {-gain:.3f}. Serve the global model "
                 f"there (`pfedsam infer --global`), or keep less of the personal one (a smaller `interpolation`, if "
                 f"its strategy can have one)."
             )
         for model in MODELS:
             if missed := site[f"failures_{model}"]:
-                found.append(f"At {name} the {model} model missed a class in {missed} of {site['cases']} cases.")
+                warnings.append(f"At {name} the {model} model missed a class in {missed} of {site['cases']} cases.")
     shares = curves[curves["tag"].str.startswith("expert_share_")] if len(curves) else curves
     for (site, tag), values in shares.groupby(["site", "tag"]):
         last = values.sort_values("round").iloc[-1].value
         if last < DEAD_SHARE:
             expert, layer = re.findall(r"\d+", str(tag))
-            found.append(
+            warnings.append(
                 f"At {site} expert {expert} of layer {layer} is dead (share of the gate {last:.1%}): try fewer experts."
             )
     if (results["mean_personal"] or 0.0) < (results["mean_global"] or 0.0):
-        found.append(
+        warnings.append(
             "Over all sites the personal models are no better than the global one: compare with fedavg_lora "
             "(`pfedsam compare`) before you use them."
         )
-    return found
+    return warnings
 
 
 def worse_than_alone(results: Mapping[str, Any], compare: Path, least: int) -> list[str]:
@@ -86,15 +86,15 @@ def worse_than_alone(results: Mapping[str, Any], compare: Path, least: int) -> l
             f"{compare} holds no record of local_only with a test case of the sites {', '.join(gains)}.",
             "Run `pfedsam compare <data> --strategies local_only` on the same sites with the seed of the run.",
         )
-    found = []
+    warnings = []
     for site, values in gains.items():
         if not values:
-            found.append(f"{site} is in no record of local_only, so whether it does better alone is not known.")
+            warnings.append(f"{site} is in no record of local_only, so whether it does better alone is not known.")
         elif len(values) >= least and np.mean(values) < 0:
-            found.append(
+            warnings.append(
                 f"At {site} the personal model is worse than the site's own training (local_only) by "
                 f"{-np.mean(values):.3f} on the same {len(values)} test case(s). Let it use the model that it trains "
                 f"alone, or keep more of the personal one (`interpolation` nearer to 1, if the strategy has one), or "
                 f"give its final phase more epochs."
             )
-    return found
+    return warnings

@@ -36,8 +36,8 @@ def plan_arguments(app: str | Path, side: str = SERVER) -> dict[str, Any]:
     component = component_of(read_object(config / side, MAKE_JOB), PLAN_ID)
     arguments, path = component.get("args", {}), config / PLAN_FILE
     if not isinstance(arguments, dict) or (arguments and path.is_file()):
-        told = f"{config / side}: the plan's arguments are {shown(arguments)}, expected none beside {PLAN_FILE}."
-        raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, told, MAKE_JOB)
+        message = f"{config / side}: the plan's arguments are {shown(arguments)}, expected none beside {PLAN_FILE}."
+        raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, message, MAKE_JOB)
     return arguments or read_object(path, MAKE_JOB)
 
 

@@ -24,15 +24,15 @@ def find_model(path: Path, site: str | None = None, *, shared: bool = False) -> 
     Raises:
         PFedSAMError: E13 if there is no model, no such site, or several; E32 for a site where there is one model.
     """
-    one = only_model(path)
-    if one is None:
+    model_file = only_model(path)
+    if model_file is None:
         entry = _entry(path / "state" if (path / "state").is_dir() else path, site, shared)
         return entry.file, entry.site
-    known = None if one == path or one.name == TRAINED else path.resolve().parent.name
+    known = None if model_file == path or model_file.name == TRAINED else path.resolve().parent.name
     if site not in (None, known):
-        told = f"{one} is the model of one site, so '{site}' cannot be looked for in it."
-        raise PFedSAMError(ErrorCode.CONTRADICTION, told, "Leave the site out, or give the folder of the run.")
-    return one, known
+        message = f"{model_file} is the model of one site, so '{site}' cannot be looked for in it."
+        raise PFedSAMError(ErrorCode.CONTRADICTION, message, "Leave the site out, or give the folder of the run.")
+    return model_file, known
 
 
 def only_model(path: Path) -> Path | None:
@@ -48,20 +48,20 @@ def _entry(root: Path, site: str | None, shared: bool) -> StateEntry:
     if not entries:
         raise PFedSAMError(ErrorCode.PERSONAL_STATE, f"{root} holds no model.", _MODELS)
     listed = f"There are: {', '.join(sorted({entry.site for entry in entries}))}."
-    found = [entry for entry in entries if site in (None, entry.site)]
-    if not found:
+    matching = [entry for entry in entries if site in (None, entry.site)]
+    if not matching:
         raise PFedSAMError(ErrorCode.PERSONAL_STATE, f"{root} holds no model of site '{site}'.", listed)
-    sites, federations = {entry.site for entry in found}, sorted({entry.federation for entry in found})
+    sites, federations = {entry.site for entry in matching}, sorted({entry.federation for entry in matching})
     if len(federations) > 1:
-        told = f"{root} holds models of {len(federations)} federations: {', '.join(federations)}."
-        raise PFedSAMError(ErrorCode.PERSONAL_STATE, told, "Give the state folder of one, or a file.")
-    if len(sites) > 1 and (not shared or any(map(_own_groups, found))):
+        message = f"{root} holds models of {len(federations)} federations: {', '.join(federations)}."
+        raise PFedSAMError(ErrorCode.PERSONAL_STATE, message, "Give the state folder of one, or a file.")
+    if len(sites) > 1 and (not shared or any(map(_own_groups, matching))):
         raise PFedSAMError(
             ErrorCode.PERSONAL_STATE, f"{root} holds models of {len(sites)} sites.", f"Name one. {listed}"
         )
     newest = [entry for name, entry in newest_states(root, federations[0]).items() if name in sites]
     if not newest:
-        raise PFedSAMError(ErrorCode.PERSONAL_STATE, found[0].problem, "Give a file of a backup.")
+        raise PFedSAMError(ErrorCode.PERSONAL_STATE, matching[0].problem, "Give a file of a backup.")
     return max(newest, key=lambda entry: (entry.info.get("round") or 0, entry.info.get("final") is True))
 
 

@@ -37,8 +37,10 @@ def starts(run: Path) -> list[Path]:
 
 def bytes_by_round(paths: Iterable[Path]) -> dict[int, int]:
     """Bytes of the tensors that left a site in each round, from its records; of a round done twice the last counts."""
-    left = (one for path in paths for one in read_lines(path) if one["stage"] == LEFT and one["task"] == "train")
-    return dict(sorted({one["round"]: one["bytes"] for one in left if one["tensors"]}.items()))
+    left = (
+        record for path in paths for record in read_lines(path) if record["stage"] == LEFT and record["task"] == "train"
+    )
+    return dict(sorted({record["round"]: record["bytes"] for record in left if record["tensors"]}.items()))
 
 
 def claim_run(folder: Path, what: str, laid_out: Callable[[Path], bool], force: bool = False) -> bool:
@@ -82,15 +84,15 @@ def move_aside(run: Path, names: Iterable[str] = RESULTS) -> Path | None:
     Returns:
         The other folder, None if there was nothing.
     """
-    found = [run / name for name in names if (run / name).exists()]
-    if not found:
+    paths = [run / name for name in names if (run / name).exists()]
+    if not paths:
         return None
     target = run / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
     target.mkdir(parents=True)
-    for path in found:
+    for path in paths:
         path.rename(target / path.name)
     return target
 
 
 def _has(folder: Path, files: Iterable[str], folders: Iterable[str]) -> bool:
-    return all((folder / one).is_file() for one in files) and all((folder / one).is_dir() for one in folders)
+    return all((folder / name).is_file() for name in files) and all((folder / name).is_dir() for name in folders)

@@ -61,11 +61,11 @@ class SiteModel:
     @classmethod
     def of(cls, network: SegmentAnything, roles: Roles, **info: Any) -> SiteModel:
         """The model that a network holds now."""
-        told = {
+        own_info = {
             "fingerprint": network.base_fingerprint,
             "roles": {"shared": list(roles.shared), "personal": list(roles.personal)},
         }
-        return cls(shared_state(network, roles), personal_state(network, roles), info={**told, **info})
+        return cls(shared_state(network, roles), personal_state(network, roles), info={**own_info, **info})
 
     @classmethod
     def load(cls, path: str | Path) -> SiteModel:
@@ -81,7 +81,9 @@ class SiteModel:
         """Roles of the groups when the model was trained."""
         roles = self.info.get("roles")
         groups = [roles.get(role) if isinstance(roles, dict) else None for role in ("shared", "personal")]
-        lists = [tuple(names) for names in groups if isinstance(names, list) and all(type(one) is str for one in names)]
+        lists = [
+            tuple(names) for names in groups if isinstance(names, list) and all(type(name) is str for name in names)
+        ]
         if len(lists) != len(groups):
             raise PFedSAMError(
                 ErrorCode.PERSONAL_STATE, f"the model's roles are {roles!r}, expected two lists of groups."
@@ -225,12 +227,12 @@ def _digest(info: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check_digest(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    expected, found = metadata.get("sha256"), _digest(metadata["info"], tensors)
-    if found == expected:
+    expected, digest = metadata.get("sha256"), _digest(metadata["info"], tensors)
+    if digest == expected:
         return
     raise PFedSAMError(
         ErrorCode.PERSONAL_STATE,
-        f"{path} is damaged: its content has SHA-256 {found[:12]}, the file says {(expected or 'nothing')[:12]}.",
+        f"{path} is damaged: its content has SHA-256 {digest[:12]}, the file says {(expected or 'nothing')[:12]}.",
         "Check the disk. A job goes on from the state before it; a model of its own comes back from a backup only.",
     )
 
@@ -271,8 +273,8 @@ def model_settings(
     name = bundle or info.get("bundle")
     if not isinstance(name, str):
         raise PFedSAMError(ErrorCode.RUN_INCOMPLETE, f"{model_file} names no bundle.", "Name it: --bundle.")
-    told = info.get("overrides")
-    return name, {**(told if isinstance(told, dict) else {}), **overrides}
+    own_overrides = info.get("overrides")
+    return name, {**(own_overrides if isinstance(own_overrides, dict) else {}), **overrides}
 
 
 __all__ = ["SiteModel", "model_settings", "read", "require_finite", "save_alone", "write"]

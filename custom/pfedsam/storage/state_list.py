@@ -56,8 +56,8 @@ def newest_states(root: Path, federation: str) -> dict[str, StateEntry]:
     The round counts, then whether the final phase is done. Only where both are equal the clock decides: a copy of a
     backup is new by the clock.
     """
-    readable = [one for one in list_states(root) if one.federation == federation and one.info]
-    return {one.site: one for one in sorted(readable, key=_progress)}
+    readable = [entry for entry in list_states(root) if entry.federation == federation and entry.info]
+    return {entry.site: entry for entry in sorted(readable, key=_progress)}
 
 
 def _progress(entry: StateEntry) -> tuple[int, bool, float]:
