@@ -94,8 +94,10 @@ def test_a_wheel_holds_bundles_and_jobs_and_finds_them_from_another_directory(tm
 
 
 def test_the_service_files_have_the_environment_that_the_processes_of_this_machine_get():
-    from pfedsam.deployment.processes import MEMORY
+    from pfedsam.deployment.processes import MEMORY, SERVER_MEMORY
 
-    for unit in (ROOT / "poc_workspace").glob("*/*.service"):
-        text = unit.read_text()
-        assert all(f"Environment={name}={value}\n" in text for name, value in MEMORY.items()), unit
+    for side, variables in (("server", SERVER_MEMORY), ("site", MEMORY)):
+        text = (ROOT / "poc_workspace" / side / f"pfedsam-{side}.service").read_text()
+        assert all(f"Environment={name}={value}\n" in text for name, value in variables.items()), side
+    for path in (ROOT / "poc_workspace" / "site").iterdir():
+        assert "MALLOC_TRIM_THRESHOLD_" not in path.read_text(), f"{path.name}: a site would train slowly"

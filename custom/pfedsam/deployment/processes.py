@@ -29,18 +29,20 @@ from pfedsam.storage.run_folder import claim_run, is_deployment
 RUNTIME = "poc"
 _GRACE_SECONDS = 10
 OUTCOME_VARIABLE = "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT"
-#: Less memory at a server with many sites (`tests/benchmarks/bench_sites.py`). By default NVFlare allocates a chunk of
+#: Less memory for server and sites (`tests/benchmarks/bench_sites.py`). By default NVFlare allocates a chunk of
 #: 1 MiB, more than a payload, for each message that it sends, however small, and each array is asked for; with a
 #: download chunk of 0 they travel in the message itself. Window and interval keep NVFlare's proportions: 64 and 16
-#: chunks. glibc keeps freed memory in up to 8 arenas a core and gives large blocks back late.
+#: chunks. glibc keeps freed memory in up to 8 arenas a core.
 MEMORY = {
     "NVFLARE_STREAMING_CHUNK_SIZE": "65536",
     "NVFLARE_STREAMING_WINDOW_SIZE": "4194304",
     "NVFLARE_STREAMING_ACK_INTERVAL": "1048576",
     "NVFLARE_NP_DOWNLOAD_CHUNK_SIZE": "0",
     "MALLOC_ARENA_MAX": "1",
-    "MALLOC_TRIM_THRESHOLD_": "131072",
 }
+#: The server gives large blocks back at once. A site must not: it would ask the system for the memory of every tensor
+#: anew, and train 1.5 times slower (`tests/benchmarks/bench_speed.py`).
+SERVER_MEMORY = {**MEMORY, "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 #: Settings of sites that are all on this machine: nothing leaves it.
 _ONE_MACHINE = {"least_sites": 1, "least_validation_cases": 1, "curves": True}
@@ -76,11 +78,13 @@ class Deployment:
     @property
     def sites(self) -> list[str]:
         """Names of the sites."""
-        return [str(one["name"]) for one in self._of("client")]
+        return [str(participant["name"]) for participant in self._of("client")]
 
     def admin(self, role: str = "project_admin") -> Path:
         """Kit of the first administrator with a role."""
-        return self.kit(next(str(one["name"]) for one in self._of("admin") if one["role"] == role))
+        return self.kit(
+            next(str(participant["name"]) for participant in self._of("admin") if participant["role"] == role)
+        )
 
     def kit(self, name: str) -> Path:
         """Startup kit of a participant."""
@@ -100,14 +104,14 @@ class Deployment:
         Raises:
             PFedSAMError: E01 if a policy names none, E02 if there is none.
         """
-        found = {}
+        folders = {}
         for site in self.sites:
             path = self.kit(site) / "local" / SITE_SETTINGS
             root = read_settings(path).data_root
             if root is None:
                 raise PFedSAMError(ErrorCode.SITE_SETTINGS, f"{path} names no data.", "Start with `pfedsam poc up`.")
-            found[site] = site_folder(root, site)
-        return found
+            folders[site] = site_folder(root, site)
+        return folders
 
     def claim(self, force: bool = False) -> bool:
         """Mark the folder as ours, or see that it is.
@@ -155,13 +159,13 @@ class Deployment:
         """
         init_kit(self.kit(self.server), SiteSettings(), byoc=byoc)
         for site in self.sites:
-            told = {
+            site_settings = {
                 "data_root": str(data[site].resolve()),
                 "state_root": str(self.state_root(site)),
                 **_ONE_MACHINE,
                 **(settings or {}),
             }
-            init_kit(self.kit(site), SiteSettings.model_validate(told), byoc=byoc)
+            init_kit(self.kit(site), SiteSettings.model_validate(site_settings), byoc=byoc)
 
     def require_free_port(self) -> None:
         """Refuse to start on a port that is taken.
@@ -219,13 +223,13 @@ class Deployment:
         folder = self.root if name is None else self.kit(name)
         me = psutil.Process()
         spared = {me, *me.parents()}
-        found: dict[psutil.Process, None] = {}
+        running: dict[psutil.Process, None] = {}
         for process in psutil.process_iter(["cmdline", "uids"]):
             if process in spared or not _is_nvflare(process, folder):
                 continue
             with contextlib.suppress(psutil.NoSuchProcess):
-                found |= dict.fromkeys([process, *process.children(recursive=True)])
-        return [process for process in found if process not in spared]
+                running |= dict.fromkeys([process, *process.children(recursive=True)])
+        return [process for process in running if process not in spared]
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """End a participant and its job processes at once, as a power cut would."""
@@ -251,29 +255,29 @@ class Deployment:
         return [process.pid for process in self.processes()]
 
     def _of(self, kind: str) -> list[dict[str, Any]]:
-        return [one for one in self._content["participants"] if one["type"] == kind]
+        return [participant for participant in self._content["participants"] if participant["type"] == kind]
 
     def _start(self, name: str, environment: Mapping[str, str]) -> None:
         kit = self.kit(name)
         server = name == self.server
         kind, module = ("server", "server_train") if server else ("client", "client_train")
-        org = next(one["org"] for one in self._content["participants"] if one["name"] == name)
-        told = ["secure_train=true", f"org={org}", "config_folder=config", *([] if server else [f"uid={name}"])]
+        org = next(participant["org"] for participant in self._content["participants"] if participant["name"] == name)
+        arguments = ["secure_train=true", f"org={org}", "config_folder=config", *([] if server else [f"uid={name}"])]
         (kit / "transfer").mkdir(exist_ok=True)
         command = [sys.executable, "-u", "-m", f"nvflare.private.fed.app.{kind}.{module}"]
-        command += ["-m", str(kit), "-s", f"fed_{kind}.json", "--set", *told]
+        command += ["-m", str(kit), "-s", f"fed_{kind}.json", "--set", *arguments]
         with self.log(name).open("a") as log:
             # a session of its own: Ctrl-C in the terminal is for us, who then stop them in order
-            how: dict[str, Any] = {"env": self._environment(environment), "start_new_session": True}
+            how: dict[str, Any] = {"env": self._environment(server, environment), "start_new_session": True}
             subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **how)
 
-    def _environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    def _environment(self, server: bool, more: Mapping[str, str] | None = None) -> dict[str, str]:
         # a job ends so many seconds after its last workflow when a site is gone for good; NVFlare's own value is 900
-        told = {OUTCOME_VARIABLE: "60", **MEMORY}
-        told |= {"HOME": str(self.root / "home"), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": self._threads()}
+        variables = {OUTCOME_VARIABLE: "60", **(SERVER_MEMORY if server else MEMORY)}
+        variables |= {"HOME": str(self.root / "home"), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": self._threads()}
         # NVFlare starts the job processes with the python of the path
-        told["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        return {**os.environ, **told, **(more or {})}
+        variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        return {**os.environ, **variables, **(more or {})}
 
     def _threads(self) -> str:
         return str(max(1, (os.cpu_count() or 1) // max(1, len(self.sites))))
