@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo poc test test-slow lint cases lgg bench bench-lgg bench-phantom wheel clean
+.PHONY: demo poc test test-slow lint cases lgg bench bench-speed bench-lgg bench-phantom wheel clean
 
 demo: $(STAMP)
 	$(BIN)/pfedsam demo
@@ -64,6 +64,10 @@ bench-phantom: $(STAMP)
 		--records $(PHANTOM_RECORDS) --strategies local_only,fedavg_lora,pfedsam,without_interpolation --seeds 0 \
 		--aggregation mean --rounds 4 --set image_size=64 --set batch_size=2 --set augmentations=1 --set adapted_blocks=1 \
 		--set positives_per_case=4 --set negatives_per_case=2 $(if $(filter tests/%,$(PHANTOM_RECORDS)),--table)
+
+# Steps, predictions and starts beside peers and an earlier commit, about 10 minutes with nothing else running
+bench-speed: $(STAMP)
+	$(BIN)/python tests/benchmarks/bench_speed.py
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_cache.py

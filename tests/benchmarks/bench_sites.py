@@ -12,8 +12,8 @@ freed memory given back and no site connected; its high-water mark (of the kerne
 in the rounds; and what is kept after the last round when freed memory was given back once more. The simulator has a
 thread for each site in that process, which counts, too. A payload is the bytes of one update's tensors.
 
-Two settings: NVFlare's and glibc's defaults, and `lean`: the environment that `make poc` and the service files give to
-the processes (`pfedsam.deployment.processes.SERVER_MEMORY`). The bar, for `lean`: from the fewest sites to the most, the
+Two settings: NVFlare's and glibc's defaults, and `lean`: the environment that `make poc` and the service file give to
+the server (`pfedsam.deployment.processes.SERVER_MEMORY`). The bar, for `lean`: from the fewest sites to the most, the
 high-water mark grows by at most 2 payloads for each further site, and the last step is no steeper than
 that line. Otherwise the exit code is not 0, with a message. A constant part (thread pools, the sum and the model of the
 server) is no growth by sites. Seconds are only reported. Prints tables and writes results/sites.json; rows that are in

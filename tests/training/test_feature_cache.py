@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pfedsam.inferers import CachedSliceInferer
 from pfedsam.networks.sam import build_network
-from pfedsam.training.feature_cache import GIB, FeatureCache
+from pfedsam.training.feature_cache import GIB, TRAINING, FeatureCache
 from pfedsam.training.feature_store import FeatureStore
 
 torch.set_num_threads(1)
@@ -275,3 +275,28 @@ def test_inference_under_autocast_agrees_with_the_exact_one_and_the_store_keeps_
             assert torch.equal(found, expected) or amp or inputs is named
     assert (store.misses, store.hits) == (8, 8)
     assert len(list(tmp_path.rglob("*.npy"))) == 8
+
+
+def of_training(*numbers: int) -> list[tuple[str, int]]:
+    return [(TRAINING, number) for number in numbers]
+
+
+def test_training_takes_the_places_of_validation_and_keeps_its_own(folder):
+    trunk, cache = Trunk(), FeatureCache(limit(3), folder)
+    cases = [("volume", "case", number) for number in range(3)]
+    cache.features(trunk, images(0, 1, 2), cases)
+    for _ in range(2):
+        assert torch.equal(cache.features(trunk, images(7, 8), of_training(7, 8)), 2 * images(7, 8))
+    assert trunk.seen == 5 and "50% of 4" in cache.summary(), "the second epoch reads all of them"
+    for _ in range(2):  # the first two cases have no place any more
+        assert torch.equal(cache.features(trunk, images(0, 1, 2), cases), 2 * images(0, 1, 2))
+    assert trunk.seen == 9 and len(cache) == 3 and cache.bytes <= cache.limit
+    assert torch.equal(cache.features(trunk, images(7, 8), of_training(7, 8)), 2 * images(7, 8))
+    assert trunk.seen == 9, "nobody takes the places of training"
+
+
+def test_training_that_does_not_fit_keeps_what_it_has(folder):
+    trunk, cache = Trunk(), FeatureCache(limit(2), folder)
+    for _ in range(2):
+        assert torch.equal(cache.features(trunk, images(1, 2, 3), of_training(1, 2, 3)), 2 * images(1, 2, 3))
+    assert trunk.seen == 4 and "33% of 6" in cache.summary() and "full" in cache.summary()

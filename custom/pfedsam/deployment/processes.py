@@ -140,7 +140,7 @@ class Deployment:
         project = self.root / "project.yml"
         project.write_text(yaml.safe_dump(self._content, sort_keys=False))
         command = ["-m", "nvflare.cli", "provision", "-p", str(project), "-w", str(self.root / "kits"), "--force"]
-        done = subprocess.run([sys.executable, *command], env=self._environment(), capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *command], env=self._environment(MEMORY), capture_output=True, text=True)
         if done.returncode or not self.kit(self.server).is_dir():
             said = (done.stderr or done.stdout).strip().splitlines()[-1:]
             raise PFedSAMError(
@@ -268,16 +268,21 @@ class Deployment:
         command += ["-m", str(kit), "-s", f"fed_{kind}.json", "--set", *arguments]
         with self.log(name).open("a") as log:
             # a session of its own: Ctrl-C in the terminal is for us, who then stop them in order
-            how: dict[str, Any] = {"env": self._environment(server, environment), "start_new_session": True}
+            variables = {**(SERVER_MEMORY if server else MEMORY), **(environment or {})}
+            how: dict[str, Any] = {"env": self._environment(variables), "start_new_session": True}
             subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **how)
 
-    def _environment(self, server: bool, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
         # a job ends so many seconds after its last workflow when a site is gone for good; NVFlare's own value is 900
-        variables = {OUTCOME_VARIABLE: "60", **(SERVER_MEMORY if server else MEMORY)}
-        variables |= {"HOME": str(self.root / "home"), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": self._threads()}
+        variables = {
+            OUTCOME_VARIABLE: "60",
+            "HOME": str(self.root / "home"),
+            "PYTHONWARNINGS": "ignore",
+            "OMP_NUM_THREADS": self._threads(),
+        }
         # NVFlare starts the job processes with the python of the path
         variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        return {**os.environ, **variables, **(more or {})}
+        return {**os.environ, **variables, **more}
 
     def _threads(self) -> str:
         return str(max(1, (os.cpu_count() or 1) // max(1, len(self.sites))))

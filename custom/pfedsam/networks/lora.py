@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pfedsam.networks.arithmetic import uses
 
 #: How the rows of a fused projection are laid out: `q | k | v`, or `q k v` again for every head.
 Layout = Literal["blocks", "per_head"]
@@ -40,7 +42,7 @@ class LoRA(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
-        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return low_rank(x, self.weight, self.bias, self.lora_a, self.scale * self.lora_b)
 
 
 class QVLoRA(nn.Linear):
@@ -90,8 +92,72 @@ class QVLoRA(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., 3 * dim)`."""
-        update = F.linear(F.linear(x, self.lora_a.flatten(0, 1)), self.scale * self.fused_b())
-        return F.linear(x, self.weight, self.bias) + update
+        return low_rank(x, self.weight, self.bias, self.lora_a.flatten(0, 1), self.scale * self.fused_b())
+
+
+def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """`(W + B A) x + bias` without the product of `B` and `A`.
+
+    Args:
+        x: `(..., in)`.
+        weight: `(out, in)`.
+        bias: `(out,)` or None.
+        a: `(rank, in)`.
+        b: `(out, rank)`, scaled.
+
+    Returns:
+        `(..., out)`.
+    """
+    if not uses("fused_lora") or not _fuses(x, weight, a, b):
+        return F.linear(x, weight, bias) + F.linear(F.linear(x, a), b)
+    fused: Tensor = _LowRank.apply(x, weight, bias, a, b)
+    return fused
+
+
+def _fuses(x: Tensor, *others: Tensor) -> bool:
+    """Whether the update can be added in place: in one precision, where nothing is traced or only looked at."""
+    if x.device.type == "meta" or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    return not torch.is_autocast_enabled(x.device.type) and all(other.dtype == x.dtype for other in others)
+
+
+class _LowRank(torch.autograd.Function):
+    """One product in each direction: the update is a part of the weight, or is added into the result in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        # the sum is kept for the gradient: worth it where it is smaller than the maps that are kept, too
+        ctx.merged = weight.numel() <= len(flat) * sum(weight.shape)
+        ctx.shape = x.shape
+        if ctx.merged:
+            total = torch.addmm(weight, b, a)
+            ctx.save_for_backward(flat, total, a, b, None)
+            return F.linear(x, total, bias)
+        inner = flat @ a.T
+        ctx.save_for_backward(flat, weight, a, b, inner)
+        out = F.linear(x, weight, bias)
+        out.view(-1, out.shape[-1]).addmm_(inner, b.T)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, a, b, inner = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        needs_x, needs_weight, needs_bias, needs_a, needs_b = ctx.needs_input_grad
+        of_inner = grad @ b if needs_a or (needs_x and not ctx.merged) else None
+        of_x = grad @ weight if needs_x else None
+        if of_x is not None and not ctx.merged:
+            of_x.addmm_(of_inner, a)
+        if inner is None and needs_b:
+            inner = flat @ a.T
+        return (
+            of_x.view(ctx.shape) if of_x is not None else None,
+            grad.T @ flat if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+            of_inner.T @ flat if needs_a and of_inner is not None else None,
+            grad.T @ inner if needs_b else None,
+        )
 
 
 def _kaiming(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> nn.Parameter:

@@ -13,29 +13,66 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
+from pfedsam.networks.arithmetic import uses
+from pfedsam.networks.attention import attend
+
+#: Bytes of hidden maps that a CPU's cache may hold.
+CACHED = 2 * 1024**2
+
 
 class ConvBN(nn.Sequential):
-    """Convolution without bias, then batch norm."""
+    """Convolution without bias, then batch norm: `(B, H, W, inputs)` to `(B, H / stride, W / stride, outputs)`.
+
+    The statistics never move (`SegmentAnything.train`), so while it is not trained the norm is a factor and a shift of
+    the convolution's channels: it costs nothing, forward or backward.
+    """
+
+    c: nn.Conv2d
+    bn: nn.BatchNorm2d
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, pad: int = 0, groups: int = 1):
         super().__init__()
         self.add_module("c", nn.Conv2d(inputs, outputs, kernel, stride, pad, groups=groups, bias=False))
         self.add_module("bn", nn.BatchNorm2d(outputs))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens to tokens; a 1x1 convolution is a matrix product of them."""
+        if not uses("folded_norm") or self.bn.training:
+            maps: Tensor = self.bn(self.c(x.permute(0, 3, 1, 2)))
+            return maps.permute(0, 2, 3, 1)
+        if self.c.kernel_size == (1, 1):
+            weight, bias = self._folded()
+            return F.linear(x, weight.flatten(1), bias)
+        return self.convolved(x, self.c.padding)
+
+    def convolved(self, x: Tensor, padding: Any) -> Tensor:
+        """The convolution with another padding than its own, and the norm."""
+        weight, bias = self._folded()
+        maps = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, self.c.stride, padding, groups=self.c.groups)
+        return maps.permute(0, 2, 3, 1)
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """In every call anew: weights that are loaded or trained later count."""
+        norm = self.bn
+        assert norm.running_mean is not None and norm.running_var is not None
+        factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        return self.c.weight * factor.view(-1, 1, 1, 1), norm.bias - norm.running_mean * factor
+
 
 class PatchEmbed(nn.Module):
-    """`(B, 3, H, W)` to `(B, dim, H, W)` by two 1x1 convolutions."""
+    """`(B, 3, H, W)` to `(B, H, W, dim)` by two 1x1 convolutions."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.seq = nn.Sequential(ConvBN(3, dim // 2), nn.GELU(), ConvBN(dim // 2, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed every pixel; channels last, the layout in which the convolutions after it are fastest."""
-        return self.seq(x.contiguous(memory_format=torch.channels_last))
+        """Embed every pixel."""
+        return self.seq(x.permute(0, 2, 3, 1).contiguous())
 
 
 class MBConv(nn.Module):
@@ -49,8 +86,34 @@ class MBConv(nn.Module):
         self.conv3, self.act3 = ConvBN(hidden, dim), nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, dim, H, W)` to the same shape."""
-        return self.act3(x + self.conv3(self.act2(self.conv2(self.act1(self.conv1(x))))))
+        """`(B, H, W, dim)` to the same shape."""
+        if not self._fits_better(x):
+            return self.act3(x + self.conv3(self.act2(self.conv2(self.act1(self.conv1(x))))))
+        images = [torch.cat([self._rows(image, row) for row in self._starts(image)], 1) for image in x.split(1)]
+        return torch.cat(images)
+
+    def _fits_better(self, x: Tensor) -> bool:
+        """Whether to go by groups of rows: the hidden maps are four times the map, too large for a CPU's cache."""
+        traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        trains = torch.is_grad_enabled() and (x.requires_grad or self.conv1.c.weight.requires_grad)
+        off = not uses("row_groups") or not uses("folded_norm") or self.conv1.bn.training
+        return not (off or trains or traced or x.device.type != "cpu")
+
+    def _starts(self, image: Tensor) -> range:
+        return range(0, image.shape[1], self._group(image))
+
+    def _group(self, image: Tensor) -> int:
+        """Rows of a group."""
+        row = image.shape[2] * self.conv1.c.out_channels * image.element_size()
+        return max(4, CACHED // row)
+
+    def _rows(self, image: Tensor, start: int) -> Tensor:
+        """The result in some rows: the 3x3 convolution reads one row more on each side, of zeros at the map's edge."""
+        height, end = image.shape[1], min(start + self._group(image), image.shape[1])
+        first, last = max(start - 1, 0), min(end + 1, height)
+        hidden = self.act1(self.conv1(image[:, first:last]))
+        hidden = F.pad(hidden, (0, 0, 0, 0, first - start + 1, end + 1 - last))
+        return self.act3(image[:, start:end] + self.conv3(self.act2(self.conv2.convolved(hidden, (0, 1)))))
 
 
 class PatchMerging(nn.Module):
@@ -65,12 +128,11 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Merge neighbouring tokens."""
-        x = self.act(self.conv1(x.permute(0, 3, 1, 2)))
-        return self.conv3(self.act(self.conv2(x))).permute(0, 2, 3, 1)
+        return self.conv3(self.act(self.conv2(self.act(self.conv1(x)))))
 
 
 class ConvStage(nn.Module):
-    """First stage, convolutions only: `(B, dim, H, W)` to `(B, H / 2, W / 2, out_dim)`."""
+    """First stage, convolutions only: `(B, H, W, dim)` to `(B, H / 2, W / 2, out_dim)`."""
 
     def __init__(self, dim: int, out_dim: int, depth: int):
         super().__init__()
@@ -81,7 +143,7 @@ class ConvStage(nn.Module):
         """Run the blocks, then merge."""
         for block in self.blocks:
             x = block(x)
-        return self.downsample(x.permute(0, 2, 3, 1))
+        return self.downsample(x)
 
 
 class Attention(nn.Module):
@@ -130,8 +192,9 @@ class Attention(nn.Module):
             _, padded_k, padded_v = padded.view(1, *heads).permute(2, 0, 1, 3).unsqueeze(-2)
             k = torch.cat([k, padded_k.expand(k.shape[0], -1, -1, -1)], 2)
             v = torch.cat([v, padded_v.expand(v.shape[0], -1, -1, -1)], 2)
-        attention = (q * self.head_dim**-0.5) @ k.transpose(-2, -1) + bias
-        out = (attention.softmax(dim=-1) @ v).view(batch, rows, columns, self.num_heads, h, w, self.head_dim)
+        out = attend(q * self.head_dim**-0.5, k, v, bias).view(
+            batch, rows, columns, self.num_heads, h, w, self.head_dim
+        )
         return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, -1)
 
     def _bias(self, height: int, width: int) -> Tensor:
@@ -177,7 +240,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, H, W, dim)` to the same shape."""
         x = x + self.attn(x)
-        x = self.local_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = self.local_conv(x)
         return x + self.mlp(x)
 
 

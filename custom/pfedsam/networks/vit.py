@@ -5,17 +5,117 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling.image_encoder import Block, get_rel_pos
 from torch import Tensor, nn
+
+from pfedsam.networks.arithmetic import uses
+from pfedsam.networks.attention import attend
 
 _REL_POS = re.compile(r"image_encoder\.blocks\.(\d+)\.attn\.rel_pos_[hw]")
 _POS_EMBED = "image_encoder.pos_embed"
 
 
+class UnpaddedBlock(Block):
+    """segment-anything's block without the tokens that pad its windows; its tensors keep their names.
+
+    SAM pads the map with zeros to whole windows: at 256 pixels 256 tokens become 784. All padded keys of a window have
+    the same vector, the bias of the projection, and so have their values; only their relative positions differ. As
+    those are a sum of one term for the row and one for the column, the exponentiated scores of all padded keys have a
+    closed form, and a window has one key for all of them. Padded queries are not computed, as none is read.
+
+    The relative positions are a product of the query with a table, so they are columns beside those of the query, with
+    a one in the key at its own row and column: one matrix product gives the whole score.
+    """
+
+    def __init__(self, block: Block):
+        nn.Module.__init__(self)
+        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+        self.window_size = block.window_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, H, W, dim)` to the same shape."""
+        if not (uses("unpadded") and self.attn.use_rel_pos):
+            return super().forward(x)
+        x = x + self._attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def _attention(self, x: Tensor) -> Tensor:
+        qkv, padding = self.attn.qkv(x), self.attn.qkv.bias
+        if padding is None:
+            padding = qkv.new_zeros(qkv.shape[-1])
+        window = self.window_size
+        if not window:
+            return self.attn.proj(self._windows(qkv, padding, x.shape[1:3]))
+        tall, wide = ((side - side % window, side % window) for side in x.shape[1:3])
+        rows = [row for row in qkv.split(tall, 1) if row.shape[1]]
+        parts = [[part for part in row.split(wide, 2) if part.shape[2]] for row in rows]
+        outs = [torch.cat([self._windows(part, padding, (window, window)) for part in row], 2) for row in parts]
+        return self.attn.proj(torch.cat(outs, 1))
+
+    def _windows(self, qkv: Tensor, padding: Tensor, window: Any) -> Tensor:
+        """`(B, H, W, 3 * dim)`, windows that are all whole or all cut alike, to `(B, H, W, dim)`."""
+        batch, height, width, channels = qkv.shape
+        heads, dim = self.attn.num_heads, channels // (3 * self.attn.num_heads)
+        h, w = min(height, window[0]), min(width, window[1])
+        rows, columns = height // h, width // w
+        parts = qkv.view(batch, rows, h, columns, w, 3, heads, dim).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        q, k, v = parts.reshape(3, -1, heads, h * w, dim)
+        positions = self._positions(q, h, w, window)
+        if (h, w) != tuple(window):
+            # shape and not len(), which TorchScript's tracing would keep as the number that it was
+            _, padded_k, padded_v = padding.to(qkv.dtype).view(3, heads, 1, dim)
+            k = torch.cat([k, padded_k.expand(k.shape[0], -1, -1, -1)], 2)
+            v = torch.cat([v, padded_v.expand(v.shape[0], -1, -1, -1)], 2)
+        q = q * self.attn.scale
+        places = _places(h, w, positions.shape[-1], k)
+        q = torch.cat([q, positions.to(q.dtype)], -1)
+        k = torch.cat([k, places.expand(k.shape[0], heads, -1, -1)], -1)
+        out = attend(q, k, v).view(batch, rows, columns, heads, h, w, dim)
+        return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, -1)
+
+    def _positions(self, q: Tensor, h: int, w: int, window: Any) -> Tensor:
+        """Scores of the relative positions by row and by column, and of all padding: `(B, heads, N, h + w [+ 1])`."""
+        attn, grid = self.attn, q.unflatten(2, (h, w))
+        by_row = torch.einsum("bnhwc,hkc->bnhwk", grid, get_rel_pos(window[0], window[0], attn.rel_pos_h)[:h])
+        by_column = torch.einsum("bnhwc,wkc->bnhwk", grid, get_rel_pos(window[1], window[1], attn.rel_pos_w)[:w])
+        parts, padded = [by_row[..., :h], by_column[..., :w]], []
+        if h < window[0]:
+            padded.append(_sum(by_row[..., h:]) + _sum(by_column))
+        if w < window[1]:
+            padded.append(_sum(by_row[..., :h]) + _sum(by_column[..., w:]))
+        if padded:
+            parts.append(padded[0] if len(padded) == 1 else torch.logaddexp(*padded))
+        return torch.cat(parts, -1).flatten(2, 3)
+
+
+def _sum(scores: Tensor) -> Tensor:
+    """The score of one key in the place of several."""
+    return scores.float().logsumexp(-1, keepdim=True)
+
+
+def _places(h: int, w: int, columns: int, like: Tensor) -> Tensor:
+    """Ones in each key at its row, at its column and, in the last key, at all padding: `(N [+ 1], columns)`."""
+    rows, by_column = torch.eye(h).repeat_interleave(w, 0), torch.eye(w).repeat(h, 1)
+    places = torch.cat([rows, by_column], 1)
+    if columns > h + w:
+        places = F.pad(places, (0, 1, 0, 1))
+        places[-1, -1] = 1
+    return places.to(like)
+
+
 class SAMViT(ImageEncoderViT):
     """segment-anything's encoder as a list of steps: `(B, 3, H, W)` to `(B, D, H / 16, W / 16)`."""
+
+    blocks: nn.ModuleList
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.blocks = nn.ModuleList(UnpaddedBlock(block) for block in self.blocks)
 
     def steps(self) -> list[Callable[[Tensor], Tensor]]:
         """The encoder as a list of functions; `forward` is their composition. A frozen prefix of it can be cached."""

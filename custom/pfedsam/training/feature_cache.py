@@ -15,8 +15,15 @@ logger = logging.getLogger(__name__)
 GIB = 1024**3
 
 
+#: First word of the keys of training; see `FeatureCache`.
+TRAINING = "train"
+
+
 class FeatureCache:
     """Features by key, in memory or in one memory-mapped file, up to a limit. What does not fit is computed anew.
+
+    Training comes first: it takes the places that others hold, one by one as it needs them, and nobody takes its own.
+    A round validates before it trains, and would fill the cache otherwise with what is read once a round.
 
     Args:
         limit_gb: at most so many GiB; 0 turns the cache off.
@@ -31,6 +38,9 @@ class FeatureCache:
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.rows: dict[Hashable, int] = {}
         self.hits = self.misses = 0
+        #: Of training alone: hits and misses.
+        self.trained = [0, 0]
+        self._others: dict[Hashable, None] = {}
         self._memory: list[Tensor] = []
         self._file: Tensor | None = None
         self._shape: torch.Size | None = None
@@ -59,6 +69,8 @@ class FeatureCache:
         missing = [i for i, key in enumerate(keys) if key not in self.rows]
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
+        for i, key in enumerate(keys):
+            self.trained[i in missing] += is_of_training(key)
         fresh = trunk(images[missing]) if missing else None
         if fresh is not None:
             for i, row in zip(missing, fresh, strict=True):
@@ -81,8 +93,12 @@ class FeatureCache:
         reason = "; full: the other slices are computed anew (raise cache_limit_gb)" if self._full else ""
         return (
             f"feature cache: {len(self)} slices, {self.bytes / GIB:.2f} of {self.limit / GIB:.2f} GiB {where}, "
-            f"{self.hits} hits, {self.misses} computed{reason}"
+            f"{self.hits} hits, {self.misses} computed{self._training()}{reason}"
         )
+
+    def _training(self) -> str:
+        hits, misses = self.trained
+        return f" (in training {hits / (hits + misses):.0%} of {hits + misses} from the cache)" if hits + misses else ""
 
     def _row_bytes(self) -> int:
         return 0 if self._shape is None else self._shape.numel() * torch.empty((), dtype=self.dtype).element_size()
@@ -93,15 +109,30 @@ class FeatureCache:
         # a key may come twice in a batch; another shape (a last image of another size) has no place in the table
         if key in self.rows or row.shape != self._shape:
             return
-        if (len(self.rows) + 1) * self._row_bytes() > self.limit:
+        number = self._place(key)
+        if number is None:
             self._full = self.limit > 0
             return
         stored = row.detach().to("cpu", self.dtype)
-        if self.folder is None:
-            self._memory.append(stored.clone())
+        if self.folder is not None:
+            self._rows_on_disk()[number] = stored
+        elif number < len(self._memory):
+            self._memory[number].copy_(stored)
         else:
-            self._rows_on_disk()[len(self.rows)] = stored
-        self.rows[key], self._dtypes[key] = len(self.rows), row.dtype
+            self._memory.append(stored.clone())
+        self.rows[key], self._dtypes[key] = number, row.dtype
+        if not is_of_training(key):
+            self._others[key] = None
+
+    def _place(self, key: Hashable) -> int | None:
+        """A free row, for training else the oldest that is not of training; None if there is none."""
+        if (len(self.rows) + 1) * self._row_bytes() <= self.limit:
+            return len(self.rows)
+        if not (is_of_training(key) and self._others):
+            return None
+        oldest = next(iter(self._others))
+        del self._others[oldest], self._dtypes[oldest]
+        return self.rows.pop(oldest)
 
     def _read(self, key: Hashable) -> Tensor:
         row = self.rows[key]
@@ -119,3 +150,8 @@ class FeatureCache:
                 flat = torch.from_file(file.name, shared=True, size=size, dtype=self.dtype)
             self._file = flat.view(capacity, *self._shape)
         return self._file
+
+
+def is_of_training(key: Hashable) -> bool:
+    """Whether features are of a slice of training."""
+    return isinstance(key, tuple) and key[:1] == (TRAINING,)

@@ -21,7 +21,7 @@ from pfedsam.networks.model import SegmentAnything
 from pfedsam.networks.prompts import training_boxes
 from pfedsam.parameters import Role, Roles, group_of, set_trainable, short, swapped_parameters, trains_encoder
 from pfedsam.training.distillation import QualityGate, TeacherLogits, distillation_loss
-from pfedsam.training.feature_cache import FeatureCache
+from pfedsam.training.feature_cache import TRAINING, FeatureCache
 from pfedsam.training.optimiser import Moments, learning_rate, names_by_factor, phase_optimizer
 from pfedsam.training.round_result import PhaseReport
 from pfedsam.training.strategy import Phase
@@ -157,7 +157,7 @@ class PhaseTrainer(SupervisedTrainer):
         """Frozen features of a batch, from the cache where it has them."""
         if self.feature_cache is None or not self.network.frozen_trunk:
             return self.network.trunk(images)
-        return self.feature_cache.features(self.network.trunk, images, [("train", item) for item in items])
+        return self.feature_cache.features(self.network.trunk, images, [(TRAINING, item) for item in items])
 
     def _iteration(self, engine: Any, batchdata: dict[str, Tensor]) -> dict[str, Any]:
         """One step, with boxes as prompts where the bundle asks for them."""
