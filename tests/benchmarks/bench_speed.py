@@ -42,6 +42,8 @@ STEPS: dict[str, tuple[str, int, int | str, int]] = {
 PEERS = {"FedMSA, vit_b 256 px": "fedmsa", "FedSAM, vit_b 256 px": "fedsam"}
 SLICES = {"lite_medsam 128 px, bare backbone": False, "lite_medsam 128 px, personal model": True}
 STARTS = {"pfedsam --help": ["--help"], "pfedsam validate --quick, 6 cases": ["validate", "--quick"]}
+ROWS: dict[str, Any] = {"step": STEPS, "peer": PEERS, "slice": SLICES, "trim": list(STEPS)[-1:]}
+TRIMMED = f"{list(STEPS)[-1]}, freed memory given back at once"
 KINDS = ("step", "peer", "slice", "start", "trim")
 TRIM = {"MALLOC_TRIM_THRESHOLD_": "131072"}
 
@@ -50,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", default=BEFORE, help="commit to compare with; 'none' for no other build")
     parser.add_argument("--rows", default=",".join(KINDS), help=f"kinds of rows, some of {','.join(KINDS)}")
+    parser.add_argument("--only", default="", help="rows with these words in their name")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each row in each build")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "speed.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -59,7 +62,7 @@ def main() -> None:
         return
     kinds = options.rows.split(",")
     with _checked_out(options.before) as before:
-        measured = _measure(kinds, before, options.repeats)
+        measured = _measure(kinds, before, options.repeats, options.only)
     found = {"machine": _machine(), "before": options.before, "repeats": options.repeats, "seconds": measured}
     _print(measured)
     options.output.parent.mkdir(exist_ok=True)
@@ -79,7 +82,7 @@ def _work() -> None:
         kind, name = line.strip().split("|")
         if name not in ready:
             torch.manual_seed(0)
-            ready = {name: {"step": _step, "trim": _step, "peer": _peer, "slice": _slice}[kind](name)}
+            ready[name] = {"step": _step, "trim": _step, "peer": _peer, "slice": _slice}[kind](name)
             ready[name][0]()  # allocations and choices of kernels
         run, images = ready[name]
         started = time.process_time()
@@ -155,23 +158,22 @@ def _slice(name: str) -> tuple[Callable[[], Any], int]:
 # ---- the parent: builds take turns
 
 
-def _measure(kinds: list[str], before: Path | None, repeats: int) -> dict[str, dict[str, list[float]]]:
+def _measure(kinds: list[str], before: Path | None, repeats: int, only: str) -> dict[str, dict[str, list[float]]]:
     """Seconds by row and build: `now`, `before`, and `trim` for the step in that environment."""
     builds = {"now": ROOT, **({"before": before} if before else {})}
     measured: dict[str, dict[str, list[float]]] = {}
-    rows = {"step": STEPS, "peer": PEERS, "slice": SLICES}
+    rows = [(kind, name) for kind in kinds for name in ROWS.get(kind, ()) if only in name]
     with tempfile.TemporaryDirectory() as scratch:
         workers = {build: _worker(root, {}) for build, root in builds.items()}
         workers["trim"] = _worker(ROOT, TRIM)
         try:
-            for kind in (kind for kind in kinds if kind in rows):
-                for name in rows[kind]:
-                    asked = ["now"] if kind == "peer" else list(builds)
-                    measured[name] = _turns({build: workers[build] for build in asked}, kind, name, repeats)
-            if "trim" in kinds:
-                name = list(STEPS)[-1]
-                found = _turns({build: workers[build] for build in ("now", "trim")}, "trim", name, repeats)
-                measured[f"{name}, freed memory given back at once"] = {"now": found["trim"], "before": found["now"]}
+            for number in range(repeats):
+                for kind, name in rows:
+                    asked = {"peer": ["now"], "trim": ["now", "trim"]}.get(kind, list(builds))
+                    row = measured.setdefault(name if kind != "trim" else TRIMMED, {})
+                    for build in asked:
+                        row.setdefault(build, []).append(_asked(workers[build], kind, name))
+                print(f"turn {number + 1} of {repeats}", file=sys.stderr, flush=True)
         finally:
             for worker in workers.values():
                 worker.stdin.close()
@@ -187,16 +189,10 @@ def _measure(kinds: list[str], before: Path | None, repeats: int) -> dict[str, d
     return measured
 
 
-def _turns(workers: dict[str, Any], kind: str, name: str, repeats: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {build: [] for build in workers}
-    for _ in range(repeats):
-        for build, worker in workers.items():
-            worker.stdin.write(f"{kind}|{name}\n")
-            worker.stdin.flush()
-            seconds[build].append(json.loads(worker.stdout.readline()))
-    told = ", ".join(f"{build} {min(values):.3f} s" for build, values in seconds.items())
-    print(f"{name}: {told}", file=sys.stderr, flush=True)
-    return seconds
+def _asked(worker: Any, kind: str, name: str) -> float:
+    worker.stdin.write(f"{kind}|{name}\n")
+    worker.stdin.flush()
+    return float(json.loads(worker.stdout.readline()))
 
 
 def _environment(root: Path) -> dict[str, str]:
@@ -265,18 +261,15 @@ def _print(measured: dict[str, dict[str, list[float]]]) -> None:
     from rich.table import Table
 
     best = {name: {build: min(values) for build, values in row.items()} for name, row in measured.items()}
-    table = Table("quantity", "now (s)", "before (s)", "faster", *PEERS.values())
+    table = Table("quantity", "now (s)", "before (s)", "faster", *(f"{peer} / now" for peer in PEERS.values()))
     for name, row in best.items():
-        now, before = row["now"], row.get("before")
-        peers = [
-            f"{best[peer]['now'] / now:.1f}" if peer in best and name in STEPS and name.startswith("vit_b") else ""
-            for peer in PEERS
-        ]
+        # what costs time, not a build: shown as if it had been so before
+        now, before = row["now"], row.get("before", row.get("trim"))
+        with_peers = name in STEPS and name.startswith("vit_b")
+        peers = [f"{best[peer]['now'] / now:.1f}" if with_peers and peer in best else "" for peer in PEERS]
         faster = "" if before is None else f"{before / now:.2f}"
         table.add_row(name, f"{now:.3f}", "" if before is None else f"{before:.3f}", faster, *peers)
-    console = Console(width=150)
-    console.print(table)
-    console.print("the last columns: how many times slower a step of the peer is", highlight=False)
+    Console(width=160).print(table)
 
 
 if __name__ == "__main__":

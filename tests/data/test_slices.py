@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from monai.transforms import Compose, RandFlipd, RandGaussianNoised
 from torch import Tensor
 
-from pfedsam.data.slices import EpochSampler, SliceChannelsd, SliceDataset, slice_channels
+from pfedsam.data.slices import EpochSampler, Grey, SliceChannelsd, SliceDataset, slice_channels
 from pfedsam.errors import PFedSAMError
 
 
@@ -183,3 +185,22 @@ def test_cases_of_many_slices_do_not_outweigh_the_others():
     sampler = EpochSampler(slices, positives_per_case=3, negatives_per_case=0)
     drawn = [slices.slices[item][0] for item in sampler]
     assert drawn.count(0) == drawn.count(1) == 3 and sampler.negatives == 0
+
+
+def test_all_slices_take_no_more_memory_than_the_volume_and_are_those_of_each_slice() -> None:
+    grey = torch.rand(1, 5, 4, 9)
+    for way in get_args(Grey):
+        together = slice_channels(grey, grey=way)
+        assert together.shape == (3, 5, 4, 9)
+        assert all(torch.equal(together[..., z], slice_channels(grey, z, way)) for z in range(9))
+        assert together.untyped_storage().nbytes() <= 4 * 5 * 4 * (9 + 2)
+
+
+def test_labels_are_kept_in_a_byte_and_soft_ones_as_they_are() -> None:
+    hard = dataset()
+    assert hard.volumes[0]["label"].dtype == torch.uint8 and hard[0]["label"].dtype == torch.float32
+    soft = volume(0)
+    soft["label"] = soft["label"] * 0.5
+    kept = dataset([soft, volume(1, 9, (4,))])
+    first = kept.positive[0][0]
+    assert float(kept[first * kept.variants]["label"].max()) == 0.5

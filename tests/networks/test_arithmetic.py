@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pfedsam.errors import PFedSAMError
 from pfedsam.networks import arithmetic
 from pfedsam.networks.adaptation import adapt
 from pfedsam.networks.arithmetic import SHORTCUTS, uses, without
@@ -107,7 +108,7 @@ def test_windows_without_padding_at_every_kind_of_edge(tokens: tuple[int, int]) 
         require_equal(fast, run())
 
 
-@pytest.mark.parametrize("tokens", [4, 4096])
+@pytest.mark.parametrize("tokens", [4, 400])
 def test_low_rank_updates_in_the_weight_and_beside_it(tokens: int) -> None:
     from pfedsam.networks.lora import low_rank
 
@@ -161,7 +162,7 @@ def test_a_shortcut_is_off_inside_only() -> None:
             assert not uses("unpadded") and not uses("sdpa")
         assert uses("sdpa")
     assert all(uses(name) for name in SHORTCUTS)
-    with pytest.raises(ValueError, match="no shortcut"), without("unpaded"):
+    with pytest.raises(PFedSAMError, match=r"E16.*unpaded.*unpadded"), without("unpaded"):
         pass
 
 

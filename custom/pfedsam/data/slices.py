@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from monai.data import CacheDataset
-from monai.transforms import MapTransform, Randomizable
+from monai.transforms import Compose, MapTransform, Randomizable
 from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -28,15 +28,20 @@ def slice_channels(volume: Tensor, index: int | None = None, grey: Grey = "neigh
             `same` for the slice three times.
 
     Returns:
-        `(3, H, W)` for one slice, `(3, H, W, D)` for all.
+        `(3, H, W)` for one slice, `(3, H, W, D)` for all: a view of one channel, to be read only, which takes no more
+        memory than the volume.
     """
     if len(volume) == 3:
         return volume if index is None else volume[..., index]
     depth = volume.shape[-1]
-    offsets = (-1, 0, 1) if grey == "neighbours" else (0, 0, 0)
-    centre = torch.arange(depth) if index is None else torch.tensor([index])
-    channels = torch.cat([volume[..., (centre + offset).clamp(0, depth - 1)] for offset in offsets])
-    return channels if index is None else channels[..., 0]
+    if index is not None:
+        offsets = (-1, 0, 1) if grey == "neighbours" else (0, 0, 0)
+        return torch.cat([volume[..., min(max(index + offset, 0), depth - 1)] for offset in offsets])
+    if grey == "same":
+        return volume.expand(3, *volume.shape[1:])
+    # windows of D slices that start at the repeated first one, at the first, and at the second
+    padded = torch.cat([volume[..., :1], volume, volume[..., -1:]], -1)
+    return padded[0].unfold(-1, depth, 1).movedim(2, 0)
 
 
 class SliceChannelsd(MapTransform):
@@ -78,7 +83,7 @@ class SliceDataset(Dataset[Any]):
         grey: Grey = "neighbours",
         seed: int = 0,
     ) -> None:
-        self.volumes = CacheDataset(list(data), transform, progress=False)
+        self.volumes = CacheDataset(list(data), Compose([transform, _small]), progress=False)
         self.augment, self.grey, self.seed = augment, grey, seed
         self.variants = variants if augment is not None else 1
         self.slices: list[tuple[int, int]] = []
@@ -102,12 +107,18 @@ class SliceDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, z = self.slices[index // self.variants]
         volume = self.volumes[number]
-        item = {"image": slice_channels(volume["image"], z, self.grey), "label": volume["label"][..., z]}
+        item = {"image": slice_channels(volume["image"], z, self.grey), "label": volume["label"][..., z].float()}
         if self.augment is not None:
             if isinstance(self.augment, Randomizable):
                 self.augment.set_random_state(seed=int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0]))
             item = self.augment(item)
         return {key: convert_to_tensor(item[key]).float().contiguous() for key in ("image", "label")} | {"index": index}
+
+
+def _small(volume: dict[str, Any]) -> dict[str, Any]:
+    """A volume with its label in one byte a voxel and class, where that says the same: not a soft label."""
+    small = volume["label"].to(torch.uint8)
+    return {**volume, "label": small} if bool((small == volume["label"]).all()) else volume
 
 
 class EpochSampler(Sampler[int]):

@@ -41,7 +41,7 @@ MEMORY = {
     "MALLOC_ARENA_MAX": "1",
 }
 #: The server gives large blocks back at once. A site must not: it would ask the system for the memory of every tensor
-#: anew, and train 1.5 times slower (`tests/benchmarks/bench_speed.py`).
+#: anew, and a training step would take 1.7 times as long (`tests/benchmarks/bench_speed.py`).
 SERVER_MEMORY = {**MEMORY, "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 #: Settings of sites that are all on this machine: nothing leaves it.

@@ -18,6 +18,7 @@ from pfedsam.data.expected import expected_by
 from pfedsam.data.site_report import require_valid
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
+from pfedsam.federated.collection import leave_out_what_is_there
 from pfedsam.federated.filters import outgoing_filters, require_outgoing_filter
 from pfedsam.federated.global_dice import BEST_DICE, best_dice_of, fall
 from pfedsam.federated.least_sites import require_enough_sites
@@ -83,6 +84,7 @@ class PFedSAMLearner(ModelLearner):
             return
         self._started = True
         self._guarded(self._start)
+        leave_out_what_is_there()
 
     def validate(self, model: FLModel) -> str | FLModel | None:
         """Dice of the global model (experts off) on the site's validation cases.

@@ -16,6 +16,7 @@ from torch import Tensor
 from pfedsam.bundles import network_of
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY
+from pfedsam.federated.collection import leave_out_what_is_there
 from pfedsam.federated.literals import require_literal
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.parameters import Manifest, shared_state
@@ -84,6 +85,7 @@ class SharedStatePersistor(PTFileModelPersistor):
         except PFedSAMError as error:
             self.system_panic(reason=str(error), fl_ctx=fl_ctx)
             return None
+        leave_out_what_is_there()
         self.logger.info(f"global model: {len(state)} shared tensors, base fingerprint {self._fingerprint[:12]}")
         self.persistence_manager = PTModelPersistenceFormatManager(
             {

@@ -20,8 +20,26 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pfedsam.errors import ErrorCode, PFedSAMError
+
+VARIABLE = "PFEDSAM_WITHOUT"
 SHORTCUTS = ("unpadded", "fused_lora", "folded_norm", "row_groups", "sdpa")
-_off: set[str] = {name for name in os.environ.get("PFEDSAM_WITHOUT", "").split(",") if name}
+
+
+def named(text: str) -> set[str]:
+    """Names of shortcuts with commas between them.
+
+    Raises:
+        PFedSAMError: E16 if there is no such shortcut.
+    """
+    names = {name for name in text.split(",") if name}
+    if names - set(SHORTCUTS):
+        message = f"{VARIABLE} names {sorted(names - set(SHORTCUTS))}."
+        raise PFedSAMError(ErrorCode.WRONG_SETTING, message, f"There are {', '.join(SHORTCUTS)}.")
+    return names
+
+
+_off: set[str] = named(os.environ.get(VARIABLE, ""))
 
 
 def uses(shortcut: str) -> bool:
@@ -31,16 +49,9 @@ def uses(shortcut: str) -> bool:
 
 @contextmanager
 def without(*shortcuts: str) -> Iterator[None]:
-    """Shortcuts off inside a `with` block, in the whole process.
-
-    Raises:
-        ValueError: if there is no such shortcut.
-    """
-    unknown = sorted(set(shortcuts) - set(SHORTCUTS))
-    if unknown:
-        raise ValueError(f"no shortcut(s) {unknown}; there are {SHORTCUTS}")
+    """Shortcuts off inside a `with` block, in the whole process (E16 if there is no such shortcut)."""
     before = set(_off)
-    _off.update(shortcuts)
+    _off.update(named(",".join(shortcuts)))
     try:
         yield
     finally:

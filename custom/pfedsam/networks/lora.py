@@ -127,8 +127,8 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        # the sum is kept for the gradient: worth it where it is smaller than the maps that are kept, too
-        ctx.merged = weight.numel() <= len(flat) * sum(weight.shape)
+        # the sum passes over the weight four times, adding in place twice over the tokens of input and output
+        ctx.merged = 2 * weight.numel() <= len(flat) * sum(weight.shape)
         ctx.shape = x.shape
         if ctx.merged:
             total = torch.addmm(weight, b, a)
@@ -156,7 +156,7 @@ class _LowRank(torch.autograd.Function):
             grad.T @ flat if needs_weight else None,
             grad.sum(0) if needs_bias else None,
             of_inner.T @ flat if needs_a and of_inner is not None else None,
-            grad.T @ inner if needs_b else None,
+            (inner.T @ grad).T.contiguous() if needs_b and inner is not None else None,
         )
 
 
