@@ -158,7 +158,7 @@ def test_a_run_without_a_good_site_has_no_global_model(troubled_run: Run) -> Non
         ("site-1", "labels/s1-case-01.nii.gz"),
         ("site-2", "images/s1-case-01.nii.gz"),
         ("site-3", "another job works on"),
-        ("site-4", "components.1.args.strategy.phases.0.name: '{$TEST_SECRET}'"),
+        ("site-4", "plan.json, strategy.phases.0.name: '{$TEST_SECRET}'"),
         ("site-5", "'phases.0.learnin_rate' = 0.1"),
         ("site-6", "the federation has base weights"),
         ("site-7", "Lower the learning rate"),
