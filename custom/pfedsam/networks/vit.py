@@ -100,12 +100,12 @@ def _sum(scores: Tensor) -> Tensor:
 
 def _places(h: int, w: int, columns: int, like: Tensor) -> Tensor:
     """Ones in each key at its row, at its column and, in the last key, at all padding: `(N [+ 1], columns)`."""
-    rows, by_column = torch.eye(h).repeat_interleave(w, 0), torch.eye(w).repeat(h, 1)
-    places = torch.cat([rows, by_column], 1)
+    where: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+    places = torch.cat([torch.eye(h, **where).repeat_interleave(w, 0), torch.eye(w, **where).repeat(h, 1)], 1)
     if columns > h + w:
         places = F.pad(places, (0, 1, 0, 1))
         places[-1, -1] = 1
-    return places.to(like)
+    return places
 
 
 class SAMViT(ImageEncoderViT):
