@@ -145,6 +145,14 @@ def test_a_job_of_a_bundle_that_only_its_sites_have_can_be_exported(job: Path) -
         export_job(job, job.parent / "other", plan={"overrides": {"batch_size": 0}})
 
 
+def test_a_plan_without_a_federation_is_refused_whoever_has_the_bundle(job: Path) -> None:
+    plan = json.loads(config_of(job, PLAN_FILE).read_text())
+    del plan["federation"]
+    config_of(job, PLAN_FILE).write_text(json.dumps({**plan, "bundle": "theirs"}))
+    with pytest.raises(PFedSAMError, match=r"E29.*federation"):
+        export_job(job, job.parent / "out")
+
+
 @pytest.mark.parametrize(
     ("how", "code"),
     [({"rounds": 10_001}, "E16"), ({"min_clients": 0}, "E16"), ({"overrides": {"batchsize": 4}}, "E18")],

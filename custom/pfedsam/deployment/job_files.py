@@ -54,7 +54,8 @@ def plan_settings(job: Path) -> dict[str, Any]:
     The strategy of a job that was made when the plain mean was the default names it here: it stays with it.
     """
     config, plan = server_settings(job), plan_arguments(job / "app")
-    kinds: dict[str, tuple[type, ...]] = {"bundle": (str,), "strategy": (dict,), "overrides": (dict, type(None))}
+    kinds: dict[str, tuple[type, ...]] = {key: (str,) for key in ("federation", "bundle")}
+    kinds |= {"strategy": (dict,), "overrides": (dict, type(None))}
     for key, kind in kinds.items():
         if not isinstance(plan.get(key), kind):
             raise PFedSAMError(
@@ -97,15 +98,11 @@ def check_settings(source: Path, plan: Mapping[str, Any], server: Mapping[str, A
     config = {**server_settings(source), **server}
     _check_server(config, str(source))
     full_plan = {**plan_settings(source), **plan}
-    known = {
-        name: parameter for name, parameter in inspect.signature(Plan.__init__).parameters.items() if name != "self"
-    }
-    needed = {name for name, parameter in known.items() if parameter.default is parameter.empty}
-    if needed - set(full_plan) or set(full_plan) - set(known):
+    known = set(inspect.signature(Plan).parameters)
+    if set(full_plan) - known:
         raise PFedSAMError(
             ErrorCode.CONFIGURATION_FILE,
-            f"{source}: the plan has {sorted(full_plan)}, "
-            f"expected {sorted(needed)} and no others than {sorted(known)}.",
+            f"{source}: the plan has {sorted(full_plan)}, expected no others than {sorted(known)}.",
             MAKE_JOB,
         )
     if "bundle" in plan or full_plan["bundle"] in installed_bundles():

@@ -1,8 +1,8 @@
 """Python's garbage collector in a job's processes: it looks at what rounds leave, not at the libraries.
 
 NVFlare collects garbage at the server after every round (`memory_gc_rounds` of its workflow), and Python does at a
-site. Each time all objects of torch, MONAI and NVFlare are gone through, several hundred thousand that stay to the end:
-half a second between two rounds in which nobody trains.
+site. Each time all objects of torch, MONAI and NVFlare are gone through, which stay to the end: a pause between two
+rounds in which nobody trains.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +33,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     values = F.pad(v, (0, wide)) if wide and q.device.type == "cpu" else v
     out = F.scaled_dot_product_attention(q, k, values, attn_mask=None if bias is None else bias[None], scale=1.0)
     return out[..., : v.shape[-1]]
+
+
+def over_windows(tokens: Tensor, window: int, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """Whole windows, and those that the map's edges cut, each kind at once.
+
+    Args:
+        tokens: `(B, H, W, channels)`.
+        window: side of a window in tokens.
+        run: from windows that are all whole or all cut alike, side by side as on the map, to a map of the same sides.
+
+    Returns:
+        the results, put together: `(B, H, W, ...)`.
+    """
+    tall, wide = ((side - side % window, side % window) for side in tokens.shape[1:3])
+    rows = [row for row in tokens.split(tall, 1) if row.shape[1]]
+    parts = [[part for part in row.split(wide, 2) if part.shape[2]] for row in rows]
+    return torch.cat([torch.cat([run(part) for part in row], 2) for row in parts], 1)
 
 
 def _fused(q: Tensor, bias: Tensor | None) -> bool:

@@ -18,7 +18,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
 from pfedsam.networks.arithmetic import uses
-from pfedsam.networks.attention import attend
+from pfedsam.networks.attention import attend, over_windows
 
 #: Bytes of hidden maps that a CPU's cache may hold.
 CACHED = 2 * 1024**2
@@ -89,8 +89,10 @@ class MBConv(nn.Module):
         """`(B, H, W, dim)` to the same shape."""
         if not self._fits_better(x):
             return self.act3(x + self.conv3(self.act2(self.conv2(self.act1(self.conv1(x))))))
-        images = [torch.cat([self._rows(image, row) for row in self._starts(image)], 1) for image in x.split(1)]
-        return torch.cat(images)
+        height, width = x.shape[1:3]
+        rows = max(4, CACHED // (width * self.conv1.c.out_channels * x.element_size()))
+        groups = [(start, min(start + rows, height)) for start in range(0, height, rows)]
+        return torch.cat([torch.cat([self._rows(image, *group) for group in groups], 1) for image in x.split(1)])
 
     def _fits_better(self, x: Tensor) -> bool:
         """Whether to go by groups of rows: the hidden maps are four times the map, too large for a CPU's cache."""
@@ -99,18 +101,9 @@ class MBConv(nn.Module):
         off = not uses("row_groups") or not uses("folded_norm") or self.conv1.bn.training
         return not (off or trains or traced or x.device.type != "cpu")
 
-    def _starts(self, image: Tensor) -> range:
-        return range(0, image.shape[1], self._group(image))
-
-    def _group(self, image: Tensor) -> int:
-        """Rows of a group."""
-        row = image.shape[2] * self.conv1.c.out_channels * image.element_size()
-        return max(4, CACHED // row)
-
-    def _rows(self, image: Tensor, start: int) -> Tensor:
+    def _rows(self, image: Tensor, start: int, end: int) -> Tensor:
         """The result in some rows: the 3x3 convolution reads one row more on each side, of zeros at the map's edge."""
-        height, end = image.shape[1], min(start + self._group(image), image.shape[1])
-        first, last = max(start - 1, 0), min(end + 1, height)
+        first, last = max(start - 1, 0), min(end + 1, image.shape[1])
         hidden = self.act1(self.conv1(image[:, first:last]))
         hidden = F.pad(hidden, (0, 0, 0, 0, first - start + 1, end + 1 - last))
         return self.act3(image[:, start:end] + self.conv3(self.act2(self.conv2.convolved(hidden, (0, 1)))))
@@ -173,10 +166,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, H, W, dim)` to the same shape."""
         qkv, padded = self.qkv(self.norm(x)), self.qkv(self.norm(x.new_zeros(1, 1, 1, x.shape[-1])))
-        tall, wide = ((side - side % self.window, side % self.window) for side in x.shape[1:3])
-        rows = [row for row in qkv.split(tall, 1) if row.shape[1]]
-        parts = [[part for part in row.split(wide, 2) if part.shape[2]] for row in rows]
-        return self.proj(torch.cat([torch.cat([self._windows(p, padded) for p in row], 2) for row in parts], 1))
+        return self.proj(over_windows(qkv, self.window, lambda part: self._windows(part, padded)))
 
     def _windows(self, qkv: Tensor, padded: Tensor) -> Tensor:
         """`(B, H, W, 3 * dim)`, windows that are all whole or all cut alike, to `(B, H, W, dim)`."""

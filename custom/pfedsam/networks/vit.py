@@ -14,7 +14,7 @@ from segment_anything.modeling.image_encoder import Block, get_rel_pos
 from torch import Tensor, nn
 
 from pfedsam.networks.arithmetic import uses
-from pfedsam.networks.attention import attend
+from pfedsam.networks.attention import attend, over_windows
 
 _REL_POS = re.compile(r"image_encoder\.blocks\.(\d+)\.attn\.rel_pos_[hw]")
 _POS_EMBED = "image_encoder.pos_embed"
@@ -51,11 +51,7 @@ class UnpaddedBlock(Block):
         window = self.window_size
         if not window:
             return self.attn.proj(self._windows(qkv, padding, x.shape[1:3]))
-        tall, wide = ((side - side % window, side % window) for side in x.shape[1:3])
-        rows = [row for row in qkv.split(tall, 1) if row.shape[1]]
-        parts = [[part for part in row.split(wide, 2) if part.shape[2]] for row in rows]
-        outs = [torch.cat([self._windows(part, padding, (window, window)) for part in row], 2) for row in parts]
-        return self.attn.proj(torch.cat(outs, 1))
+        return self.attn.proj(over_windows(qkv, window, lambda part: self._windows(part, padding, (window, window))))
 
     def _windows(self, qkv: Tensor, padding: Tensor, window: Any) -> Tensor:
         """`(B, H, W, 3 * dim)`, windows that are all whole or all cut alike, to `(B, H, W, dim)`."""
