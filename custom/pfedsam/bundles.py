@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedsam.errors import ErrorCode, PFedSAMError, failing_as, shown
-from pfedsam.files import read_object
+from pfedsam.files import file_digest, read_object
 from pfedsam.settings import Setting, all_settings, checked, require_together
 
 #: Path of the base weights on this machine, for all sites and the server that run on it.
@@ -59,6 +59,11 @@ def find_bundle(name: str) -> Path:
             f"Installed bundles: {sorted(known)}; one of your own goes into {own_bundles()}.",
         )
     return known[name]
+
+
+def scripts_of(folder: Path) -> dict[str, str]:
+    """Digests of the Python files that a bundle brings, by path in its folder."""
+    return {str(path.relative_to(folder)): file_digest(path) for path in sorted((folder / "scripts").rglob("*.py"))}
 
 
 def checked_overrides(overrides: Mapping[str, Any] | None) -> dict[str, Any]:

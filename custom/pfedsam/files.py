@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,52 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
         message = f"{path} is {shown(content)}, expected keys with values."
         raise PFedSAMError(ErrorCode.CONFIGURATION_FILE, message, remedy)
     return content
+
+
+def file_digest(path: Path, algorithm: str = "sha256") -> str:
+    """Digest of a file's content, in hexadecimal; the file may be larger than the memory."""
+    digest = hashlib.new(algorithm, usedforsecurity=algorithm != "md5")
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_of(value: Any) -> str:
+    """SHA-256 of a value as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def content_hash(path: Path | None) -> str:
+    """Hash of a file's content, or of that of a folder of DICOM slices; "" for none.
+
+    A file is read once in a process, as long as its size and time stay the same.
+    """
+    if path is None:
+        return ""
+    if path.is_dir():
+        return hash_of([content_hash(file) for file in sorted(path.iterdir()) if file.is_file()])
+    status = path.stat()
+    return _content_hash(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _content_hash(path: Path, size: int, time_ns: int) -> str:
+    return file_digest(path)
+
+
+def read_into(handle: int, buffer: memoryview, offset: int) -> None:
+    """Fill a buffer from a place in an open file, whatever else reads the file: its position is not used.
+
+    Raises:
+        OSError: if the file ends before.
+    """
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(handle, [buffer[done:]], offset + done)
+        if count == 0:
+            raise OSError(f"a file ends at byte {offset + done}, {len(buffer) - done} more were expected")
+        done += count
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pfedsam.comparison.provenance import hash_of
 from pfedsam.comparison.run import Run
 from pfedsam.errors import PFedSAMError
+from pfedsam.files import hash_of
 from pfedsam.training.catalogue import find_strategy
 
 

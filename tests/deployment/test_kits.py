@@ -399,6 +399,28 @@ def test_what_others_can_read_is_a_warning_with_the_command_that_closes_it(kit: 
     assert not [one for one in check_kit(site) if one.name.endswith(" access")]
 
 
+def test_the_folder_of_prepared_volumes_is_looked_at_like_the_state(kit: Path, open_folder: Path) -> None:
+    site = Path(shutil.copytree(kit, open_folder / "kit"))
+    data = open_folder / "data"
+    for folder in (data / "images", data / "labels"):
+        folder.mkdir(parents=True)
+        (folder / "case-1.nii.gz").write_text("")
+
+    def found(place: Path) -> dict[str, Finding]:
+        change(site, SITE_SETTINGS, data_root=str(data), state_root=str(open_folder / "s"), prepared_root=str(place))
+        return {one.name: one for one in check_kit(site) if one.name.startswith("prepared volumes")}
+
+    (fine,) = found(open_folder / "prepared").values()
+    assert fine.fine and str(open_folder / "prepared") in fine.message
+    assert not found(site / "prepared")["prepared volumes"].fine
+    (open_folder / "a file").write_text("")
+    assert "cannot be written" in found(open_folder / "a file")["prepared volumes"].message
+    (open_folder / "prepared").chmod(0o755)
+    for folder in (open_folder / "prepared").iterdir():
+        folder.chmod(0o755)
+    assert found(open_folder / "prepared")["prepared volumes access"].warning
+
+
 def test_no_limit_that_it_has_written_down_stays_no_limit(fresh: Path) -> None:
     init_kit(fresh, SiteSettings(data_root="/data"))
     path = fresh / "local" / SITE_SETTINGS

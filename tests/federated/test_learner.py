@@ -52,6 +52,7 @@ class Training:
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self.restored: list[SiteModel] = []
+        self.validated: list[bool] = []
 
     def open(self) -> None:
         pass
@@ -65,7 +66,8 @@ class Training:
     def validates(self, number: int) -> bool:
         return (number + 1) % self.strategy.validate_every == 0
 
-    def validate(self, experts: bool) -> dict[str, float]:
+    def validate(self, experts: bool, in_round: bool = False) -> dict[str, float]:
+        self.validated.append(in_round)
         return {"val_dice": PERSONAL_DICE if experts else type(self).global_dice}
 
     def personal_dice(self, number: int) -> float | None:
@@ -161,7 +163,7 @@ def set_streaming(root: Path, allowed: bool) -> None:
 def test_a_site_that_nobody_has_made_ready_refuses_before_anything_else(
     site: Path, task: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("require_literal", "check_site", "site_folder"):
+    for name in ("require_literal", "require_trainable", "site_folder"):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("something else came first"))
     reply = run(executor(), context(site), task, 0).get_return_code()
     assert reply == "SITE_REFUSED:E01"
@@ -189,6 +191,34 @@ def test_where_no_log_leaves_and_in_the_simulator_the_next_question_is_the_filte
     assert run(executor(), context(site, simulated=simulated), "train", 0).get_return_code() == "SITE_REFUSED:E15"
 
 
+def test_rounds_may_be_validated_on_a_draw_and_the_rest_on_all_cases(ready: Path, curves: list[Any]) -> None:
+    made, fl_ctx = executor(), context(ready)
+    validated = {}
+    for task, number in (
+        (AppConstants.TASK_TRAIN, 0),
+        (AppConstants.TASK_CONFIGURE, 1),
+        (AppConstants.TASK_VALIDATION, None),
+    ):
+        run(made, fl_ctx, task, number)
+        validated[task] = set(made.learner._local.validated)
+        made.learner._local.validated.clear()
+    assert validated == {"train": {True}, "configure": {False}, "validate": {False}}
+
+
+@pytest.mark.parametrize("least", [3, 25])
+def test_what_the_site_says_of_its_data_reaches_the_training(ready: Path, monkeypatch, curves, least: int) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(module, "require_trainable", lambda *_, **more: given.update(more))
+    monkeypatch.setattr(
+        module, "SiteTrainer", lambda bundle, folder, strategy, *_, **more: given.update(more) or Training(strategy)
+    )
+    set_site(ready, prepared_root=str(ready / "prepared"), labels={"7": "lesion"}, least_validation_cases=least)
+    run(executor(), context(ready), AppConstants.TASK_TRAIN, 0)
+    folder = ready / "prepared" / SITE
+    assert given["prepared"] == folder and given["label_map"] == {"7": "lesion"}
+    assert folder.stat().st_mode & 0o777 == 0o700 and given["least_validated"] == max(least, 10)
+
+
 # what leaves of the validation ----------------------------------------------------------------------------------------
 
 
@@ -196,10 +226,9 @@ def test_where_no_log_leaves_and_in_the_simulator_the_next_question_is_the_filte
 def ready(site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A site that is ready to train, with `Training` in the place of the real one."""
     set_streaming(site, False)
-    for name in ("require_outgoing_filter", "require_valid"):
-        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setattr(module, "require_outgoing_filter", lambda *_: None)
     monkeypatch.setattr(module, "outgoing_filters", lambda *_: [])
-    monkeypatch.setattr(module, "check_site", lambda *_, **__: None)
+    monkeypatch.setattr(module, "require_trainable", lambda *_, **__: None)
     monkeypatch.setattr(module, "SiteTrainer", lambda bundle, folder, strategy, *_, **__: Training(strategy))
     (site / "data" / "images").mkdir(parents=True)
     set_site(site)

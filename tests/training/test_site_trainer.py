@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from pfedsam.data.phantom import write_phantom
 from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import shared_state
+from pfedsam.training import validation
 from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.site import SiteTrainer
-from pfedsam.training.validation import is_answer
+from pfedsam.training.validation import MOST_SLICES, RoundSample, is_answer
 
 torch.set_num_threads(1)
 TINY = {
@@ -176,3 +178,43 @@ def test_a_case_counts_if_one_class_is_of_ordinary_size() -> None:
     assert not is_answer(logits, exclusive=True)
     logits[2, 0] = 2
     assert is_answer(logits, exclusive=True)
+
+
+# validation of large sites --------------------------------------------------------------------------------------------
+
+
+def validated_cases(local: SiteTrainer, in_round: bool) -> list[str]:
+    """The cases that a validation of the global model runs on."""
+    cases: list[str] = []
+    with local.evaluator.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda engine: cases.extend(item["case"] for item in engine.state.batch)
+    ):
+        local._global_dice.clear()
+        local.validate(experts=False, in_round=in_round)
+    return cases
+
+
+def test_rounds_of_a_large_site_are_validated_on_a_draw_and_the_final_models_on_all(tmp_path, monkeypatch):
+    write_phantom(tmp_path, sites=1, cases=6, shape=(32, 32, 6))
+    site, names = tmp_path / "site-1", [f"s1-case-{number:02d}" for number in range(1, 7)]
+    split = {"training": names[:2], "validation": names[2:5], "test": names[5:]}
+    (site / "datalist.json").write_text(json.dumps(split))
+    strategy = find_strategy("pfedsam").checked()
+    local = SiteTrainer("brain_lesion_mri", site, strategy, TINY, tmp_path / "out", least_validated=1)
+    local.open()
+    local.receive(shared_state(local.network, local.strategy.roles), local.fingerprint)
+    everything = [item["case"] for item in local.validation_cases]
+    assert everything == split["validation"] and validated_cases(local, in_round=True) == everything
+    monkeypatch.setattr(validation, "MOST_SLICES", 1)
+    drawn = validated_cases(local, in_round=True)
+    assert len(drawn) == 1 and validated_cases(local, in_round=True) == drawn
+    assert validated_cases(local, in_round=False) == everything
+
+
+def test_the_draw_holds_to_both_limits_and_is_one_of_the_seed():
+    sample = RoundSample(seed=3, least_cases=4)
+    assert sample.choose([1] * 20) == list(range(20))
+    deep = [MOST_SLICES // 6] * 20
+    assert len(sample.choose(deep)) == 6 and sample.choose(deep) == RoundSample(3, 4).choose(deep)
+    assert RoundSample(4, 4).choose(deep) != sample.choose(deep)
+    assert len(sample.choose([MOST_SLICES] * 20)) == 4 and sample.choose([MOST_SLICES]) == [0]

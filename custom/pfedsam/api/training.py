@@ -62,13 +62,11 @@ def train_site(
     """
     from pfedsam.bundles import require_settings
     from pfedsam.comparison.run import Run
-    from pfedsam.data.checks import check_site
-    from pfedsam.data.expected import expected_by
-    from pfedsam.data.site_report import require_valid
     from pfedsam.storage.model_files import TRAINED
     from pfedsam.storage.site_model import read
     from pfedsam.training.catalogue import find_strategy
     from pfedsam.training.federation import run_federation
+    from pfedsam.training.preparation import require_trainable
 
     folder, out = Path(folder).resolve(), Path(out)
     file = find_strategy(strategy)
@@ -77,7 +75,7 @@ def train_site(
         raise PFedSAMError(ErrorCode.CONTRADICTION, message, "Take local_only, or call simulate or compare.")
     overrides = {**(settings or {}), **file.overrides, "seed": seed}
     require_settings(bundle, overrides)
-    require_valid(check_site(folder, **expected_by(bundle, overrides)))
+    require_trainable(folder, bundle, overrides)
     claim(out, "site training", force)
     require_free(out / TRAINED, force)
     # a run of one site: its folder in `out` is named by all that the training depends on

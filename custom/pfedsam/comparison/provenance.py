@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pfedsam.bundles import LOAD_MODEL, LOAD_MODEL_BEFORE, OVERRIDES, find_bundle, folder, settings_of
+from pfedsam.bundles import LOAD_MODEL, LOAD_MODEL_BEFORE, OVERRIDES, find_bundle, folder, scripts_of, settings_of
 from pfedsam.data.site_folder import Split
+from pfedsam.files import content_hash, hash_of
 from pfedsam.networks.backbones import get_backbone
-from pfedsam.networks.weights import CHECKPOINTS, file_digest
+from pfedsam.networks.weights import CHECKPOINTS
 
 #: Settings that change nothing but speed or memory.
 INDIFFERENT = ("cache_limit_gb", "val_batch_size", "checkpointing")
@@ -26,33 +25,10 @@ LATER = ("field_of_view_mm",)
 _CODE = ("custom", "jobs", "bundles")
 
 
-def hash_of(value: Any) -> str:
-    """SHA-256 of a value as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def split_hash(splits: Mapping[str, Split]) -> str:
     """Hash of which case is in which section, by site."""
     case_names = {site: {s: [c.name for c in cases] for s, cases in split.items()} for site, split in splits.items()}
     return hash_of(case_names)[:16]
-
-
-def content_hash(path: Path | None) -> str:
-    """Hash of a file's content, or of that of a folder of DICOM slices; "" for none.
-
-    A file is read once in a process, as long as its size and time stay the same.
-    """
-    if path is None:
-        return ""
-    if path.is_dir():
-        return hash_of([content_hash(file) for file in sorted(path.iterdir()) if file.is_file()])
-    status = path.stat()
-    return _content_hash(path.resolve(), status.st_size, status.st_mtime_ns)
-
-
-@cache
-def _content_hash(path: Path, size: int, time_ns: int) -> str:
-    return file_digest(path)
 
 
 def case_hash(site: str, case: str) -> str:
@@ -93,8 +69,7 @@ def bundle_hash(name: str) -> str:
     if "initialize" in evaluate:
         evaluate["initialize"] = _as_before(evaluate["initialize"])
     contents = {file: {k: v for k, v in content.items() if k not in OVERRIDES} for file, content in configs.items()}
-    scripts = {str(path.relative_to(root)): file_digest(path) for path in sorted((root / "scripts").rglob("*.py"))}
-    return hash_of([contents, scripts])[:16]
+    return hash_of([contents, scripts_of(root)])[:16]
 
 
 def _as_before(steps: Any) -> Any:

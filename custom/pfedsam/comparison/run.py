@@ -9,15 +9,14 @@ from typing import Any
 from pfedsam.comparison.provenance import (
     INDIFFERENT,
     bundle_hash,
-    content_hash,
     defaults,
-    hash_of,
     split_hash,
     weights_checksum,
 )
 from pfedsam.data.site_folder import Split
 from pfedsam.data.sites import read_split
 from pfedsam.errors import ErrorCode, PFedSAMError
+from pfedsam.files import content_hash, hash_of
 from pfedsam.training.catalogue import StrategyFile, find_strategy, strategy_name, strategy_names
 from pfedsam.training.federation import Federation, pooled_site
 

@@ -20,18 +20,18 @@ from pfedsam.data.site_report import CaseRow, SiteReport
 from pfedsam.errors import ErrorCode, PFedSAMError, few
 
 
-def check_case(
-    report: SiteReport, row: CaseRow, case: Case, labels: Sequence[int], hashes: dict[str, list[str]]
-) -> None:
+def check_case(report: SiteReport, case: Case, labels: Sequence[int]) -> tuple[Picture, Picture] | None:
     """Check a case and add what is found to the report; nothing is raised for bad data.
 
     Args:
-        report: of the site.
-        row: of the case in it, which is filled.
+        report: of the case alone, with its row, which is filled.
         case: with its label, or without.
         labels: values that the label may hold.
-        hashes: names of cases by hash of the image's content, to which this one is added.
+
+    Returns:
+        The image and the label as they were read, None if one of them could not be.
     """
+    (row,) = report.cases
     image = _load(report, case, case.image)
     if image is not None:
         row.shape, row.spacing, row.orientation = image.shape, image.spacing, image.orientation
@@ -40,21 +40,21 @@ def check_case(
         _check_fit(report, case, image)
         content = hashlib.sha256(f"{image.values.dtype}{image.values.shape}".encode())
         content.update(np.ascontiguousarray(image.values.T).data.cast("B"))
-        hashes[content.hexdigest()].append(case.name)
+        report.contents[case.name] = content.hexdigest()
     if case.label is None:
         report.add_error(no_label(Path(report.folder), case), case.name)
-        return
+        return None
     label = _load(report, case, case.label, label=True)
     if label is None:
-        return
-    if image is not None:
-        turned = turned_onto(image, label)
-        if turned is not label:
-            report.remark("the label is stored in another order of the axes, and is turned as its image", case.name)
-        label = turned
-    positive = _check_label(report, row, case, label, labels)
-    if image is not None:
-        _check_pair(report, row, case, image, label, positive)
+        return None
+    turned = label if image is None else turned_onto(image, label)
+    if turned is not label:
+        report.remark("the label is stored in another order of the axes, and is turned as its image", case.name)
+    positive = _check_label(report, row, case, turned, labels)
+    if image is None:
+        return None
+    _check_pair(report, row, case, image, turned, positive)
+    return image, label
 
 
 def _load(report: SiteReport, case: Case, path: Path, label: bool = False) -> Picture | None:

@@ -13,7 +13,9 @@ import numpy as np
 
 from pfedsam.data.case_checks import check_case
 from pfedsam.data.field_of_view import told
+from pfedsam.data.known_checks import KnownChecks
 from pfedsam.data.listed_split import emptied, listed_split
+from pfedsam.data.picture import Picture
 from pfedsam.data.site_folder import LAYOUT, Case, Split, read_site
 from pfedsam.data.site_report import CaseRow, SiteReport
 from pfedsam.data.sites import split_site
@@ -22,6 +24,8 @@ from pfedsam.errors import ErrorCode, PFedSAMError, few
 
 #: So many cases with the same warning have a line each.
 FEW = 5
+#: What `check_site` calls with a case, its section, its image and its label.
+Visit = Callable[[Case, str, Picture, Picture], None]
 
 
 def check_site(
@@ -34,6 +38,8 @@ def check_site(
     colour: bool = False,
     field_of_view: float | None = None,
     progress: Callable[[int, int], None] | None = None,
+    known: Path | None = None,
+    visit: Visit | None = None,
 ) -> SiteReport:
     """Check a site folder and collect every finding; nothing is raised for bad data.
 
@@ -46,6 +52,8 @@ def check_site(
         colour: whether the bundle takes colour pictures; else it takes volumes, and pictures as volumes of one slice.
         field_of_view: side in millimetres of the square that the bundle sees, None if it sees all of an image.
         progress: called with (done, total) after each case.
+        known: file of what was found of each case before, see `pfedsam.data.known_checks`; None to read all cases.
+        visit: called with each case that was read and has no error: its section, "" for none, its image and its label.
     """
     folder = Path(folder)
     report = SiteReport(str(folder), colour=colour, field_of_view=field_of_view)
@@ -56,13 +64,21 @@ def check_site(
         report.add_error(error)
         return report
     cases, section_of = _check_split(report, folder, cases, seed, folds)
-    hashes: dict[str, list[str]] = defaultdict(list)
+    checks = KnownChecks(known, [list(labels), colour, field_of_view])
     for number, case in enumerate(cases, 1):
-        row = CaseRow(case.name, section_of.get(case.name, ""))
-        report.cases.append(row)
-        check_case(report, row, case, labels, hashes)
+        section = section_of.get(case.name, "")
+        part = checks.find(case)
+        if part is None:
+            part = SiteReport(report.folder, cases=[CaseRow(case.name)], colour=colour, field_of_view=field_of_view)
+            pictures = check_case(part, case, labels)
+            if visit is not None and pictures is not None and part.ok:
+                visit(case, section, *pictures)
+        checks.keep(case, part)
+        part.cases[0].section = section
+        report.take(part)
         if progress:
             progress(number, len(cases))
+    checks.save()
     _add_remarks(report)
     complete = sum(case.label is not None for case in cases)
     if complete < minimum_cases and not any(finding.code == ErrorCode.TOO_FEW_CASES for finding in report.findings):
@@ -73,7 +89,7 @@ def check_site(
             f"'{folder}' holds {complete} case(s) with a label, {minimum_cases} are needed.",
             "Add cases.",
         )
-    _check_duplicates(report, hashes, section_of)
+    _check_duplicates(report, section_of)
     _check_geometry(report)
     return report
 
@@ -171,8 +187,11 @@ def _add_unseen(report: SiteReport) -> None:
         report.add(ErrorCode.SITE_DATA, "warning", row.name, text, remedy)
 
 
-def _check_duplicates(report: SiteReport, hashes: dict[str, list[str]], section_of: dict[str, str]) -> None:
-    for names in hashes.values():
+def _check_duplicates(report: SiteReport, section_of: dict[str, str]) -> None:
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name, content in report.contents.items():
+        alike[content].append(name)
+    for names in alike.values():
         if len(names) < 2:
             continue
         sections = sorted({section_of[name] for name in names if name in section_of})

@@ -14,6 +14,8 @@ from pfedsam.errors import ErrorCode, PFedSAMError, few
 
 #: A value this near to a whole number is that number: a scale in a header makes 0.9999999 of 1.
 ROUNDING = 1e-2
+#: Values that are counted at a time.
+_PART = 1 << 15
 #: Foreground where a mask was stored as black and white, in 8 and in 16 bits.
 WHITES = (255, 65535)
 
@@ -73,8 +75,11 @@ def whole_numbers(values: NDArray[Any], source: str) -> NDArray[Any]:
 def found_values(values: NDArray[Any]) -> list[int]:
     """The different values of a label of whole numbers, sorted."""
     if values.dtype == np.uint8:
-        # no sorting: a volume has millions of values
-        return np.flatnonzero(np.bincount(values.ravel(order="K"), minlength=256)).tolist()
+        # no sorting, and in parts that stay in the processor's cache: a volume has millions of values
+        flat, counts = values.ravel(order="K"), np.zeros(256, dtype=np.int64)
+        for first in range(0, flat.size, _PART):
+            counts += np.bincount(flat[first : first + _PART], minlength=256)
+        return np.flatnonzero(counts).tolist()
     return np.unique(values).tolist()
 
 

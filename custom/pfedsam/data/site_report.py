@@ -75,6 +75,8 @@ class SiteReport:
     #: Names of cases by what is to be said of them, and the share of an image outside the field of view.
     remarks: dict[str, list[str]] = field(default_factory=dict)
     outside: dict[str, float] = field(default_factory=dict)
+    #: Hash of a case's voxels, by name.
+    contents: dict[str, str] = field(default_factory=dict)
     #: What was loaded through the bundle's own transforms, in words.
     loaded: list[str] = field(default_factory=list)
 
@@ -102,6 +104,17 @@ class SiteReport:
         names = self.remarks.setdefault(text, [])
         if case not in names:
             names.append(case)
+
+    def take(self, part: SiteReport) -> None:
+        """Add all that was found of some cases."""
+        self.cases += part.cases
+        known = {finding.message for finding in self.findings}
+        self.findings += [finding for finding in part.findings if finding.message not in known]
+        for text, names in part.remarks.items():
+            for name in names:
+                self.remark(text, name)
+        self.outside |= part.outside
+        self.contents |= part.contents
 
     def add_error(self, error: PFedSAMError, case: str = "") -> None:
         """Add an error that was raised, once."""

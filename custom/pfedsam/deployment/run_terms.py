@@ -16,10 +16,10 @@ from typing import Any
 
 import pfedsam
 from pfedsam.bundles import settings_of
-from pfedsam.comparison.provenance import INDIFFERENT, bundle_hash, content_hash, hash_of, weights_checksum
+from pfedsam.comparison.provenance import INDIFFERENT, bundle_hash, weights_checksum
 from pfedsam.data.sites import read_split
 from pfedsam.errors import ErrorCode, PFedSAMError, few
-from pfedsam.files import write_atomically
+from pfedsam.files import content_hash, hash_of, write_atomically
 from pfedsam.training.strategy import Strategy
 
 TERMS_FILE = "run.json"

@@ -220,7 +220,7 @@ def _check_machine(kit: Path) -> Iterator[Finding]:
 
 def _check_data(kit: Path) -> Iterator[Finding]:
     from pfedsam.data.site_folder import read_site
-    from pfedsam.federated.settings import read_settings, site_folder
+    from pfedsam.federated.settings import prepared_path, read_settings, site_folder
     from pfedsam.storage.state import state_root
 
     try:
@@ -233,18 +233,25 @@ def _check_data(kit: Path) -> Iterator[Finding]:
         yield Finding("data", False, str(error))
         return
     yield Finding("limits", True, _limits(settings))
-    root = state_root(settings.state_root)
+    yield from _check_folder("state", kit, state_root(settings.state_root))
+    prepared = prepared_path(settings, str(name))
+    if prepared is not None:
+        yield from _check_folder("prepared volumes", kit, prepared)
+
+
+def _check_folder(name: str, kit: Path, folder: Path) -> Iterator[Finding]:
+    """Whether a folder of the site can be written, lies outside the kit, and is closed to others."""
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / ".probe"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        probe = folder / ".probe"
         probe.write_text("")
         probe.unlink()
-        inside = kit.resolve() in root.resolve().parents
-        text = f"{root}" + (" lies inside the NVFlare workspace: an upgrade would remove it" if inside else "")
-        yield Finding("state", not inside, text)
-        yield from _check_access("state", root, [root])
+        inside = kit.resolve() in folder.resolve().parents
+        text = f"{folder}" + (" lies inside the NVFlare workspace: an upgrade would remove it" if inside else "")
+        yield Finding(name, not inside, text)
+        yield from _check_access(name, folder, [folder])
     except OSError as error:
-        yield Finding("state", False, f"{root} cannot be written: {error}")
+        yield Finding(name, False, f"{folder} cannot be written: {error}")
 
 
 def _limits(settings: SiteSettings) -> str:

@@ -13,9 +13,6 @@ from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.abstract.model_learner import ModelLearner
 from nvflare.app_common.app_constant import AppConstants
 
-from pfedsam.data.checks import check_site
-from pfedsam.data.expected import expected_by
-from pfedsam.data.site_report import require_valid
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
 from pfedsam.federated.collection import leave_out_what_is_there
@@ -30,6 +27,7 @@ from pfedsam.federated.scalars import ListedScalars, phase_tag
 from pfedsam.federated.settings import (
     SiteSettings,
     TimeLimit,
+    prepared_folder,
     require_agreed,
     require_epochs,
     require_round,
@@ -38,9 +36,11 @@ from pfedsam.federated.settings import (
 )
 from pfedsam.storage.job_plan import CLIENT
 from pfedsam.storage.state import SiteState, state_root
+from pfedsam.training.preparation import require_trainable
 from pfedsam.training.round_result import RoundResult
 from pfedsam.training.site import SiteTrainer
 from pfedsam.training.strategy import Strategy
+from pfedsam.training.validation import LEAST_CASES
 
 #: When a job has begun at the site, in its folder there.
 STARTED = "pfedsam_started"
@@ -135,10 +135,13 @@ class PFedSAMLearner(ModelLearner):
         require_policy(trained, site.largest_clip, site.least_noise)
         self._set_threads(site.threads or self.threads)
         folder = site_folder(site.data_root, self.site_name)
-        require_valid(check_site(folder, **expected_by(plan.bundle, plan.overrides, site.labels)))
+        prepared = prepared_folder(site, self.site_name)
+        require_trainable(folder, plan.bundle, plan.overrides, label_map=site.labels, prepared=prepared)
         output = Path(self.workspace.get_run_dir(self.job_id)) / "bundle"
         device = site.device or self.device
-        settings: dict[str, Any] = {"device": device, "checkpoint": site.checkpoint, "label_map": site.labels}
+        settings: dict[str, Any] = {"device": device, "checkpoint": site.checkpoint}
+        settings |= {"label_map": site.labels, "prepared": prepared}
+        settings["least_validated"] = max(LEAST_CASES, site.least_validation_cases)
         self._local = SiteTrainer(plan.bundle, folder, strategy, plan.overrides, output, **settings)
         self._local.open()
         self._open_state(plan, site.state_root)
@@ -179,7 +182,7 @@ class PFedSAMLearner(ModelLearner):
         self._global_dice = None
         if before_training and not self._local.validates(int(self.current_round)):
             return None
-        dice = self._receive_and_validate(model)
+        dice = self._receive_and_validate(model, in_round=before_training)
         if before_training:
             self._send_dice("val_dice_global", dice)
             self.logger.info(f"round {self.current_round}: global Dice {dice:.3f}")
@@ -212,7 +215,7 @@ class PFedSAMLearner(ModelLearner):
         )
 
     def _finish(self, model: FLModel) -> None:
-        before = self._receive_and_validate(model)
+        before = self._receive_and_validate(model, in_round=False)
         result = self._local.finish(self.current_round)
         if self.is_aborted():
             return
@@ -224,10 +227,10 @@ class PFedSAMLearner(ModelLearner):
         self._send_dice("val_dice_personal", after)
         self.logger.info(f"final personal phase: global Dice {before:.3f}, personal Dice {after:.3f}")
 
-    def _receive_and_validate(self, model: FLModel) -> float:
+    def _receive_and_validate(self, model: FLModel, in_round: bool) -> float:
         self._time.require_left()
         self._local.receive(model.params, model.meta.get(FINGERPRINT_KEY))
-        self._global_dice = dice = self._local.validate(experts=False)["val_dice"]
+        self._global_dice = dice = self._local.validate(experts=False, in_round=in_round)["val_dice"]
         self._tells_dice = self._enough_cases and (self._is_simulated() or self._local.answers)
         if self._enough_cases and not self._tells_dice:
             self.logger.warning(

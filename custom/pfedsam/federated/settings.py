@@ -35,6 +35,8 @@ class SiteSettings(BaseModel):
     Attributes:
         data_root: folder that holds the site folder `<data_root>/<site name>`, or is the site folder itself.
         state_root: where the personal state is kept; see `pfedsam.storage.state.state_root`.
+        prepared_root: folder for prepared volumes, which the next job reads in place of the images. They are pictures
+            of patients: see `pfedsam.data.kept_volumes`. None keeps none, and each job prepares them anew.
         checkpoint: path of SAM's base weights at this site; by default the environment variable PFEDSAM_CHECKPOINT,
             else the weights folder (see `pfedsam models`).
         device: `auto` or a torch device.
@@ -58,6 +60,7 @@ class SiteSettings(BaseModel):
 
     data_root: str | None = None
     state_root: str | None = None
+    prepared_root: str | None = None
     checkpoint: str | None = None
     device: str | None = None
     threads: int | None = Field(None, ge=1)
@@ -201,6 +204,31 @@ def _too_much(asked: str, allowed: Any, key: str) -> PFedSAMError:
         f"the job asks for {asked}, this site allows {allowed}.",
         f"Ask who submitted it, or set another '{key}' in local/{SITE_SETTINGS} (see `pfedsam site init --help`).",
     )
+
+
+def prepared_path(settings: SiteSettings, site: str) -> Path | None:
+    """Where a site keeps its prepared volumes, None if it keeps none."""
+    return None if settings.prepared_root is None else Path(settings.prepared_root).expanduser() / site
+
+
+def prepared_folder(settings: SiteSettings, site: str) -> Path | None:
+    """See `prepared_path`; the folder is made if need be.
+
+    Raises:
+        PFedSAMError: E01 if it cannot be made.
+    """
+    folder = prepared_path(settings, site)
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise PFedSAMError(
+            ErrorCode.SITE_SETTINGS,
+            f"the folder of prepared volumes {folder} cannot be made: {error}.",
+            f"Set another 'prepared_root' in local/{SITE_SETTINGS}, or none.",
+        ) from None
+    return folder
 
 
 def site_folder(data_root: str | None, site: str) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from pfedsam.errors import ErrorCode, PFedSAMError
+from pfedsam.files import file_digest
 
 #: Folder of downloaded weights; by default `~/.cache/pfedsam/weights`.
 FOLDER_VARIABLE = "PFEDSAM_WEIGHTS"
@@ -157,12 +157,3 @@ def check_file(path: Path, checksum: str) -> None:
             f"{path} has {algorithm} {found}, expected {expected}.",
             "Delete it and fetch it again.",
         )
-
-
-def file_digest(path: Path, algorithm: str = "sha256") -> str:
-    """Digest of a file's content, in hexadecimal; the file may be larger than the memory."""
-    digest = hashlib.new(algorithm, usedforsecurity=algorithm != "md5")
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

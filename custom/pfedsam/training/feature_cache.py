@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import torch
 from torch import Tensor
+
+from pfedsam.files import read_into
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +24,7 @@ TRAINING = "train"
 
 
 class FeatureCache:
-    """Features by key, in memory or in one memory-mapped file, up to a limit. What does not fit is computed anew.
+    """Features by key, in memory or in one file, up to a limit. What does not fit is computed anew.
 
     Training comes first: it takes the places that others hold, one by one as it needs them, and nobody takes its own.
     A round validates before it trains, and would fill the cache otherwise with what is read once a round.
@@ -28,7 +32,8 @@ class FeatureCache:
     Args:
         limit_gb: at most so many GiB; 0 turns the cache off.
         folder: where the file is written; None for memory. It holds features of patients' images: it has no name in
-            the folder, so that nobody else opens it and nothing is left of it, however the process ends.
+            the folder, so that nobody else opens it and nothing is left of it, however the process ends. It is read
+            and not mapped: what it holds is no memory of the process.
         dtype: of the stored features; `float32` is exact, `float16` and `bfloat16` halve the bytes.
     """
 
@@ -42,7 +47,7 @@ class FeatureCache:
         self.trained = [0, 0]
         self._others: dict[Hashable, None] = {}
         self._memory: list[Tensor] = []
-        self._file: Tensor | None = None
+        self._file: BinaryIO | None = None
         self._shape: torch.Size | None = None
         self._dtypes: dict[Hashable, torch.dtype] = {}
         self._full = False
@@ -115,7 +120,7 @@ class FeatureCache:
             return
         stored = row.detach().to("cpu", self.dtype)
         if self.folder is not None:
-            self._rows_on_disk()[number] = stored
+            os.pwrite(self._handle(), _bytes_of(stored), number * self._row_bytes())
         elif number < len(self._memory):
             self._memory[number].copy_(stored)
         else:
@@ -136,20 +141,25 @@ class FeatureCache:
 
     def _read(self, key: Hashable) -> Tensor:
         row = self.rows[key]
-        return self._memory[row] if self.folder is None else self._rows_on_disk()[row]
+        if self.folder is None:
+            return self._memory[row]
+        assert self._shape is not None
+        stored = torch.empty(self._shape, dtype=self.dtype)
+        read_into(self._handle(), _bytes_of(stored), row * self._row_bytes())
+        return stored
 
-    def _rows_on_disk(self) -> Tensor:
-        """`(capacity, *shape)`, backed by a sparse temporary file whose name is removed as soon as it is mapped."""
+    def _handle(self) -> int:
+        """Descriptor of the file, which has no name."""
         if self._file is None:
-            assert self.folder is not None and self._shape is not None
+            assert self.folder is not None
             self.folder.mkdir(parents=True, exist_ok=True)
-            # as long as the budget from the start: the file is sparse, and a mapping cannot grow
-            capacity = self.limit // self._row_bytes()
-            size = capacity * self._shape.numel()
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="features-", suffix=".bin") as file:
-                flat = torch.from_file(file.name, shared=True, size=size, dtype=self.dtype)
-            self._file = flat.view(capacity, *self._shape)
-        return self._file
+            self._file = cast(BinaryIO, tempfile.TemporaryFile(dir=self.folder, prefix="features-"))  # noqa: SIM115
+        return self._file.fileno()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a tensor on the CPU, of any type."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data.cast("B")
 
 
 def is_of_training(key: Hashable) -> bool:

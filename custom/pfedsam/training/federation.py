@@ -198,7 +198,7 @@ def _round(
     local.receive(theta, local.fingerprint)
     metrics = {}
     if local.validates(number):
-        metrics["val_dice_global"] = local.validate(experts=False)["val_dice"]
+        metrics["val_dice_global"] = local.validate(experts=False, in_round=True)["val_dice"]
     result = local.train(number)
     if (personal := local.personal_dice(number)) is not None:
         metrics["val_dice_personal"] = personal

@@ -60,19 +60,25 @@ def leave_out(evaluator: Any, listed: Sequence[Mapping[str, Any]], numbers: Coll
     """
     if not numbers:
         return list(listed)
-    loader = evaluator.data_loader
-    if len(loader.dataset) != len(listed):
+    items = len(evaluator.data_loader.dataset)
+    if items != len(listed):
         raise PFedSAMError(
             ErrorCode.CONFIGURATION_FILE,
-            f"the bundle validates on {len(loader.dataset)} items of {len(listed)} cases: none can be left out.",
+            f"the bundle validates on {items} items of {len(listed)} cases: none can be left out.",
             "Let its 'validate#dataset' hold one item a case.",
         )
     kept = [number for number in range(len(listed)) if number not in numbers]
+    run_on(evaluator, kept)
+    return [listed[number] for number in kept]
+
+
+def run_on(evaluator: Any, numbers: Sequence[int]) -> None:
+    """Let an evaluator run on some of the items of its data loader, in this order."""
+    loader = evaluator.data_loader
     evaluator.data_loader = DataLoader(
-        Subset(loader.dataset, kept),
+        Subset(loader.dataset, numbers),
         batch_size=loader.batch_size,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
     )
     evaluator.state.epoch_length = len(evaluator.data_loader)
-    return [listed[number] for number in kept]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,14 @@ from torch import Tensor
 from pfedsam.data.seen import SEEN, Seen, patient_of
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.model import SegmentAnything
-from pfedsam.parameters import (
-    swapped_parameters,
-)
+from pfedsam.parameters import swapped_parameters
 from pfedsam.storage.site_model import SiteModel
 from pfedsam.training.left_out import leave_out_trained
 from pfedsam.training.round_result import RoundResult
 from pfedsam.training.site_tensors import SiteTensors
 from pfedsam.training.strategy import Phase, Strategy
 from pfedsam.training.trainer import PhaseTrainer
-from pfedsam.training.validation import run_validation
+from pfedsam.training.validation import LEAST_CASES, RoundSample, run_validation
 from pfedsam.training.workflow import open_workflow
 
 logger = logging.getLogger(__name__)
@@ -47,6 +46,10 @@ class SiteTrainer:
         cases: at most so many training cases, or None for all: to see what a small site gains.
         label_map: what the site's label values mean, None if they are the bundle's; see
             `pfedsam.data.transforms.ClassChannelsd`.
+        prepared: folder where prepared volumes are kept from one job to the next, see `pfedsam.data.kept_volumes`; None
+            to keep none.
+        least_validated: cases on which a large site validates at least in a round, see
+            `pfedsam.training.validation.RoundSample`.
 
     Raises:
         PFedSAMError: from `open`, with the code of whatever is wrong in data, weights or configuration.
@@ -64,8 +67,10 @@ class SiteTrainer:
         feature_store: str | Path | None = None,
         cases: int | None = None,
         label_map: Mapping[str, str] | None = None,
+        prepared: str | Path | None = None,
+        least_validated: int = LEAST_CASES,
     ) -> None:
-        self.label_map = label_map
+        self.label_map, self.prepared, self.least_validated = label_map, prepared, least_validated
         self.checkpoint, self.feature_store, self.case_limit = checkpoint, feature_store, cases
         self.bundle, self.folder, self.strategy = bundle, Path(folder), strategy
         self.overrides, self.output_dir, self.device = overrides, Path(output_dir), device
@@ -73,7 +78,8 @@ class SiteTrainer:
         self.trainer: PhaseTrainer
         self.tensors: SiteTensors
         self._seen = Seen.nothing()
-        self._global_dice: float | None = None
+        #: Of the global model, in rounds (True) and on all cases (False).
+        self._global_dice: dict[bool, float] = {}
         self._answered: list[bool] = []
 
     def open(self) -> None:
@@ -89,10 +95,12 @@ class SiteTrainer:
             feature_store=self.feature_store,
             case_limit=self.case_limit,
             label_map=self.label_map,
+            prepared=self.prepared,
         )
         self.network, self.trainer, self.evaluator = opened.network, opened.trainer, opened.evaluator
         self.cases, self.validation_cases = opened.cases, opened.validation_cases
         self.tensors = SiteTensors(self.network, self.strategy.roles)
+        self._sample = RoundSample(opened.seed, self.least_validated)
 
     @property
     def fingerprint(self) -> str:
@@ -117,7 +125,7 @@ class SiteTrainer:
                 "Use the checkpoint, backbone and image size that the federation agreed on.",
             )
         if self.tensors.receive(theta):
-            self._global_dice = None
+            self._global_dice.clear()
 
     def restore(self, model: SiteModel) -> None:
         """Take back the personal part, its optimiser's moments and what it has seen.
@@ -141,25 +149,30 @@ class SiteTrainer:
         self._seen = known or Seen.nothing(whole=False)
         kept = leave_out_trained(self.evaluator, self.validation_cases, self._seen, self.folder)
         if len(kept) < len(self.validation_cases):
-            self._global_dice = None
+            self._global_dice.clear()
         self.validation_cases = kept
 
-    def validate(self, experts: bool) -> dict[str, float]:
+    def validate(self, experts: bool, in_round: bool = False) -> dict[str, float]:
         """Mean Dice over the validation cases, as volumes, of the global (experts off) or the personal model.
 
         The personal part works beside theta as received, also after a phase that has trained theta. The global model's
         Dice is kept until another theta is received: NVFlare asks for the last one several times.
+
+        Args:
+            experts: the personal model.
+            in_round: a large site takes a draw of its cases, see `pfedsam.training.validation.RoundSample`.
         """
-        if experts or self._global_dice is None:
+        if experts or in_round not in self._global_dice:
             with (
                 self.network.experts(experts),
                 swapped_parameters(self.network, self.tensors.beside() if experts else {}),
+                self._sample.of(self.evaluator) if in_round else nullcontext(),
             ):
                 dice, answered = run_validation(self.evaluator, self.trainer.exclusive)
             if experts:
                 return {"val_dice": dice}
-            self._global_dice, self._answered = dice, answered
-        return {"val_dice": self._global_dice}
+            self._global_dice[in_round], self._answered = dice, answered
+        return {"val_dice": self._global_dice[in_round]}
 
     @property
     def answers(self) -> bool:
@@ -182,7 +195,7 @@ class SiteTrainer:
         """
         if not (self.strategy.rounds_are_personal and self.validates(round_number)):
             return None
-        return self.validate(experts=True)["val_dice"]
+        return self.validate(experts=True, in_round=True)["val_dice"]
 
     def train(self, round_number: int) -> RoundResult:
         """One round beside the global model received last. If it fails or is stopped, the model is as before."""
@@ -209,7 +222,7 @@ class SiteTrainer:
     def _forget_global_dice(self) -> None:
         """Personal tensors beside the experts also work with the experts off (as FedRep's head)."""
         if set(self.strategy.personal) - {"experts"}:
-            self._global_dice = None
+            self._global_dice.clear()
 
     def model(self, **info: Any) -> SiteModel:
         """The personal part with the shared part *as received*: the pair that was trained together."""

@@ -15,6 +15,7 @@ from pfedsam.errors import ErrorCode, failing_as
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.parameters import Roles, trains_encoder
 from pfedsam.training.feature_store import store_settings
+from pfedsam.training.preparation import Preparation
 from pfedsam.training.trainer import PhaseTrainer
 
 #: Which cases are in which section, for people; in the output folder, which stays at the site.
@@ -29,6 +30,7 @@ class Workflow:
         network: that is trained and validated.
         trainer, evaluator: engines on it.
         cases, validation_cases: the items that they load.
+        seed: of the split and of all draws.
     """
 
     network: SegmentAnything
@@ -36,6 +38,7 @@ class Workflow:
     evaluator: Any
     cases: list[Any]
     validation_cases: list[Any]
+    seed: int
 
 
 def open_workflow(
@@ -50,11 +53,12 @@ def open_workflow(
     feature_store: str | Path | None = None,
     case_limit: int | None = None,
     label_map: Mapping[str, str] | None = None,
+    prepared: str | Path | None = None,
 ) -> Workflow:
     """Build a bundle's training workflow on a site's data, and write down the split in `output_dir`.
 
     Args:
-        bundle, folder, output_dir, overrides, device, checkpoint, feature_store, label_map: see
+        bundle, folder, output_dir, overrides, device, checkpoint, feature_store, label_map, prepared: see
             `pfedsam.training.site.SiteTrainer`.
         roles: of the groups; they say whether the trunk of the network is frozen.
         case_limit: at most so many training cases, or None for all.
@@ -72,6 +76,7 @@ def open_workflow(
         }
         settings |= {"train#handlers": "$[]", "validate#handlers": "$[]"}  # the round validates, not the epochs
         settings |= store_settings(feature_store)
+        settings |= Preparation(bundle, overrides, label_map, prepared).settings()
         if label_map is not None:
             settings["label_map"] = dict(label_map)
         if case_limit is not None:
@@ -94,4 +99,4 @@ def open_workflow(
         write_split(folder, output_dir / SPLIT_FILE, parsed("seed"), parsed("folds"))
         network = trainer.network
         network.frozen_trunk = not trains_encoder(network, roles)
-    return Workflow(network, trainer, evaluator, cases, validation_cases)
+    return Workflow(network, trainer, evaluator, cases, validation_cases, int(parsed("seed")))
