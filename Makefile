@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo poc test test-slow lint cases lgg bench bench-speed bench-lgg bench-phantom wheel clean
+.PHONY: demo poc test test-slow lint cases lgg bench bench-speed bench-framework bench-lgg bench-phantom wheel clean
 
 demo: $(STAMP)
 	$(BIN)/pfedsam demo
@@ -68,6 +68,10 @@ bench-phantom: $(STAMP)
 # Steps, predictions and starts beside peers and an earlier commit, about 10 minutes with nothing else running
 bench-speed: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_speed.py
+
+# Start, rounds, whole job and the server's memory of a tiny federation, about 5 minutes with nothing else running
+bench-framework: $(STAMP)
+	$(BIN)/python tests/benchmarks/bench_framework.py
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_cache.py

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -70,6 +71,9 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = pfedsam("simulate", str(data), "--out", str(out), "--rounds", "3", *TINY, home=out.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "worst" in done.stdout and "pfedsam state list" in done.stdout
+    first = ("before the first round: global Dice", "after 1 round: global Dice", "after 2 rounds: global Dice")
+    places = [done.stdout.index(text) for text in first]
+    assert places == sorted(places) < [done.stdout.index("worst")]
     return out
 
 
@@ -268,3 +272,28 @@ def test_validate_tells_good_from_bad_by_its_exit_code(data: Path, tmp_path: Pat
     assert good.returncode == 0 and json.loads(good.stdout)
     bad = here("validate", str(tmp_path), home=tmp_path)
     assert bad.returncode == 1
+
+
+@pytest.mark.slow
+def test_a_demo_that_is_stopped_says_how_to_go_on(tmp_path: Path):
+    said = tmp_path / "said.txt"
+    with said.open("w") as file:
+        command = [sys.executable, "-m", "pfedsam.cli", "demo", "--out", str(tmp_path / "demo")]
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HOME": str(tmp_path), "COLUMNS": "200"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+    limit = time.monotonic() + 400
+    # printed when the settings of the demo have passed all checks, and its simulator is about to be told
+    while "if it is stopped, it goes on with" not in said.read_text():
+        assert process.poll() is None and time.monotonic() < limit, said.read_text()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    last = said.read_text().splitlines()[-1]
+    assert last.startswith("stopped by SIGINT. To go on: pfedsam demo --out ") and last.endswith(
+        "what is done is kept."
+    )

@@ -1,4 +1,4 @@
-"""The `pfedsam` command. Heavy libraries are imported by the commands that need them, not for `--help`."""
+"""The `pfedsam` command. A command is imported when it is called, and heavy libraries by those that need them."""
 
 from __future__ import annotations
 
@@ -6,44 +6,17 @@ import os
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from pfedsam import __version__
-from pfedsam.commands import (
-    audit,
-    bundle,
-    compare,
-    data,
-    errors,
-    evaluation,
-    federation,
-    inference,
-    job,
-    models,
-    poc,
-    settings,
-    site,
-    state,
-)
-from pfedsam.commands.console import OPERATE, console
+from pfedsam.commands.listing import OnDemand
 from pfedsam.errors import PFedSAMError
 
 app = typer.Typer(
+    cls=OnDemand,
     help="Personalised federated fine-tuning of the Segment Anything Model. Research only, not for diagnostic use.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-for part in (
-    *(data.app, bundle.app, models.app, settings.app, errors.app),
-    *(federation.app, evaluation.app, compare.app, inference.app),
-):
-    app.add_typer(part)
-app.add_typer(state.app, name="state", rich_help_panel=OPERATE)
-app.add_typer(job.app, name="job", rich_help_panel=OPERATE)
-app.add_typer(poc.app, name="poc", rich_help_panel=OPERATE)
-app.add_typer(site.app, name="site", rich_help_panel=OPERATE)
-app.add_typer(audit.app)
 
 
 def main() -> None:
@@ -52,6 +25,9 @@ def main() -> None:
     try:
         app()
     except PFedSAMError as error:
+        from rich.console import Console
+        from rich.markup import escape
+
         line = f"[bold red]error[/] {escape(str(error))}"
         Console(stderr=True).print(line, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
@@ -60,7 +36,7 @@ def main() -> None:
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        console.print(f"pfedsam {__version__}")
+        typer.echo(f"pfedsam {__version__}")
         raise typer.Exit
 
 

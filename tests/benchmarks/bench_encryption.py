@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pfedsam.commands.federation import DEMO_OVERRIDES
 from pfedsam.data.phantom import write_phantom
 from pfedsam.deployment.admin import connect, fetch, follow, submit
 from pfedsam.deployment.audit import audit
@@ -40,7 +39,16 @@ from pfedsam.storage.state_list import list_states
 PROJECT = Path(__file__).parents[2] / "poc_workspace" / "project.yml"
 BUILDER = {"path": "nvflare.lighter.impl.he.HEBuilder", "args": {"poly_modulus_degree": 8192, "scale_bits": 40}}
 OPTIONS = {"plain": Privacy(), "encrypted": Privacy(encrypt=True)}
-SETTINGS: dict[str, Any] = {"image_size": 64, **DEMO_OVERRIDES, "seed": 0}
+SETTINGS: dict[str, Any] = {
+    "image_size": 64,
+    "adapted_blocks": 1,
+    "batch_size": 2,
+    "augmentations": 1,
+    "positives_per_case": 4,
+    "negatives_per_case": 2,
+    "cache_limit_gb": 1,
+    "seed": 0,
+}
 BUNDLE, CASES, SHAPE = "brain_lesion_mri", 9, (96, 96, 12)
 RESULTS = Path(__file__).parent / "results" / "encryption.json"
 

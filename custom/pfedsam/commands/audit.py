@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pfedsam.commands.console import OPERATE, console
+from pfedsam.commands.console import console
+from pfedsam.commands.listing import OPERATE
 from pfedsam.errors import ErrorCode, PFedSAMError
 
 app = typer.Typer()

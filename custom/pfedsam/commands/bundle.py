@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pfedsam.commands.console import DATA, console, quiet_libraries
+from pfedsam.commands.console import console, quiet_libraries
+from pfedsam.commands.listing import DATA
 
 app = typer.Typer()
 

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from pfedsam import defaults
-from pfedsam.commands.console import LOOK, Bundle, Force, Overrides, bar, claim_folder, console, literals
+from pfedsam.commands.console import Bundle, Force, Overrides, bar, claim_folder, console, literals
 from pfedsam.commands.interrupts import command_again, ends_in_order
+from pfedsam.commands.listing import LOOK
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ranges import LARGEST_SEED, MOST_ROUNDS, MOST_WORKERS
 from pfedsam.storage.run_folder import is_comparison

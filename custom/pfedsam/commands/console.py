@@ -25,14 +25,13 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from pfedsam.commands.listing import LOOK as LOOK
+from pfedsam.commands.listing import TRAIN as TRAIN
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.storage.run_folder import claim_run
 
 #: Paths and names may hold brackets: a text is printed as it is, unless a call asks for markup.
 console = Console(markup=False)
-
-#: Panels of `pfedsam --help`.
-DATA, TRAIN, LOOK, OPERATE = "Data and weights", "Train", "Look", "Operate"
 
 #: In a log; a terminal has a bar that moves.
 SECONDS_BETWEEN_LINES = 60.0

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from pfedsam import defaults
-from pfedsam.commands.console import DATA, Bundle, Force, Overrides, bar, console, literals
+from pfedsam.commands.console import Bundle, Force, Overrides, bar, console, literals
+from pfedsam.commands.listing import DATA
 from pfedsam.errors import ErrorCode
 from pfedsam.ranges import LARGEST_SEED, MOST_CASES, MOST_SITES
 

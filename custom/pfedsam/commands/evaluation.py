@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pfedsam.commands.console import LOOK, Force, ModelBundle, Overrides, bar, console, literals, quiet_libraries
+from pfedsam.commands.console import Force, ModelBundle, Overrides, bar, console, literals, quiet_libraries
+from pfedsam.commands.listing import LOOK
 from pfedsam.ownership import require_free, require_ours, use
 
 app = typer.Typer()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +12,6 @@ import typer
 
 from pfedsam import defaults
 from pfedsam.commands.console import (
-    TRAIN,
     Force,
     Fresh,
     Job,
@@ -25,23 +26,34 @@ from pfedsam.commands.console import (
 from pfedsam.commands.data import make_phantom
 from pfedsam.commands.evaluation import report, show_evaluation
 from pfedsam.commands.interrupts import command_again, ends_in_order
+from pfedsam.commands.listing import TRAIN
+from pfedsam.deployment.simulator_process import begun
 from pfedsam.ranges import LARGEST_SEED, MOST_ROUNDS
 from pfedsam.storage.run_folder import RUN, is_simulation, starts
 
 app = typer.Typer()
 
 #: The demo is as small as it can be and still show the effect in minutes on two cores.
+DEMO_JOB = "pfedsam"
 DEMO_CASES = 9
-DEMO_SHAPE = (96, 96, 12)
-DEMO_ROUNDS = 6
+DEMO_SHAPE = (96, 96, 8)
+DEMO_ROUNDS = 3
+DEMO_SIDE = 96
 DEMO_OVERRIDES: dict[str, Any] = {
     "adapted_blocks": 1,
     "batch_size": 2,
     "augmentations": 1,
-    "positives_per_case": 4,
-    "negatives_per_case": 2,
+    "positives_per_case": 3,
+    "negatives_per_case": 1,
     "cache_limit_gb": 1,
 }
+#: The final phase lasts longer than the job's, because so few rounds leave the most shifted site with nothing, and the
+#: site keeps what it has fitted (`interpolation` of the strategy).
+DEMO_FINAL = {"epochs": 8, "learning_rate": 0.004}
+DEMO_INTERPOLATION = 1.0
+
+#: A site's line of progress before it trains in a round; the number of rounds that the global model has seen.
+_GLOBAL_DICE = re.compile(r"round (\d+): global Dice (\d\.\d+)")
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -78,18 +90,19 @@ def simulate(
     same; else it says what differs, and stops.
     """
     overrides = {"seed": seed, **literals(set_ or [])}
-    from pfedsam.api import planned_simulation
-    from pfedsam.deployment.simulation import require_splits
-    from pfedsam.training.catalogue import find_strategy
-
-    if strategy is not None and find_strategy(strategy).kind != "federated":
-        raise typer.BadParameter(f"'{strategy}' needs no server: use `pfedsam compare`", param_hint="--strategy")
     out = out or Path(f"runs/simulation-{time.strftime('%Y%m%d-%H%M%S')}")
-    planned = planned_simulation(data, out, job, strategy, federation, bundle, rounds, overrides, validate_every)
-    with ends_in_order(f"To go on: {command_again(out)}"), planned as simulation:
-        require_splits(simulation)
-        claim_folder(out, "simulation", is_simulation, force)
-        federate(simulation, fresh)
+    with ends_in_order(f"To go on: {command_again(out)}"), begun() as process:  # it imports meanwhile
+        from pfedsam.api import planned_simulation
+        from pfedsam.deployment.simulation import require_splits
+        from pfedsam.training.catalogue import find_strategy
+
+        if strategy is not None and find_strategy(strategy).kind != "federated":
+            raise typer.BadParameter(f"'{strategy}' needs no server: use `pfedsam compare`", param_hint="--strategy")
+        planned = planned_simulation(data, out, job, strategy, federation, bundle, rounds, overrides, validate_every)
+        with planned as simulation:
+            require_splits(simulation)
+            claim_folder(out, "simulation", is_simulation, force)
+            federate(simulation, process, fresh)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -98,7 +111,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of phantom, draws and split.")] = 0,
     image_size: Annotated[
         int, typer.Option(help="Side of the network's input in pixels; 64 is faster, 128 better.")
-    ] = 128,
+    ] = DEMO_SIDE,
     amp: Annotated[
         bool | None, typer.Option(help="bfloat16 autocast; by default where the processor or GPU has bfloat16.")
     ] = None,
@@ -109,26 +122,29 @@ def demo(
     from pfedsam.bundles import require_settings
 
     require_settings(defaults.BUNDLE, {"image_size": image_size, **DEMO_OVERRIDES})
-    with ends_in_order(f"To go on: {command_again()}"):
+    with ends_in_order(f"To go on: {command_again()} (or `make demo` again); what is done is kept."):
         claim_folder(out, "demo", is_simulation, force)
-        _demo(out, seed, image_size, amp, fresh)
+        with begun() as process:  # it imports meanwhile
+            _demo(process, out, seed, image_size, amp, fresh)
     console.print("Next, with data of your own, one folder for each site, <data>/<site>/images and labels:")
     console.print("  pfedsam validate <data>/<site>\n  pfedsam simulate <data> --out runs/mine")
 
 
-def _demo(out: Path, seed: int, image_size: int, amp: bool | None, fresh: bool) -> None:
+def _demo(process: Any, out: Path, seed: int, image_size: int, amp: bool | None, fresh: bool) -> None:
+    from pfedsam.deployment.job_files import find_job, plan_settings
     from pfedsam.deployment.simulation import Simulation
     from pfedsam.deployment.simulation_starts import require_same_run
 
     data = out / "phantom"
     reduced = _has_bfloat16() if amp is None else amp
     overrides = {"seed": seed, "image_size": image_size, "amp": reduced, **DEMO_OVERRIDES}
-    strategy = {"validate_every": 2}
-    simulation = Simulation(data, out, "pfedsam", "phantom-demo", None, DEMO_ROUNDS, overrides, strategy)
+    final = [phase | DEMO_FINAL for phase in plan_settings(find_job(DEMO_JOB))["strategy"]["final"]]
+    strategy = {"final": final, "interpolation": DEMO_INTERPOLATION}
+    simulation = Simulation(data, out, DEMO_JOB, "phantom-demo", None, DEMO_ROUNDS, overrides, strategy)
     if not fresh:
         require_same_run(simulation, data=False)  # before the phantom of another seed replaces its data
     make_phantom(data, 4, DEMO_CASES, DEMO_SHAPE, seed, force=True)
-    federate(simulation, fresh)
+    federate(simulation, process, fresh)
 
 
 def _has_bfloat16() -> bool:
@@ -143,11 +159,12 @@ def _has_bfloat16() -> bool:
     return bool(abilities.get("avx512_bf16"))
 
 
-def federate(simulation: Any, fresh: bool = False) -> None:
+def federate(simulation: Any, process: Any, fresh: bool = False) -> None:
     """Run a simulation, or what is left of it, with progress, then show what each site gained.
 
     Args:
         simulation: a `pfedsam.deployment.simulation.Simulation`.
+        process: of `pfedsam.deployment.simulator_process.begun`.
         fresh: move a run that is in its folder aside first.
     """
     with console.status("loading libraries"):
@@ -165,15 +182,16 @@ def federate(simulation: Any, fresh: bool = False) -> None:
         f"{len(simulation.sites)} sites, {rounds} rounds, then the final personal phase; log: {out}/simulator.log"
     )
     console.print(f"if it is stopped, it goes on with: {command_again(out)}", highlight=False, soft_wrap=True)
-    done = 0
+    done, tell = 0, _RoundByRound(len(simulation.sites))
     with bar("starting", expected_events(simulation)) as advance:
 
         def event(line: str) -> None:
             nonlocal done
             done += 1
             advance(done, line)
+            tell(line)
 
-        if not run(simulation, event):
+        if not run(simulation, event, process):
             console.print("this federation has finished before; its sites are evaluated again")
     show_doubts(start / "server" / RUN for start in starts(out))
     states = simulation.states()
@@ -181,3 +199,22 @@ def federate(simulation: Any, fresh: bool = False) -> None:
     show_evaluation(models, simulation.plan["bundle"], simulation.settings, out, sent_bytes(simulation))
     report(out)
     console.print(f"personal state: {simulation.state_root} (pfedsam state list --root {simulation.state_root})")
+
+
+class _RoundByRound:
+    """Prints how good the global model is, once all sites have told it in a round."""
+
+    def __init__(self, sites: int) -> None:
+        self._sites = sites
+        self._told: defaultdict[int, list[float]] = defaultdict(list)
+
+    def __call__(self, line: str) -> None:
+        """Take a line of `pfedsam.deployment.simulator.run`."""
+        if not (found := _GLOBAL_DICE.match(line)):
+            return
+        rounds, told = int(found[1]), self._told[int(found[1])]
+        told.append(float(found[2]))
+        if len(told) == self._sites:
+            when = f"after {rounds} round{'s' * (rounds > 1)}" if rounds else "before the first round"
+            mean = sum(told) / len(told)
+            console.print(f"{when}: global Dice {mean:.3f}, mean of the sites' validation cases", highlight=False)

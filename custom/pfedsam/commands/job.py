@@ -11,7 +11,7 @@ from pfedsam.commands.console import Admin, Force, Job, console, show_doubts
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ranges import MOST_ROUNDS, MOST_SITES
 
-app = typer.Typer(help="NVFlare jobs.", no_args_is_help=True)
+app = typer.Typer(name="job", help="NVFlare jobs.", no_args_is_help=True)
 
 
 @app.command("export")

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from pfedsam import defaults
-from pfedsam.commands.console import DATA, LOOK, OPERATE, Force, Job, Overrides, bar, console, literals
+from pfedsam.commands.console import Force, Job, Overrides, bar, console, literals
+from pfedsam.commands.listing import DATA, LOOK, OPERATE
 from pfedsam.ownership import require_free
 
 app = typer.Typer()

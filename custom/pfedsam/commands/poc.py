@@ -14,7 +14,11 @@ from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ranges import MOST_ROUNDS
 from pfedsam.storage.run_folder import move_aside
 
-app = typer.Typer(help="A federation of real processes with mutual TLS on this machine.", no_args_is_help=True)
+app = typer.Typer(
+    name="poc",
+    help="A federation of real processes with mutual TLS on this machine.",
+    no_args_is_help=True,
+)
 
 FEDERATION = "poc"
 ROUNDS = 2

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from pfedsam.commands.console import LOOK, console
+from pfedsam.commands.console import console
+from pfedsam.commands.listing import LOOK
 
 app = typer.Typer()
 

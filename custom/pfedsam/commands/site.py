@@ -11,7 +11,11 @@ import typer
 from pfedsam.commands.console import console
 from pfedsam.errors import ErrorCode, PFedSAMError
 
-app = typer.Typer(help="A startup kit made ready for a hospital, and checked.", no_args_is_help=True)
+app = typer.Typer(
+    name="site",
+    help="A startup kit made ready for a hospital, and checked.",
+    no_args_is_help=True,
+)
 
 Kit = Annotated[Path, typer.Argument(help="Folder of the startup kit, with startup/ and local/.")]
 
@@ -21,6 +25,10 @@ def init(
     kit: Kit,
     data_root: Annotated[Path | None, typer.Option(help="Site folder, or the folder that holds it.")] = None,
     state_root: Annotated[Path | None, typer.Option(help="Where the personal model is kept; back this up.")] = None,
+    prepared_root: Annotated[
+        Path | None,
+        typer.Option(help="Keep prepared volumes here for the next job: pictures of patients, as the data are."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda:0 ...")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="SAM's base weights on this machine.")] = None,
@@ -73,6 +81,7 @@ def init(
     options = {
         "data_root": data_root and str(data_root.resolve()),
         "state_root": state_root and str(state_root.resolve()),
+        "prepared_root": prepared_root and str(prepared_root.resolve()),
         "device": device,
         "threads": threads,
         "checkpoint": checkpoint and str(checkpoint.resolve()),

@@ -16,7 +16,7 @@ from pfedsam.ownership import require_free
 if TYPE_CHECKING:
     from pfedsam.storage.state_list import StateEntry
 
-app = typer.Typer(help="The personal state of the sites on this machine.", no_args_is_help=True)
+app = typer.Typer(name="state", help="The personal state of the sites on this machine.", no_args_is_help=True)
 
 Kit = Annotated[Path | None, typer.Option(help="The site's startup kit, in place of --root: what its settings say.")]
 Fingerprint = Annotated[str, typer.Option(help="How the fingerprint begins, if there is more than one state.")]

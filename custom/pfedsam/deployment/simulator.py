@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from pfedsam.children import end, supervised
 from pfedsam.deployment.job_files import find_job
 from pfedsam.deployment.jobs import export_job
 from pfedsam.deployment.run_terms import keep_terms
@@ -25,6 +23,7 @@ from pfedsam.deployment.simulation_starts import (
     put_states_back,
     require_same_run,
 )
+from pfedsam.deployment.simulator_process import begun, tell
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.records import PROGRESS_LINE
 from pfedsam.storage.run_folder import move_aside
@@ -33,12 +32,17 @@ from pfedsam.storage.state import ROOT_VARIABLE
 _PROBLEM = re.compile(r"\b(E\d\d): (.*)")
 
 
-def run(simulation: Simulation, event: Callable[[str], None] | None = None) -> bool:
+def run(
+    simulation: Simulation,
+    event: Callable[[str], None] | None = None,
+    process: subprocess.Popen[str] | None = None,
+) -> bool:
     """Run the federation, or what is left of it.
 
     Args:
         simulation: what to run.
         event: called with a line for each thing that a person waits for (a validation, a phase).
+        process: a simulator that has begun already, see `simulator_process.begun`.
 
     Returns:
         False if everything was done before.
@@ -48,7 +52,7 @@ def run(simulation: Simulation, event: Callable[[str], None] | None = None) -> b
             line of the first site that failed.
     """
     with _alone(simulation.out):
-        return _run(simulation, event)
+        return _run(simulation, event, process)
 
 
 def begin_anew(simulation: Simulation) -> Path | None:
@@ -76,7 +80,7 @@ def _alone(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _run(simulation: Simulation, event: Callable[[str], None] | None) -> bool:
+def _run(simulation: Simulation, event: Callable[[str], None] | None, process: subprocess.Popen[str] | None) -> bool:
     keep_terms(simulation.out, require_same_run(simulation))
     rounds = simulation.rounds_in_all
     keep_global_model(simulation)
@@ -96,7 +100,8 @@ def _run(simulation: Simulation, event: Callable[[str], None] | None) -> bool:
     if done:
         shutil.copy(simulation.global_model, job / "app" / "config")
     log = simulation.out / "simulator.log"
-    _simulate(simulation, job, log, event)
+    simulate = _simulate if process is None else partial(_simulate, process=process)
+    simulate(simulation, job, log, event)
     keep_global_model(simulation)
     if not is_finished(simulation, rounds):
         raise _first_problem(simulation) or PFedSAMError(
@@ -105,42 +110,26 @@ def _run(simulation: Simulation, event: Callable[[str], None] | None) -> bool:
     return True
 
 
-def _simulate(simulation: Simulation, job: Path, log: Path, event: Callable[[str], None] | None) -> None:
-    """Run the simulator as a process of its own, and report what a person waits for."""
+def _simulate(
+    simulation: Simulation,
+    job: Path,
+    log: Path,
+    event: Callable[[str], None] | None,
+    process: subprocess.Popen[str] | None = None,
+) -> None:
+    """Let the simulator run the job to its end, and report what a person waits for."""
     sites = simulation.sites
     processes = min(simulation.processes or len(sites), len(sites))
-    command = [
-        *(sys.executable, "-m", "nvflare.cli", "simulator", str(job.resolve())),
-        *("-w", str(simulation.workspace.resolve()), "-c", ",".join(sites), "-t", str(processes)),
-    ]
+    arguments = [str(job.resolve()), "-w", str(simulation.workspace.resolve()), "-c", ",".join(sites)]
     environment = {
-        **os.environ,
         "PFEDSAM_DATA": str(simulation.data.resolve()),
         ROOT_VARIABLE: str(simulation.state_root.resolve()),
-        "PYTHONWARNINGS": "ignore",
     }
-    with (
-        log.open("w", buffering=1) as file,
-        # a session of its own: Ctrl-C in the terminal is for us, who then end it with all that it has started
-        subprocess.Popen(
-            supervised(command),
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        ) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                file.write(line)
-                if event and (news := PROGRESS_LINE.search(line)):
-                    event(news.group(1).strip())
-        except BaseException:
-            end(process)
-            raise
+    with log.open("w", buffering=1) as file, nullcontext(process) if process else begun() as simulator:
+        for line in tell(simulator, [*arguments, "-t", str(processes)], environment):
+            file.write(line)
+            if event and (news := PROGRESS_LINE.search(line)):
+                event(news.group(1).strip())
 
 
 def _first_problem(simulation: Simulation) -> PFedSAMError | None:
