@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_infer.py
 
-512 x 512 x 200, lite_medsam at 128 px, experts with random values. Each setting is the real command in a process of its
-own. Prints a table and writes results/infer.json.
+512 x 512 x 200, lite_medsam at 128 px, experts with random values, by torch (`bench_speed.py` has ONNX Runtime). Each
+setting is the real command in a process of its own. Prints a table and writes results/infer.json.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def main() -> None:
         write(folder / "model.safetensors", SiteModel.of(network_of(BUNDLE), Roles(), **told))
         for batch in (1, 8):
             command = [sys.executable, "-m", "pfedsam.cli", "infer", str(folder / "large.nii")]
-            command += ["--model", str(folder / "model.safetensors"), "--out", str(folder / "out")]
+            command += ["--model", str(folder / "model.safetensors"), "--out", str(folder / "out"), "--force"]
+            command += ["--engine", "torch"]
             peak, seconds = peak_of([*command, "--set", f"val_batch_size={batch}"])
             rows.append({"batch": batch, "peak_gib": peak, "seconds_per_slice": seconds / options.shape[2]})
     table = Table("slices a batch", "peak GiB", "s a slice", title=" x ".join(str(n) for n in options.shape))

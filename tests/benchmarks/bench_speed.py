@@ -9,7 +9,9 @@ the smallest values. `before` is the commit of `--before`, which is checked out 
 
 The peers are `peers.py`: our own plain form of FedMSA and FedSAM. Weights are random, which costs the same. A step is
 forward, loss, backward and AdamW; "cached" steps start from stored features of the frozen trunk, as from the second
-epoch on. `trim` is a step in an environment that gives freed memory back at once. Writes results/speed.json.
+epoch on. A build without ONNX Runtime computes its rows by torch. `graph` is what the engine costs once, `volume` the
+whole command `pfedsam infer` on a volume of 256 x 256 x 150, whose graph a call before has made. `trim` is a step in an
+environment that gives freed memory back at once. Writes results/speed.json.
 """
 
 from __future__ import annotations
@@ -40,11 +42,19 @@ STEPS: dict[str, tuple[str, int, int | str, int]] = {
     "lite_medsam 128 px, 8 blocks, cached (the default)": ("lite_medsam", 128, 8, 4),
 }
 PEERS = {"FedMSA, vit_b 256 px": "fedmsa", "FedSAM, vit_b 256 px": "fedsam"}
-SLICES = {"lite_medsam 128 px, bare backbone": False, "lite_medsam 128 px, personal model": True}
+#: Slices: experts and LoRA, or none; the engine.
+SLICES = {
+    "lite_medsam 128 px, bare backbone": (False, "torch"),
+    "lite_medsam 128 px, personal model": (True, "torch"),
+    "lite_medsam 128 px, bare backbone, ONNX Runtime": (False, "onnx"),
+    "lite_medsam 128 px, personal model, ONNX Runtime": (True, "onnx"),
+}
+GRAPHS = {"lite_medsam 128 px, a graph is made": "make", "lite_medsam 128 px, a graph is opened": "open"}
+VOLUME, SHAPE = "pfedsam infer, 256 x 256 x 150, lite_medsam 128 px", (256, 256, 150)
 STARTS = {"pfedsam --help": ["--help"], "pfedsam validate --quick, 6 cases": ["validate", "--quick"]}
-ROWS: dict[str, Any] = {"step": STEPS, "peer": PEERS, "slice": SLICES, "trim": list(STEPS)[-1:]}
+ROWS: dict[str, Any] = {"step": STEPS, "peer": PEERS, "slice": SLICES, "graph": GRAPHS, "trim": list(STEPS)[-1:]}
 TRIMMED = f"{list(STEPS)[-1]}, freed memory given back at once"
-KINDS = ("step", "peer", "slice", "start", "trim")
+KINDS = ("step", "peer", "slice", "graph", "start", "trim", "volume")
 TRIM = {"MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
@@ -82,8 +92,9 @@ def _work() -> None:
         kind, name = line.strip().split("|")
         if name not in ready:
             torch.manual_seed(0)
-            ready[name] = {"step": _step, "trim": _step, "peer": _peer, "slice": _slice}[kind](name)
-            ready[name][0]()  # allocations and choices of kernels
+            ready[name] = {"step": _step, "trim": _step, "peer": _peer, "slice": _slice, "graph": _graph}[kind](name)
+            if kind != "graph":  # which is measured as it is for a process: cold
+                ready[name][0]()  # allocations and choices of kernels
         run, images = ready[name]
         started = time.process_time()
         run()
@@ -143,16 +154,47 @@ def _trained(network: Any, forward: Callable[[Any], Any], given: Any, side: int)
 def _slice(name: str) -> tuple[Callable[[], Any], int]:
     import torch
 
-    network = _network("lite_medsam", 128, 8 if SLICES[name] else None).eval()
-    if SLICES[name]:
-        network.set_experts(True)
+    personal, engine = SLICES[name]
+    network = _predictor(personal)
     images = torch.rand(4, 3, 128, 128)
+    compute = network if engine == "torch" else _by_graph(network)
 
     def predict() -> None:
         with torch.no_grad():
-            network(images)
+            compute(images)
 
     return predict, len(images)
+
+
+def _predictor(personal: bool) -> Any:
+    network = _network("lite_medsam", 128, 8 if personal else None).eval()
+    if personal:
+        network.set_experts(True)
+    return network
+
+
+def _by_graph(network: Any) -> Callable[[Any], Any]:
+    """A network as `pfedsam infer` computes it by ONNX Runtime; the network itself in a build that cannot."""
+    try:
+        from pfedsam.inference.export import export_onnx, open_onnx
+    except ImportError:
+        return network  # type: ignore[no-any-return]
+    with tempfile.TemporaryDirectory() as scratch:
+        export_onnx(network, Path(scratch) / "graph.onnx")
+        session = open_onnx(Path(scratch) / "graph.onnx")
+    return lambda images: session.run(None, {"image": images.numpy()})
+
+
+def _graph(name: str) -> tuple[Callable[[], Any], int]:
+    from pfedsam.inference.export import difference_of_onnx, export_onnx, open_onnx
+
+    network, folder = _predictor(True), tempfile.TemporaryDirectory()
+    file = Path(folder.name) / "graph.onnx"
+    if GRAPHS[name] == "make":
+        return lambda: export_onnx(network, file), 1
+    export_onnx(network, file)
+    # the folder lives as long as what reads it
+    return lambda: (folder, difference_of_onnx(open_onnx(file), network, batch=1)), 1
 
 
 # ---- the parent: builds take turns
@@ -169,7 +211,7 @@ def _measure(kinds: list[str], before: Path | None, repeats: int, only: str) -> 
         try:
             for number in range(repeats):
                 for kind, name in rows:
-                    asked = {"peer": ["now"], "trim": ["now", "trim"]}.get(kind, list(builds))
+                    asked = {"peer": ["now"], "graph": ["now"], "trim": ["now", "trim"]}.get(kind, list(builds))
                     row = measured.setdefault(name if kind != "trim" else TRIMMED, {})
                     for build in asked:
                         row.setdefault(build, []).append(_asked(workers[build], kind, name))
@@ -186,6 +228,10 @@ def _measure(kinds: list[str], before: Path | None, repeats: int, only: str) -> 
                 for _ in range(repeats):
                     for build, root in builds.items():
                         measured[name][build].append(_started(root, [*words, *site]))
+        if "volume" in kinds:
+            words = _make_volume(Path(scratch))
+            _started(ROOT, words)
+            measured[VOLUME] = {build: [_started(root, words)] for build, root in builds.items()}
     return measured
 
 
@@ -219,6 +265,23 @@ def _make_site(folder: Path) -> None:
     words = ["phantom", str(folder), "--cases", "6", "--slices", "6", "--sites", "2", "--force"]
     command = [sys.executable, "-m", "pfedsam.cli", *words]
     subprocess.run(command, env=_environment(ROOT), check=True, capture_output=True)
+
+
+def _make_volume(folder: Path) -> list[str]:
+    """The words of a command that segments a volume with a personal model."""
+    import nibabel
+    import numpy as np
+
+    from pfedsam.bundles import network_of
+    from pfedsam.parameters import Roles
+    from pfedsam.storage.site_model import SiteModel, write
+
+    values = np.random.default_rng(0).normal(100, 20, SHAPE).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), folder / "volume.nii.gz")
+    told = {"bundle": "brain_lesion_mri", "overrides": {}, "round": 0, "final": True}
+    write(folder / "model.safetensors", SiteModel.of(network_of("brain_lesion_mri"), Roles(), **told))
+    words = ["infer", str(folder / "volume.nii.gz"), "--model", str(folder / "model.safetensors"), "--force"]
+    return [*words, "--out", str(folder / "out")]
 
 
 @contextmanager

@@ -94,3 +94,11 @@ def test_a_box_is_refused_outside_the_image_and_for_a_model_without_boxes(
         Predictor(model)(image, [0, 10, 0, 10])
     wrong = CliRunner().invoke(app, ["infer", str(image), "--model", str(file), "--box", "1,2,x,4"])
     assert wrong.exit_code == 2
+
+
+def test_a_box_is_computed_by_torch_whatever_the_engine(trained: tuple[Path, Path]) -> None:
+    site, file = trained
+    image, box = site / "images" / "tiny0.nii.gz", [10, 31, 10, 31, 1, 3]
+    found = [Predictor(file, engine=engine)(image, box).probabilities for engine in ("torch", "onnx")]
+    np.testing.assert_array_equal(*found)
+    assert not list(file.parent.glob(".*.onnx"))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pfedsam.networks.backbones import get_backbone
-from pfedsam.networks.lora import Layout, LoRA, QVLoRA
+from pfedsam.networks.lora import Layout, LoRA, QVLoRA, merged
 from pfedsam.networks.sam import build_network
 
 torch.set_num_threads(1)
@@ -123,3 +123,22 @@ def test_gradient_reaches_b_at_once_and_a_after_it():
     nn.init.ones_(layer.lora_b)
     layer(x).square().sum().backward()
     assert layer.lora_a.grad.any()
+
+
+@pytest.mark.parametrize("backbone", SIDE)
+@pytest.mark.parametrize("experts", [True, False])
+@torch.no_grad()
+def test_a_merged_copy_computes_the_same_without_updates_and_leaves_the_network(backbone: str, experts: bool) -> None:
+    places = ("qv", "projection", "mlp")
+    network = build_network(backbone, SIDE[backbone], lora_places=places, decoder_rank=2)
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in network.named_parameters():
+        if "lora_b" in name or "experts" in name:
+            parameter.normal_(0, 0.1, generator=random)
+    network.set_experts(experts)
+    images = torch.rand(2, 3, SIDE[backbone], SIDE[backbone], generator=random)
+    before = network(images)
+    alone = merged(network)
+    assert not [layer for layer in alone.modules() if isinstance(layer, (LoRA, QVLoRA))]
+    torch.testing.assert_close(alone(images), before, rtol=0, atol=2e-5 * float(before.abs().max()))
+    assert torch.equal(network(images), before)

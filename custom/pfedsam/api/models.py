@@ -192,6 +192,7 @@ def load_model(
     *,
     bundle: str | None = None,
     checkpoint: str | None = None,
+    engine: str = "auto",
 ) -> Model:
     """Load a site's model. Bundle and settings are those that the model file names.
 
@@ -205,11 +206,13 @@ def load_model(
         device: a torch device, as `cpu` or `cuda:1`; by default the bundle's choice, the first GPU if there is one.
         bundle: name of an installed bundle; by default what the file names.
         checkpoint: path of the base weights on this machine; by default `PFEDSAM_CHECKPOINT`, else the bundle's.
+        engine: what computes the network on a CPU: `torch`; `onnx`, with the extra `export`, which keeps a graph beside
+            the model file, readable by its owner alone; or `auto`, which takes it once it saves time.
 
     Raises:
         PFedSAMError: E13 if there is no readable model, or no such site (the sentence lists the sites); E10 to E12 if
-            the base weights or tensors do not fit; E16 for a device that is not there; E18, E28, E30 or E32 for
-            settings or names that are wrong, or do not go together.
+            the base weights or tensors do not fit; E16 for a device or an engine that is not there, E31 for an engine
+            that is not installed; E18, E28, E30 or E32 for settings or names that are wrong, or do not go together.
 
     Example:
         >>> model = pfedsam.load_model("runs/mine", site="hospital_a")  # doctest: +SKIP
@@ -224,7 +227,7 @@ def load_model(
 
     file, site_name = find_model(Path(path), site, shared=which == "global")
     how: dict[str, Any] = {"bundle": bundle, "overrides": overrides, "checkpoint": checkpoint, "device": device}
-    predictor = Predictor(file, experts=which == "personal", **how)
+    predictor = Predictor(file, experts=which == "personal", engine=engine, **how)
     predictor.open()
     return Model(file, site_name, which, tuple(class_names(find_bundle(predictor.bundle))), predictor)
 

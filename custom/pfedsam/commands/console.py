@@ -25,8 +25,6 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from pfedsam.commands.listing import LOOK as LOOK
-from pfedsam.commands.listing import TRAIN as TRAIN
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.storage.run_folder import claim_run
 

@@ -9,8 +9,6 @@ import typer
 
 from pfedsam import defaults
 from pfedsam.commands.console import (
-    LOOK,
-    TRAIN,
     Admin,
     Force,
     ModelBundle,
@@ -21,6 +19,7 @@ from pfedsam.commands.console import (
     quiet_libraries,
 )
 from pfedsam.commands.evaluation import show_evaluation
+from pfedsam.commands.listing import LOOK, TRAIN
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ownership import require_free, require_ours, use
 from pfedsam.ranges import LARGEST_SEED, MOST_CASES
@@ -54,6 +53,13 @@ def infer(
     box: Annotated[
         str | None, typer.Option(help="x0,x1,y0,y1[,z0,z1]: voxels of the one image; for models trained with boxes.")
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What computes on a CPU: torch, onnx (extra 'export' of pfedsam; keeps a graph beside the model), or "
+            "auto, which takes onnx once it saves time."
+        ),
+    ] = "auto",
     checkpoint: Checkpoint = None,
     set_: Overrides = None,
     force: Force = False,
@@ -76,7 +82,7 @@ def infer(
         from pfedsam.inference.writers import OVERLAY, PROBABILITY, SEGMENTATION, check_results
         from pfedsam.storage.state_files import described
 
-        how: dict[str, Any] = {"overrides": overrides, "bundle": bundle, "checkpoint": checkpoint}
+        how: dict[str, Any] = {"overrides": overrides, "bundle": bundle, "checkpoint": checkpoint, "engine": engine}
         loaded = load_model(model, which="global" if global_ else "personal", **how)
     console.print(described(loaded.file), highlight=False, soft_wrap=True)
     labels = list(loaded.class_names)

@@ -23,6 +23,7 @@ from pfedsam.data.intensity import NO_WINDOW, window_is_empty
 from pfedsam.data.picture import Picture
 from pfedsam.data.reader import load_picture
 from pfedsam.errors import ErrorCode, PFedSAMError, failing_as, first_of_ours
+from pfedsam.inference.engines import Engine, EngineInferer, checked_kind
 from pfedsam.inferers import PromptedSliceInferer
 from pfedsam.networks.prompts import boxes_of
 from pfedsam.storage.site_model import model_settings
@@ -74,10 +75,13 @@ class Predictor:
         checkpoint: see `pfedsam.bundles.local_settings`.
         experts: the personal model, or with False the global one.
         device: a torch device, as `cpu` or `cuda:1`; by default the bundle's choice, the first GPU if there is one.
+        engine: what computes the network on a CPU, see `pfedsam.inference.engines.Engine`. An image with a box is
+            computed by torch.
 
     Raises:
-        PFedSAMError: from the first call or `open`: E10 to E13 for a model that does not fit, E16 for a device that is
-            not there, E16 or E18 for wrong settings.
+        PFedSAMError: from the first call or `open`: E10 to E13 for a model that does not fit, E16 for a device or an
+            engine that is not there, E31 if the engine is not installed, E32 for an engine that does not go with the
+            device, E16 or E18 for wrong settings.
     """
 
     def __init__(
@@ -89,8 +93,10 @@ class Predictor:
         checkpoint: str | None = None,
         experts: bool = True,
         device: str | None = None,
+        engine: str = "auto",
     ) -> None:
         self.model_file, self.experts, self.checkpoint, self.device = model_file, experts, checkpoint, device
+        self.engine = engine
         self._told = bundle, overrides or {}
         self._evaluator: Any = None
 
@@ -98,6 +104,7 @@ class Predictor:
         """Build the workflow and load the model, once."""
         if self._evaluator is not None:
             return
+        checked_kind(self.engine)
         self.bundle, self.settings = model_settings(self.model_file, *self._told)
         settings = local_settings(self.settings, self.checkpoint)
         if self.device is not None:
@@ -112,6 +119,9 @@ class Predictor:
         # the bundle may place one transform or none at all on its dataset
         self._transform = self._evaluator.data_loader.dataset.transform
         self._inferer = self._evaluator.inferer
+        told = {"bundle": self.bundle, "settings": self.settings, "experts": self.experts}
+        engine = Engine(self.engine, self._evaluator.network, Path(self.model_file), told)
+        self._by_engine = EngineInferer(self._inferer, engine)
 
     def __call__(self, image: str | Path | Picture, box: Sequence[int] | None = None) -> Prediction:
         """Segment one image.
@@ -147,7 +157,7 @@ class Predictor:
         outputs: list[Any] = []
         evaluator = self._evaluator
         evaluator.data_loader = DataLoader(Dataset([{"image": image}], self._transform), batch_size=1)
-        evaluator.inferer = self._inferer if box is None else self._prompted(image, box)
+        evaluator.inferer = self._by_engine if box is None else self._prompted(image, box)
         # what the transforms would warn of is among the remarks
         with (
             _without_warnings(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Literal
 
@@ -42,7 +43,11 @@ class LoRA(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., out)`."""
-        return low_rank(x, self.weight, self.bias, self.lora_a, self.scale * self.lora_b)
+        return low_rank(x, self.weight, self.bias, *self.factors())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The update as `B A`: A `(rank, in)` and B `(out, rank)`, scaled."""
+        return self.lora_a, self.scale * self.lora_b
 
 
 class QVLoRA(nn.Linear):
@@ -92,7 +97,28 @@ class QVLoRA(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., in)` to `(..., 3 * dim)`."""
-        return low_rank(x, self.weight, self.bias, self.lora_a.flatten(0, 1), self.scale * self.fused_b())
+        return low_rank(x, self.weight, self.bias, *self.factors())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The update as `B A`: A `(2 * rank, in)` and B `(3 * dim, 2 * rank)`, scaled."""
+        return self.lora_a.flatten(0, 1), self.scale * self.fused_b()
+
+
+@torch.no_grad()
+def merged(network: nn.Module) -> nn.Module:
+    """A copy of a network, for use without training: each low-rank update is a part of its weight.
+
+    Outputs are equal up to rounding. The experts stay, as they depend on the image.
+    """
+    alone = copy.deepcopy(network)
+    for name, layer in list(alone.named_modules()):
+        if isinstance(layer, (LoRA, QVLoRA)):
+            a, b = layer.factors()
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            plain.weight, plain.bias = nn.Parameter(torch.addmm(layer.weight, b, a)), layer.bias
+            parent, _, place = name.rpartition(".")
+            setattr(alone.get_submodule(parent), place, plain)
+    return alone
 
 
 def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
