@@ -29,7 +29,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def clean_run(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One round of two sites, with everything on: aggregation, final phase, evaluation, TensorBoard."""
-    return simulate(tmp_path_factory.mktemp("clean"), Job(), federation)
+    return simulate(tmp_path_factory.mktemp("clean"), Job(), federation, forked=False)
 
 
 @pytest.fixture(scope="session")

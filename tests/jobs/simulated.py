@@ -212,6 +212,7 @@ def simulate(
     threads: int | None = None,
     locked: bool = False,
     environment: Mapping[str, str | None] | None = None,
+    forked: bool = True,
 ) -> Run:
     """Run a job to its end.
 
@@ -223,6 +224,7 @@ def simulate(
         threads: sites that run at the same time; by default all.
         locked: run the form without `app/custom`.
         environment: further variables; None takes one away.
+        forked: as `pfedsam simulate` does it, which is twice as fast; else by the command `nvflare simulator`.
     """
     for name in ("home", "record", "states", "kept", "ws"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -238,14 +240,19 @@ def simulate(
         "OMP_NUM_THREADS": "1",
         **(environment or {}),
     }
-    nvflare = Path(sys.executable).parent / "nvflare"
-    command = [nvflare, "simulator", job_folder, "-w", folder / "ws", "-n", job.sites, "-t", threads or job.sites]
+    words = [str(one) for one in (job_folder, "-w", folder / "ws", "-n", job.sites, "-t", threads or job.sites)]
+    command = [str(Path(sys.executable).parent / "nvflare"), "simulator", *words]
+    if forked:
+        command = [sys.executable, "-m", "pfedsam.deployment.simulator_process"]
+    asked = folder / "asked.json"
+    asked.write_text(json.dumps({"arguments": words, "environment": {}}) + "\n")
     started = time.monotonic()
-    with (folder / "output.txt").open("wb") as output:
+    with (folder / "output.txt").open("wb") as output, asked.open("rb") as told:
         process = subprocess.Popen(
-            [str(one) for one in command],
+            command,
             cwd=folder,
             env={key: value for key, value in variables.items() if value is not None},
+            stdin=told,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

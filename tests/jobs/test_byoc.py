@@ -44,7 +44,7 @@ def run(without: dict[str, str], federation: Path, tmp_path_factory: pytest.Temp
     assert done.exit_code == 0, done.output
     module = exported / "app" / "custom" / "pfedsam" / "__init__.py"
     module.write_text(module.read_text() + MARK)
-    return simulate(folder, Job(recorded=False, source=exported), federation, environment=without)
+    return simulate(folder, Job(recorded=False, source=exported), federation, environment=without, forked=False)
 
 
 def test_a_job_with_our_code_runs_where_the_package_is_not_installed(run: Run, without: dict[str, str]) -> None:
