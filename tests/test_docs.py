@@ -22,7 +22,7 @@ from pfedsam.cli import app
 from pfedsam.errors import ErrorCode
 from pfedsam.settings import all_settings
 from pfedsam.training.catalogue import ablation_names, strategy_names
-from pfedsam.training.strategy import Distillation, Phase, Strategy
+from pfedsam.training.strategy import Distillation, Phase, Serving, Strategy
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "custom" / "pfedsam"
@@ -142,7 +142,8 @@ def settings_table() -> str:
 def strategy_tables() -> str:
     """Every setting of a strategy, of its phases and of their distillation; the words are those of the docstrings."""
     parts = []
-    for kind, where in ((Strategy, "`strategy`"), (Phase, "a phase"), (Distillation, "`distillation` of a phase")):
+    kinds = ((Strategy, "`strategy`"), (Serving, "`serving`"), (Phase, "a phase"))
+    for kind, where in (*kinds, (Distillation, "`distillation` of a phase")):
         told = inspect.getdoc(kind).split("Attributes:\n")[1]  # type: ignore[union-attr]
         found = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", told, re.MULTILINE | re.DOTALL)
         words = {name: " ".join(re.sub(r"\s*\[ours\]", "", text).split()) for name, text in found}

@@ -19,6 +19,7 @@ from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.executors.model_learner_executor import ModelLearnerExecutor
 
+from pfedsam.errors import PFedSAMError
 from pfedsam.federated import learner as module
 from pfedsam.federated import settings as settings_module
 from pfedsam.federated.boundary import FINGERPRINT_KEY, METADATA, check_result, told_names
@@ -434,6 +435,21 @@ def test_more_epochs_in_the_final_phase_than_the_site_allows_are_refused(
 ) -> None:
     set_site(ready, most_epochs=allowed)
     assert run(executor(), context(ready), "train", 0).get_return_code() == reply
+
+
+@pytest.mark.parametrize(("allowed", "refused"), [(8, True), (9, False)])
+def test_the_epochs_of_a_cross_fit_count(ready: Path, curves: list[Any], allowed: int, refused: bool) -> None:
+    set_site(ready, most_epochs=allowed)
+    strategy = find_strategy("chosen").checked()
+    assert strategy.serving is not None
+    short = strategy.model_copy(
+        update={"serving": strategy.serving.model_copy(update={"folds": 2, "epochs": (1, 3)}), "phases": ()}
+    )
+    if not refused:
+        settings_module.require_epochs(short, settings_module.read_settings(ready / "local" / "pfedsam.json"))
+        return
+    with pytest.raises(PFedSAMError, match=r"E26.*9 epochs in the final phase"):
+        settings_module.require_epochs(short, settings_module.read_settings(ready / "local" / "pfedsam.json"))
 
 
 def test_a_round_after_the_last_that_the_site_allows_is_refused_and_the_state_kept(

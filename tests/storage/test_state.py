@@ -19,6 +19,7 @@ from pfedsam.storage.state import SiteState, state_root
 from pfedsam.storage.state_files import BEST, CURRENT, LOCK, PREVIOUS, described
 from pfedsam.storage.state_list import delete_state, list_states, newest_states
 from pfedsam.training.catalogue import find_strategy
+from pfedsam.training.cross_fit import Candidate, choose
 
 FINGERPRINT = "ab" * 32
 ROLES = {"shared": ["lora_a"], "personal": ["experts"]}
@@ -483,6 +484,13 @@ def test_a_file_is_described_by_its_kind_round_and_dice(opened, tmp_path):
     assert "state before the last of round 1" in described(opened.folder / PREVIOUS)
     write(tmp_path / "mine.safetensors", SiteModel({}, {}, {}, {"roles": ROLES, "round": None}))
     assert "model of a training alone, validation Dice not known" in described(tmp_path / "mine.safetensors")
+    for gains, words in (
+        ([0.04, 0.06], "kept 50% of the personal model after 2 epoch(s), Dice +0.050"),
+        ([-1], "is the"),
+    ):
+        served = choose({Candidate(2, 0.5): gains}, margin=1).to_dict()
+        write(tmp_path / "mine.safetensors", SiteModel({}, {}, {}, {"roles": ROLES, "round": 2, "served": served}))
+        assert words in described(tmp_path / "mine.safetensors")
     assert code_of(described, tmp_path / "none") == "E13"
 
 

@@ -143,3 +143,9 @@ def _print_phases(strategy: Any) -> None:
         )
         table.add_row(phase.name, *row, teacher)
     console.print(table)
+    if (serving := strategy.serving) is not None:
+        console.print(
+            f"what a site keeps is found out by cross-fit: {serving.folds} folds of its patients, after "
+            f"{', '.join(map(str, serving.epochs))} epochs, at {', '.join(f'{alpha:g}' for alpha in serving.alphas)} "
+            "of the way from the global model; or the global model"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -139,12 +139,19 @@ class EpochSampler(Sampler[int]):
         self, dataset: SliceDataset, positives_per_case: int = 8, negatives_per_case: int = 4, seed: int = 0
     ) -> None:
         self.dataset, self.seed = dataset, seed
+        self._most = positives_per_case, negatives_per_case
+        self.leave_out(())
+        self.draw: tuple[int, ...] = (0,)
+
+    def leave_out(self, volumes: Collection[int]) -> None:
+        """Draw nothing of some volumes from now on, and of all others again."""
+        positives, negatives = self._most
+        cases = zip(self.dataset.positive, self.dataset.negative, strict=True)
         self.take = [
-            (min(positives_per_case, len(p)), min(negatives_per_case, len(n)))
-            for p, n in zip(dataset.positive, dataset.negative, strict=True)
+            (0, 0) if number in volumes else (min(positives, len(p)), min(negatives, len(n)))
+            for number, (p, n) in enumerate(cases)
         ]
         self.negatives = min(sum(n for _, n in self.take), sum(p for p, _ in self.take) // 2)
-        self.draw: tuple[int, ...] = (0,)
 
     def __len__(self) -> int:
         return sum(p for p, _ in self.take) + self.negatives

@@ -15,6 +15,7 @@ from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.storage.global_model import round_of
 from pfedsam.storage.run_folder import RUN, SENT_FILE, WORKSPACE, bytes_by_round, starts
 from pfedsam.storage.state_list import StateEntry, newest_states
+from pfedsam.training.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -134,10 +135,10 @@ def require_splits(simulation: Simulation) -> None:
 
 def expected_events(simulation: Simulation) -> int:
     """How many events `pfedsam.deployment.simulator.run` reports for a whole run."""
-    strategy = simulation.plan["strategy"]
-    a_round = 1 + len(strategy["phases"])
+    strategy = Strategy.of(simulation.plan["strategy"])
+    a_round = 1 + len(strategy.phases)
     left = max(0, simulation.rounds_in_all - simulation.rounds_done)
-    return len(simulation.sites) * (left * a_round + len(strategy.get("final", ())) + 1)
+    return len(simulation.sites) * (left * a_round + len(strategy.final_epochs) + 1)
 
 
 def sent_bytes(simulation: Simulation) -> dict[str, dict[int, int]]:

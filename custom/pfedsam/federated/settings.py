@@ -133,8 +133,8 @@ def require_epochs(strategy: Strategy, settings: SiteSettings) -> None:
     Raises:
         PFedSAMError: E26 naming both numbers.
     """
-    for when, phases in (("a round", strategy.phases), ("the final phase", strategy.final)):
-        epochs = sum(phase.epochs for phase in phases)
+    in_a_round = sum(phase.epochs for phase in strategy.phases)
+    for when, epochs in (("a round", in_a_round), ("the final phase", sum(strategy.final_epochs))):
         if settings.most_epochs is not None and epochs > settings.most_epochs:
             raise _too_much(f"{epochs} epochs in {when}", settings.most_epochs, "most_epochs")
 

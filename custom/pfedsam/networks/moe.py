@@ -45,6 +45,8 @@ class LMoE(nn.Module):
         self.number, self.bottleneck, self.scale = experts, bottleneck, scale
         self.gate_per, self.top_k = gate, top_k
         self.enabled = True
+        #: Factor of the output, to see what `interpolate` would give.
+        self.strength = 1.0
         self.gate = nn.Linear(dim, experts, device=device)
         self.down = nn.Linear(dim, experts * bottleneck, device=device)
         #: `(E, bottleneck, dim)`
@@ -74,7 +76,7 @@ class LMoE(nn.Module):
             self.balance = load_balance(probabilities, gates) if self.top_k else None
         hidden = F.gelu(self.down(n)).unflatten(-1, (self.number, self.bottleneck)) * gates.unsqueeze(-1)
         mixed = F.linear(hidden.flatten(-2), self.up.flatten(0, 1).T) + gates @ self.up_bias
-        return self.scale * mixed
+        return self.scale * self.strength * mixed
 
     @torch.no_grad()
     def interpolate(self, alpha: float) -> None:

@@ -49,7 +49,21 @@ def described(path: Path) -> str:
 def _round_and_dice(info: Mapping[str, Any]) -> str:
     dice, number = told_dice(info), info.get("round")
     when = "a training alone" if number is None else f"round {number}{' (final)' if info.get('final') else ''}"
-    return f"{when}, validation Dice {'not known' if dice is None else f'{dice:.3f}'}"
+    return f"{when}, validation Dice {'not known' if dice is None else f'{dice:.3f}'}{_served(info.get('served'))}"
+
+
+def _served(served: Any) -> str:
+    """What the site has chosen to keep after its final phase, if it chose; see `pfedsam.training.cross_fit`."""
+    if not isinstance(served, Mapping):
+        return ""
+    if not served.get("epochs"):
+        return "; it is the global model: no personal one was surely better on this site's patients"
+    try:
+        kept = f"kept {served['alpha']:.0%} of the personal model after {served['epochs']} epoch(s)"
+        gain = f"{served['gain']:+.3f} (standard error {served['error']:.3f})"
+        return f"; {kept}, Dice {gain} on {served['patients']} patients left out"
+    except (KeyError, TypeError, ValueError):
+        return ""
 
 
 def info_of(path: Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Federation:
             return None
         overrides = {key: value for key, value in self.overrides.items() if key not in EXPERT_SETTINGS} | {"experts": 0}
         sites = {name: str(path) for name, path in self.sites.items()}
-        settings = strategy.model_dump(mode="json", exclude={"interpolation"})  # always 1 here
+        settings = strategy.model_dump(mode="json", exclude={"interpolation", "serving"})  # of the final phases
         told = [self.bundle, sites, settings, overrides, self.rounds, apart]
         name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
         return Federation(self.bundle, self.sites, strategy, root / name, self.rounds, overrides, self.settings)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ignite.engine import Events
 from torch import Tensor
 
 from pfedsam.data.seen import SEEN, Seen, patient_of
@@ -20,10 +21,11 @@ from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.parameters import swapped_parameters
 from pfedsam.storage.site_model import SiteModel
+from pfedsam.training.cross_fit import Choice, CrossFit
 from pfedsam.training.left_out import leave_out_trained
 from pfedsam.training.round_result import RoundResult
 from pfedsam.training.site_tensors import SiteTensors
-from pfedsam.training.strategy import Phase, Strategy
+from pfedsam.training.strategy import Phase, Serving, Strategy
 from pfedsam.training.trainer import PhaseTrainer
 from pfedsam.training.validation import LEAST_CASES, RoundSample, run_validation
 from pfedsam.training.workflow import open_workflow
@@ -81,6 +83,8 @@ class SiteTrainer:
         #: Of the global model, in rounds (True) and on all cases (False).
         self._global_dice: dict[bool, float] = {}
         self._answered: list[bool] = []
+        #: What the site keeps and why, of a strategy that lets it find out; None before the final phase.
+        self.served: Choice | None = None
 
     def open(self) -> None:
         """Build the bundle's training workflow on this site's data, and write down its split in `output_dir`."""
@@ -100,6 +104,7 @@ class SiteTrainer:
         self.network, self.trainer, self.evaluator = opened.network, opened.trainer, opened.evaluator
         self.cases, self.validation_cases = opened.cases, opened.validation_cases
         self.tensors = SiteTensors(self.network, self.strategy.roles)
+        self._seed = opened.seed
         self._sample = RoundSample(opened.seed, self.least_validated)
 
     @property
@@ -209,14 +214,36 @@ class SiteTrainer:
     def finish(self, round_number: int) -> RoundResult:
         """The final personal phase beside the global model received last: nothing is to be sent.
 
-        The personal model is then moved towards the global one, see `interpolation` of the strategy. If it fails or
-        is stopped, the model is as before.
+        What is kept of it is what `interpolation` of the strategy says, or what the site finds out by itself, see
+        `serving`. If it fails or is stopped, the model is as before.
         """
         with self.tensors.all_or_nothing(self.trainer):
-            result = self._run(self.strategy.final, round_number)
-            self.tensors.interpolate(self.strategy.interpolation)
+            if self.strategy.serving is None:
+                result = self._run(self.strategy.final, round_number)
+                self.tensors.interpolate(self.strategy.interpolation)
+            else:
+                result = self._serve(self.strategy.final[0], self.strategy.serving, round_number)
         result.personal = self.tensors.personal()
         self._forget_global_dice()
+        return result
+
+    def _serve(self, phase: Phase, serving: Serving, round_number: int) -> RoundResult:
+        """The final phase as long, and as much of it, as the cross-fit says; see `pfedsam.training.cross_fit`."""
+        fit = CrossFit(self.trainer, self.tensors, self.cases, self._seed)
+        self.served = fit.run(phase, serving, lambda fold: self._run((fold,), round_number))
+        result = RoundResult({}, {})
+        if self.served.candidate.epochs:
+            phase = phase.model_copy(update={"epochs": max(serving.epochs)})
+            with self.trainer.add_event_handler(Events.EPOCH_COMPLETED, _stop_after, self.served.candidate.epochs):
+                result = self._run((phase,), round_number)
+            self._forget_global_dice()
+        self.tensors.interpolate(self.served.candidate.alpha)
+        if self.served.candidate.epochs and not self.trainer.should_stop():
+            gain = self.validate(experts=True)["val_dice"] - self.validate(experts=False)["val_dice"]
+            self.served = self.served.confirmed(gain, len(self.validation_cases))
+            if not self.served.candidate.epochs:
+                self.tensors.interpolate(0)
+        logger.info(self.served.sentence)
         return result
 
     def _forget_global_dice(self) -> None:
@@ -229,6 +256,8 @@ class SiteTrainer:
         seen = self._seen.add("validation", map(patient_of, self.validation_cases)).to_dict()
         about = {"bundle": self.bundle, "strategy": self.strategy.name, "overrides": dict(self.overrides or {})}
         told = {**about, SEEN: seen, **info}
+        if self.served is not None:
+            told["served"] = self.served.to_dict()
         model = SiteModel.of(self.network, self.strategy.roles, **told)
         model.shared, model.moments = dict(self.tensors.received), self.trainer.moments()
         model.personal = self.tensors.personal()
@@ -259,3 +288,9 @@ class SiteTrainer:
                 report.distilled_steps,
             )
         return result
+
+
+def _stop_after(engine: Any, epochs: int) -> None:
+    """Let a phase end after some of its epochs."""
+    if engine.state.epoch >= epochs:
+        engine.terminate()

@@ -20,6 +20,7 @@ from pfedsam.parameters import (
     manifest,
     personal_state,
     shared_state,
+    swapped_parameters,
 )
 from pfedsam.training.strategy import Phase
 from pfedsam.training.trainer import PhaseTrainer
@@ -85,6 +86,25 @@ class SiteTensors:
         for layer in self.network.expert_layers().values():
             layer.interpolate(alpha)
         self.copy = {name: self.received[name].lerp(own, alpha) for name, own in self.copy.items()}
+
+    @contextmanager
+    def nearer(self, alpha: float, with_copy: bool) -> Iterator[None]:
+        """The network meanwhile as `interpolate` would make it, while a phase trains.
+
+        Args:
+            alpha: 1 for the network as it is, 0 for the global model.
+            with_copy: the site's copy is in the place of the shared tensors.
+        """
+        layers = list(self.network.expert_layers().values())
+        own = shared_state(self.network, self.roles) if with_copy else {}
+        for layer in layers:
+            layer.strength = alpha
+        try:
+            with swapped_parameters(self.network, {n: self.received[n].lerp(one, alpha) for n, one in own.items()}):
+                yield
+        finally:
+            for layer in layers:
+                layer.strength = 1.0
 
     @contextmanager
     def all_or_nothing(self, trainer: PhaseTrainer) -> Iterator[None]:

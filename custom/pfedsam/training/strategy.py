@@ -23,6 +23,8 @@ Switch = Annotated[bool, Field(strict=True)]
 Factor = Annotated[Number, Field(ge=0, le=LARGEST_FACTOR)]
 Rounds = Annotated[Whole, Field(ge=0, le=MOST_ROUNDS)]
 Name = Annotated[str, Field(max_length=100)]
+Length = Annotated[Whole, Field(ge=1, le=MOST_EPOCHS)]
+Place = Annotated[Number, Field(gt=0, le=1)]
 
 
 class _Settings(BaseModel):
@@ -137,6 +139,30 @@ class Phase(_Settings):
         return self
 
 
+class Serving(_Settings):
+    """How a site finds out what it keeps after the final phase: by cross-fit on its own training patients. [ours]
+
+    The patients are dealt into folds. For each fold the final phase is run without its patients, and the models on the
+    way are compared with the global one on them, see `pfedsam.training.cross_fit`. So nothing is kept that was worse
+    than the global model on patients that it was not fitted to.
+
+    Attributes:
+        folds: number of folds; at most one a patient.
+        epochs: after how many epochs of the final phase a model is compared. The largest takes the place of the phase's
+            own `epochs`; the phase is stopped after those that were chosen, with the learning rates of the largest.
+        alphas: which of the models between the global one (0) and the personal one (1) are compared.
+        margin: the mean gain over the global model must be more than so many of its standard errors; else the global
+            model is kept.
+    """
+
+    folds: Whole = Field(3, ge=2, le=10)
+    epochs: tuple[Length, ...] = Field((2, 4, 8), min_length=1, max_length=10)
+    alphas: tuple[Annotated[Number, Field(gt=0, le=1)], ...] = Field(
+        (0.25, 0.5, 0.75, 1.0), min_length=1, max_length=10
+    )
+    margin: Factor = 1.0
+
+
 class Strategy(_Settings):
     """Roles, phases of a round, and the phases after the last aggregation.
 
@@ -150,6 +176,8 @@ class Strategy(_Settings):
             (1) the one lies that the site keeps: the tensors in which the two differ, the experts' last layers or the
             site's copy of the shared ones, are interpolated linearly (WiSE-FT: Wortsman et al., arXiv 2109.01903). Less
             than 1 is for sites with few cases, whose personal model follows them too closely. [ours]
+        serving: None keeps what `interpolation` says; else the site itself finds out how long its final phase runs and
+            where on that way the model lies that it keeps, see `Serving`.
         validate_every: the global model is validated before the training of every such round; the last theta always is.
         aggregation: how the sites' updates become one, see `pfedsam.training.aggregation`: `norm_clipped`, the weighted
             mean in which no site owns more than its share; `mean`, every claim as it is; `trimmed_mean`, `median`,
@@ -165,6 +193,7 @@ class Strategy(_Settings):
     phases: tuple[Phase, ...] = Field((), max_length=MOST_PHASES)
     final: tuple[Phase, ...] = Field((), max_length=MOST_PHASES)
     interpolation: Number = Field(1.0, gt=0, le=1)
+    serving: Serving | None = None
     validate_every: Whole = Field(1, ge=1, le=MOST_ROUNDS)
     aggregation: Literal["norm_clipped", "mean", "trimmed_mean", "median", "krum", "svd", "alternate"] = "norm_clipped"
     weights: Literal["cases", "uniform"] = "cases"
@@ -189,6 +218,22 @@ class Strategy(_Settings):
             raise ValueError(f"interpolation is between the global model and a final personal one, but {what}")
         return self
 
+    @model_validator(mode="after")
+    def _serves_what_can_be_compared(self) -> Strategy:
+        if self.serving is None:
+            return self
+        others = [group for group in self.personal if group != "experts"]
+        if self.interpolation < 1:
+            raise ValueError(
+                "serving finds out where between the global model and the personal one; leave interpolation out"
+            )
+        if len(self.final) != 1 or others:
+            what = (
+                f"{others} are in no global model" if others else f"there are {len(self.final)} final phases, not one"
+            )
+            raise ValueError(f"serving compares the models of one final phase with the global one, but {what}")
+        return self
+
     @property
     def roles(self) -> Roles:
         """The roles of the groups (E16 if they are impossible)."""
@@ -205,8 +250,15 @@ class Strategy(_Settings):
             phase.model_copy(update={"name": f"global_{number}" if number else "global"})
             for number, phase in enumerate(self.phases)
         )
-        alone = {"name": "rounds", "personal": (), "phases": phases, "final": (), "interpolation": 1.0}
+        alone = {"name": "rounds", "personal": (), "phases": phases, "final": (), "interpolation": 1.0, "serving": None}
         return self.model_copy(update=alone)
+
+    @property
+    def final_epochs(self) -> tuple[int, ...]:
+        """Epochs of each run of a final phase, those of a cross-fit included."""
+        if self.serving is None:
+            return tuple(phase.epochs for phase in self.final)
+        return (max(self.serving.epochs),) * (self.serving.folds + 1)
 
     @property
     def has_copy(self) -> bool:

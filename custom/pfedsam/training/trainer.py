@@ -153,6 +153,11 @@ class PhaseTrainer(SupervisedTrainer):
         """Take back what `moments` gave."""
         self._moments.load(moments)
 
+    def logits(self, images: Tensor, items: list[int]) -> Tensor:
+        """Logits `(B, C, H, W)` of items of the training data, without boxes, with features from the cache."""
+        with self._autocast():
+            return self.network.head(self.features(images, items)).float()
+
     def features(self, images: Tensor, items: list[int]) -> Tensor:
         """Frozen features of a batch, from the cache where it has them."""
         if self.feature_cache is None or not self.network.frozen_trunk:

@@ -1,0 +1,273 @@
+"""What a site keeps after the final phase: found out by cross-fit on its own training patients.
+
+The patients are dealt into folds. For each fold the final phase runs on the slices of the other patients. After some of
+its epochs the models between the global one and the one at hand are compared with the global model, patient by patient,
+on slices of the fold. What is chosen is one length of the phase and one place on the way, or the global model where no
+gain stands out from its standard error. Dice is over evenly spaced slices with the first variant of their augmentation:
+a comparison of models on the same pictures, not a result.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from ignite.engine import Events
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pfedsam.data.seen import patient_of
+from pfedsam.data.slices import EpochSampler
+from pfedsam.errors import ErrorCode, PFedSAMError
+from pfedsam.parameters import load_personal_state, personal_state
+from pfedsam.training.site_tensors import SiteTensors
+from pfedsam.training.strategy import Phase, Serving
+from pfedsam.training.trainer import PhaseTrainer
+
+logger = logging.getLogger(__name__)
+
+#: Slices of a patient on which models are compared, at most: with a label, and without.
+POSITIVES, NEGATIVES = 8, 4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that a site could keep; without epochs the global one.
+
+    Attributes:
+        epochs: of the final phase.
+        alpha: place between the global model (0) and the personal one (1).
+    """
+
+    epochs: int = 0
+    alpha: float = 0.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a site keeps, and why. It says how well models do on a site's patients: it stays at the site.
+
+    Attributes:
+        candidate: that is kept.
+        gain: mean over the patients of Dice minus that of the global model; 0 for the global one.
+        error: standard error of the gain.
+        best: candidate with the largest mean gain, also if it was not large enough, with its gain and error.
+        global_dice: mean Dice of the global model over the patients, on the slices that were compared.
+        patients: their number.
+    """
+
+    candidate: Candidate
+    gain: float
+    error: float
+    best: tuple[Candidate, float, float]
+    global_dice: float
+    patients: int
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        best, gain, error = self.best
+        told = f"{gain:+.3f} (standard error {error:.3f}) over {self.patients} patients that it was not fitted to"
+        model = f"the personal model after {best.epochs} epoch(s), at {best.alpha:g} of the way from the global one"
+        if self.candidate.epochs:
+            return f"kept: {model}; Dice {told}"
+        return f"kept: the global model; the best personal one, {model}, gains {told}"
+
+    def confirmed(self, gain: float, cases: int) -> Choice:
+        """The choice after a look at the validation cases: the global model, if both together gain nothing.
+
+        Args:
+            gain: mean Dice of the chosen model minus that of the global one over the validation cases.
+            cases: their number.
+        """
+        together = (self.gain * self.patients + gain * cases) / (self.patients + cases)
+        return self if together > 0 else replace(self, candidate=Candidate(), gain=0.0, error=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the state of a site."""
+        return {
+            "epochs": self.candidate.epochs,
+            "alpha": self.candidate.alpha,
+            "gain": round(self.gain, 4),
+            "error": round(self.error, 4),
+            "patients": self.patients,
+        }
+
+
+def choose(gains: Mapping[Candidate, Sequence[float]], margin: float, global_dice: float = float("nan")) -> Choice:
+    """The candidate with the largest mean gain, if it is more than `margin` standard errors; else the global model.
+
+    Of candidates of one gain the one nearest to the global model is taken.
+
+    Args:
+        gains: of each candidate, patient by patient.
+        margin: see `pfedsam.training.strategy.Serving`.
+        global_dice: for the record.
+    """
+    known = {candidate: (float(np.mean(one)), _error(one)) for candidate, one in gains.items()}
+    order = sorted(known, key=lambda candidate: (-round(known[candidate][0], 6), candidate.alpha, candidate.epochs))
+    best = order[0]
+    gain, error = known[best]
+    patients = len(next(iter(gains.values())))
+    if gain > 0 and gain > margin * error:
+        return Choice(best, gain, error, (best, gain, error), global_dice, patients)
+    return Choice(Candidate(), 0.0, 0.0, (best, gain, error), global_dice, patients)
+
+
+def _error(values: Sequence[float]) -> float:
+    """Standard error of the mean; of one value nothing is known."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("inf")
+
+
+class CrossFit:
+    """Runs the final phase fold by fold, and compares.
+
+    Args:
+        trainer, tensors: of the site.
+        cases: the items of the training data, one a volume.
+        seed: of the folds and the slices.
+
+    Raises:
+        PFedSAMError: E32 if the bundle draws its slices in a way of its own, or there are fewer than two patients.
+    """
+
+    def __init__(self, trainer: PhaseTrainer, tensors: SiteTensors, cases: Sequence[Any], seed: int) -> None:
+        self.trainer, self.tensors, self.seed = trainer, tensors, seed
+        self.network, self.loader = trainer.network, cast(DataLoader[Any], trainer.data_loader)
+        self.patients = [patient_of(case) for case in cases]
+        sampler = getattr(self.loader, "sampler", None)
+        if not isinstance(sampler, EpochSampler) or len(sampler.take) != len(cases):
+            raise PFedSAMError(
+                ErrorCode.CONTRADICTION,
+                "the strategy's 'serving' cannot leave patients out: the bundle draws its slices in a way of its own.",
+                "Use pfedsam.data.slices in the bundle, or a strategy without 'serving'.",
+            )
+        self.sampler, self.batch_size = sampler, self.loader.batch_size or 1
+        if len(set(self.patients)) < 2:
+            raise PFedSAMError(
+                ErrorCode.CONTRADICTION,
+                "the strategy's 'serving' compares models on patients left out, and there is one training patient.",
+                "Add cases, or take a strategy without 'serving'.",
+            )
+
+    def run(self, phase: Phase, serving: Serving, train: Callable[[Phase], object]) -> Choice:
+        """Find out what to keep.
+
+        Args:
+            phase: the final phase.
+            serving: what to compare.
+            train: trains a phase from what is in the network, as the final phase will be.
+        """
+        start, copy, moments = (
+            personal_state(self.network, self.tensors.roles),
+            self.tensors.copy,
+            self.trainer.moments(),
+        )
+        longest = phase.model_copy(update={"epochs": max(serving.epochs)})
+        gains: dict[Candidate, list[float]] = {}
+        of_global: list[float] = []
+        folds = self._folds(serving.folds)
+        for number, held in enumerate(folds, 1):
+            slices = self._slices(held)
+            base = self._dice(slices, 0.0, phase)
+            of_global += base.values()
+
+            def compare(engine: Any, slices: Any = slices, base: Any = base) -> None:
+                if engine.state.epoch in serving.epochs:
+                    for alpha in serving.alphas:
+                        found = self._dice(slices, alpha, phase)
+                        gain = [found[patient] - base[patient] for patient in base]
+                        gains.setdefault(Candidate(engine.state.epoch, alpha), []).extend(gain)
+
+            with (
+                self._without([n for n, patient in enumerate(self.patients) if patient in held]),
+                self.trainer.add_event_handler(Events.EPOCH_COMPLETED, compare),
+            ):
+                train(longest)
+            load_personal_state(self.network, self.tensors.roles, start)
+            self.tensors.copy = copy
+            self.trainer.load_moments(moments)
+            if self.trainer.should_stop():
+                return choose({Candidate(): [0.0]}, serving.margin)
+            logger.info("cross-fit of the final phase: fold %d of %d", number, len(folds))
+        return choose(gains, serving.margin, float(np.mean(of_global)))
+
+    def _folds(self, count: int) -> list[set[str]]:
+        """The patients, dealt out in a seeded order."""
+        names = sorted(set(self.patients))
+        order = np.random.default_rng([self.seed, len(names)]).permutation(len(names))
+        count = min(count, len(names))
+        return [{names[i] for i in order[first::count]} for first in range(count)]
+
+    def _slices(self, held: set[str]) -> dict[str, list[int]]:
+        """Items of the dataset on which models are compared, by patient."""
+        dataset, found = self.sampler.dataset, {}
+        for patient in sorted(held):
+            volumes = [n for n, one in enumerate(self.patients) if one == patient]
+            positive = [item for n in volumes for item in dataset.positive[n]]
+            negative = [item for n in volumes for item in dataset.negative[n]]
+            chosen = _spread(positive, POSITIVES) + _spread(negative, NEGATIVES)
+            found[patient] = [item * dataset.variants for item in chosen]
+        return found
+
+    @torch.no_grad()
+    def _dice(self, slices: Mapping[str, Sequence[int]], alpha: float, phase: Phase) -> dict[str, float]:
+        """Dice of a model by patient, over all its slices together, mean over the classes."""
+        training, with_copy = self.network.training, "copy" in phase.trains
+        self.network.eval()
+        try:
+            with self.network.experts(alpha > 0), self.tensors.nearer(alpha, with_copy):
+                return {patient: self._dice_of(items) for patient, items in slices.items()}
+        finally:
+            self.network.train(training)
+
+    def _dice_of(self, items: Sequence[int]) -> float:
+        counts = torch.zeros(2, 1, dtype=torch.float64)
+        for first in range(0, len(items), self.batch_size):
+            part = list(items[first : first + self.batch_size])
+            batch = [self.sampler.dataset[item] for item in part]
+            images = torch.stack([one["image"] for one in batch]).to(self.trainer.state.device)
+            logits = self.trainer.logits(images, part).cpu()
+            counts = counts + overlap(logits, torch.stack([one["label"] for one in batch]), self.trainer.exclusive)
+        return dice_of(counts)
+
+    @contextmanager
+    def _without(self, volumes: Sequence[int]) -> Iterator[None]:
+        """Train without some volumes meanwhile."""
+        length = self.trainer.state.epoch_length
+        self.sampler.leave_out(volumes)
+        self.trainer.state.epoch_length = len(self.loader)
+        try:
+            yield
+        finally:
+            self.sampler.leave_out(())
+            self.trainer.state.epoch_length = length
+
+
+def overlap(logits: Tensor, label: Tensor, exclusive: bool) -> Tensor:
+    """Twice the intersection, and the sum of both sizes, by class: `(2, C)` of `(B, C, H, W)`."""
+    if exclusive:
+        found = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).movedim(-1, 1)[:, 1:].bool()
+        truth = label[:, 1:] > 0.5
+    else:
+        found, truth = logits > 0, label > 0.5
+    over = (0, 2, 3)
+    return torch.stack([2 * (found & truth).sum(over), found.sum(over) + truth.sum(over)]).double()
+
+
+def dice_of(counts: Tensor) -> float:
+    """Mean Dice over the classes; a class that is neither there nor found counts as 1."""
+    twice, sizes = counts
+    return float(torch.where(sizes > 0, twice / sizes.clamp_min(1), torch.ones_like(sizes)).mean())
+
+
+def _spread(items: Sequence[int], count: int) -> list[int]:
+    """At most so many items, evenly spaced."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]

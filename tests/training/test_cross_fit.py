@@ -1,0 +1,199 @@
+"""What a site keeps after its final phase: the choice, the models that are compared, what a cross-fit leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Events
+
+from pfedsam.data.phantom import write_phantom
+from pfedsam.data.seen import patient_of
+from pfedsam.errors import PFedSAMError
+from pfedsam.parameters import personal_state, shared_state, swapped_parameters
+from pfedsam.training.catalogue import find_strategy
+from pfedsam.training.cross_fit import Candidate, CrossFit, choose, dice_of, overlap
+from pfedsam.training.site import SiteTrainer
+from pfedsam.training.strategy import Serving, Strategy
+
+torch.set_num_threads(1)
+TINY = {"backbone": "vit_test", "image_size": 32, "batch_size": 4, "augmentations": 2, "positives_per_case": 2}
+TINY |= {"negatives_per_case": 1}
+SERVING = {"folds": 2, "epochs": [1, 2], "alphas": [0.5, 1.0], "margin": 0.0}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cross-fit")
+    write_phantom(folder, sites=1, cases=8, shape=(32, 32, 6))
+    return folder / "site-1"
+
+
+def opened(site: Path, out: Path, name: str = "pfedsam", **serving: Any) -> SiteTrainer:
+    settings = find_strategy(name).checked().model_dump(mode="json")
+    settings |= {"interpolation": 1.0, "serving": {**SERVING, **serving}}
+    file = find_strategy(name)
+    local = SiteTrainer("brain_lesion_mri", site, Strategy.of(settings), {**TINY, **file.overrides}, out)
+    local.open()
+    local.receive(shared_state(local.network, local.strategy.roles), local.fingerprint)
+    return local
+
+
+# the choice -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_gain_is_chosen_if_it_stands_out_and_the_global_model_else():
+    sure, unsure = [0.04, 0.05, 0.06], [0.3, -0.2, 0.06]
+    gains = {Candidate(2, 0.5): sure, Candidate(4, 1.0): [0.01, 0.02, 0.03]}
+    assert choose(gains, margin=1).candidate == Candidate(2, 0.5)
+    choice = choose({Candidate(2, 0.5): unsure}, margin=1)
+    assert choice.candidate == Candidate() and choice.gain == 0 and choice.best[0] == Candidate(2, 0.5)
+    assert choose({Candidate(2, 0.5): unsure}, margin=0).candidate == Candidate(2, 0.5)
+    assert choose({Candidate(2, 0.5): [-0.01, -0.02, -0.01]}, margin=0).candidate == Candidate()
+
+
+def test_of_equal_gains_the_model_nearest_to_the_global_one_is_chosen():
+    gains = {Candidate(8, 1.0): [0.1, 0.1], Candidate(2, 0.25): [0.1, 0.1], Candidate(4, 0.25): [0.1, 0.1]}
+    assert choose(gains, margin=1).candidate == Candidate(2, 0.25)
+
+
+def test_the_gain_of_one_patient_stands_out_from_nothing():
+    assert choose({Candidate(2, 0.5): [0.4]}, margin=1).candidate == Candidate()
+
+
+def test_validation_cases_that_say_the_opposite_bring_the_global_model_back():
+    choice = choose({Candidate(2, 0.5): [0.04, 0.05, 0.06]}, margin=1)
+    assert choice.confirmed(-0.04, 3) is choice
+    assert choice.confirmed(-0.06, 3).candidate == Candidate()
+    assert "global model" in choice.confirmed(-0.06, 3).sentence and "+0.050" in choice.sentence
+
+
+def test_dice_is_of_all_slices_together_by_class():
+    label = torch.zeros(2, 2, 4, 4)
+    label[0, 0, :2] = 1
+    logits = torch.where(label > 0, 3.0, -3.0)
+    logits[0, 0, 0] = -3.0
+    logits[1, 0, 0] = 3.0  # four found, four missed, four right
+    counts = overlap(logits, label, exclusive=False)
+    assert counts.tolist() == [[8, 0], [16, 0]] and dice_of(counts) == pytest.approx((0.5 + 1) / 2)
+    background = torch.cat([1 - label.sum(1, keepdim=True), label], 1)
+    exclusive = overlap(torch.cat([torch.zeros(2, 1, 4, 4), logits], 1), background, exclusive=True)
+    assert torch.equal(exclusive, counts)
+
+
+# the models that are compared -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pfedsam", "fedavg_lora_ft"])
+def test_what_is_compared_is_what_would_be_kept(site: Path, tmp_path: Path, name: str):
+    local = opened(site, tmp_path, name)
+    phase = local.strategy.final[0]
+    local._run((phase.model_copy(update={"epochs": 1}),), 0)
+    images = torch.rand(2, 3, 32, 32)
+    with_copy = "copy" in phase.trains
+    received = local.tensors.received
+    own = local.tensors.copy if with_copy else received
+
+    def logits(alpha: float, kept: bool) -> torch.Tensor:
+        local.network.eval()
+        with torch.no_grad(), local.network.experts(True):
+            if kept:
+                with swapped_parameters(local.network, local.tensors.beside()):
+                    return local.network(images)
+            with swapped_parameters(local.network, own), local.tensors.nearer(alpha, with_copy):
+                return local.network(images)
+
+    whole, half = logits(1.0, kept=False), logits(0.5, kept=False)
+    assert torch.allclose(whole, logits(1.0, kept=True), atol=1e-6) and not torch.allclose(whole, half, atol=1e-4)
+    local.tensors.interpolate(0.5)
+    assert torch.allclose(half, logits(0.5, kept=True), atol=1e-5)
+
+
+def test_nobody_is_compared_on_what_it_was_fitted_to_and_all_are_compared_once(site, tmp_path, monkeypatch):
+    local = opened(site, tmp_path)
+    fit = CrossFit(local.trainer, local.tensors, local.cases, seed=0)
+    drawn: set[str] = set()
+    compared: list[set[str]] = []
+    of_item = {number: patient_of(local.cases[volume]) for number, (volume, _) in enumerate(fit.sampler.dataset.slices)}
+    real = CrossFit._dice
+
+    def dice(self: CrossFit, slices: Any, alpha: float, phase: Any) -> dict[str, float]:
+        patients = {of_item[item // self.sampler.dataset.variants] for items in slices.values() for item in items}
+        assert patients == set(slices) and not patients & drawn
+        compared.append(patients)
+        return real(self, slices, alpha, phase)
+
+    monkeypatch.setattr(CrossFit, "_dice", dice)
+
+    def train(phase: Any) -> None:
+        drawn.clear()
+        local._run((phase,), 0)
+        drawn.clear()
+
+    @local.trainer.on(Events.ITERATION_STARTED)
+    def note(engine: Any) -> None:
+        drawn.update(of_item[int(item) // fit.sampler.dataset.variants] for item in engine.state.batch["index"])
+
+    before = personal_state(local.network, local.strategy.roles)
+    whole = len(local.trainer.data_loader)  # type: ignore[arg-type]
+    choice = fit.run(local.strategy.final[0], Serving.of(SERVING), train)
+    everybody = {patient_of(case) for case in local.cases}
+    assert choice.patients == len(everybody) and set().union(*compared) == everybody
+    assert sum(map(len, compared)) == len(everybody) * (1 + 2 * 2)
+    after = personal_state(local.network, local.strategy.roles)
+    assert all(torch.equal(after[name], one) for name, one in before.items())
+    assert len(local.trainer.data_loader) == whole  # type: ignore[arg-type]
+
+
+# what a site keeps ----------------------------------------------------------------------------------------------------
+
+
+def test_a_site_without_a_gain_keeps_exactly_the_global_model_and_says_so(site, tmp_path, caplog):
+    caplog.set_level("INFO")
+    local = opened(site, tmp_path, margin=1000.0)
+    local.finish(3)
+    assert local.served is not None and local.served.candidate == Candidate()
+    assert local.model(round=3).info["served"]["epochs"] == 0 and "kept: the global model" in caplog.text
+    images = torch.rand(1, 3, 32, 32)
+    local.network.eval()
+    with torch.no_grad():
+        with local.network.experts(True):
+            personal = local.network(images)
+        with local.network.experts(False):
+            assert torch.equal(personal, local.network(images))
+
+
+def test_a_chosen_model_is_trained_on_all_patients_for_the_chosen_epochs(site, tmp_path, monkeypatch):
+    local = opened(site, tmp_path)
+    monkeypatch.setattr(CrossFit, "run", lambda *_: choose({Candidate(1, 0.5): [0.1, 0.1]}, 1.0))
+    monkeypatch.setattr(local, "validate", lambda experts: {"val_dice": 0.5 if experts else 0.4})
+    result = local.finish(3)
+    steps = len(local.trainer.data_loader)  # type: ignore[arg-type]
+    assert result.phases["final"].steps == steps and local.trainer.state.max_epochs == 2
+    assert local.served is not None and local.served.candidate == Candidate(1, 0.5)
+    assert any(bool(tensor.any()) for name, tensor in result.personal.items() if name.endswith("up"))
+
+
+def test_a_bundle_that_draws_its_slices_in_its_own_way_is_told_so(site, tmp_path):
+    local = opened(site, tmp_path)
+    local.trainer.data_loader = torch.utils.data.DataLoader([{"image": 1}])
+    with pytest.raises(PFedSAMError, match="E32: the strategy's 'serving' cannot leave patients out"):
+        local.finish(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"interpolation": 0.5}, "leave interpolation out"),
+        ({"final": []}, "0 final phases"),
+        ({"personal": ["decoder_subset"], "shared": ["lora_a", "lora_b"]}, "in no global model"),
+        ({"serving": {"folds": 1}}, "folds"),
+        ({"serving": {"alphas": [0.0]}}, "alphas"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], words: str):
+    settings = find_strategy("pfedsam").checked().model_dump(mode="json")
+    with pytest.raises(PFedSAMError, match=f"E16.*{words}"):
+        Strategy.of({**settings, "interpolation": 1.0, "serving": SERVING, **change})
