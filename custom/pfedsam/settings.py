@@ -77,7 +77,7 @@ class Settings(BaseModel):
     positives_per_case: int = _job("At most so many labelled slices of a case in an epoch.", "slices", ge=1, le=1000)
     negatives_per_case: int = _job("At most so many slices without.", "slices", ge=0, le=1000)
     augmentations: int = _job("Variants drawn of each slice, 1 for a single one.", "variants", ge=1, le=100)
-    amp: bool = _job("bfloat16 autocast.")
+    amp: bool = _job("bfloat16 autocast; switched off, and said, where a processor only imitates it and is slower.")
     box_probability: float = _job("Share of the training steps that have box prompts.", ge=0, le=1)
     cache_limit_gb: float = _job("For cached features of the frozen trunk, 0 for no cache.", "GiB", ge=0, le=1024)
     cache_dtype: Literal["float32", "float16", "bfloat16"] = _job("How these features are stored.")

@@ -136,7 +136,9 @@ def _demo(process: Any, out: Path, seed: int, image_size: int, amp: bool | None,
     from pfedsam.deployment.simulation_starts import require_same_run
 
     data = out / "phantom"
-    reduced = _has_bfloat16() if amp is None else amp
+    with console.status("loading libraries"):
+        from pfedsam.training.precision import bfloat16_pays
+    reduced = bfloat16_pays() if amp is None else amp
     overrides = {"seed": seed, "image_size": image_size, "amp": reduced, **DEMO_OVERRIDES}
     final = [phase | DEMO_FINAL for phase in plan_settings(find_job(DEMO_JOB))["strategy"]["final"]]
     strategy = {"final": final, "interpolation": DEMO_INTERPOLATION}
@@ -145,18 +147,6 @@ def _demo(process: Any, out: Path, seed: int, image_size: int, amp: bool | None,
         require_same_run(simulation, data=False)  # before the phantom of another seed replaces its data
     make_phantom(data, 4, DEMO_CASES, DEMO_SHAPE, seed, force=True)
     federate(simulation, process, fresh)
-
-
-def _has_bfloat16() -> bool:
-    """Whether this machine computes in bfloat16; where it is only imitated, it is slower than float32."""
-    with console.status("loading libraries"):
-        import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # older versions of torch do not tell
-    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(abilities.get("avx512_bf16"))
 
 
 def federate(simulation: Any, process: Any, fresh: bool = False) -> None:

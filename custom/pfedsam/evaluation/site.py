@@ -22,6 +22,7 @@ from pfedsam.networks.model import SegmentAnything
 from pfedsam.storage.site_model import SiteModel, read
 from pfedsam.training.feature_store import store_settings
 from pfedsam.training.left_out import leave_out
+from pfedsam.training.precision import slow_precision
 
 MODELS = ("global", "personal")
 #: What became of a patient in a section, in words.
@@ -132,7 +133,7 @@ def evaluate_site(
             the model does not fit, and what the data raise.
     """
     site = site or Path(folder).name
-    settings = {**store_settings(feature_store), **local_settings(overrides)}
+    settings = {**store_settings(feature_store), **local_settings(overrides), **slow_precision(bundle, overrides)}
     workflow = _workflow(bundle, folder, model_file, settings, section, output_dir)
     try:
         workflow.initialize()

@@ -15,6 +15,7 @@ from pfedsam.errors import ErrorCode, failing_as
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.parameters import Roles, trains_encoder
 from pfedsam.training.feature_store import store_settings
+from pfedsam.training.precision import slow_precision
 from pfedsam.training.preparation import Preparation
 from pfedsam.training.trainer import PhaseTrainer
 
@@ -89,8 +90,7 @@ def open_workflow(
             meta_file=str(root / "configs" / "metadata.json"),
             logging_file=False,
             workflow_type="train",
-            **settings,
-            **local_settings(overrides, checkpoint),
+            **{**settings, **local_settings(overrides, checkpoint), **slow_precision(bundle, overrides, device)},
         )
         workflow.initialize()
         parsed = workflow.parser.get_parsed_content
