@@ -38,7 +38,7 @@ DEMO_JOB = "pfedsam"
 DEMO_CASES = 9
 DEMO_SHAPE = (96, 96, 8)
 DEMO_ROUNDS = 3
-DEMO_SIDE = 96
+DEMO_SIDE = 80
 DEMO_OVERRIDES: dict[str, Any] = {
     "adapted_blocks": 1,
     "batch_size": 2,
@@ -49,7 +49,7 @@ DEMO_OVERRIDES: dict[str, Any] = {
 }
 #: The final phase lasts longer than the job's, because so few rounds leave the most shifted site with nothing, and the
 #: site keeps what it has fitted (`interpolation` of the strategy).
-DEMO_FINAL = {"epochs": 8, "learning_rate": 0.004}
+DEMO_FINAL = {"epochs": 6, "learning_rate": 0.004}
 DEMO_INTERPOLATION = 1.0
 
 #: A site's line of progress before it trains in a round; the number of rounds that the global model has seen.
