@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -15,7 +16,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd
 
 from pfedsam.bundles import find_bundle
-from pfedsam.data.kept_volumes import DAY, DAYS
+from pfedsam.data.kept_volumes import DAY, DAYS, KeptVolumes
 from pfedsam.data.phantom import write_phantom
 from pfedsam.data.prepared import PreparedVolumes
 from pfedsam.data.sites import datalist
@@ -186,6 +187,28 @@ def test_what_a_killed_job_has_left_half_written_is_removed_and_what_another_wri
         os.utime(folder, (then, then))
     PreparedVolumes(cases[:1], transform_of("train"), kept=kept)
     assert {path.name for path in (tmp_path / "kept" / "a").glob(".*")} == {".new"}
+
+
+def test_a_full_disk_costs_the_next_job_time_and_this_one_nothing(cases, tmp_path, monkeypatch, caplog) -> None:
+    tries: list[Any] = []
+
+    def full(self: KeptVolumes, item: Any, volume: Any) -> Any:
+        tries.append(item)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(KeptVolumes, "save", full)
+    volumes = PreparedVolumes(cases, transform_of("train"), kept={"folder": tmp_path / "kept", "key": "a"})
+    assert len(tries) == 1 and "No space left" in caplog.text
+    for number, case in enumerate(cases):
+        assert torch.equal(volumes[number]["image"], transform_of("train")(dict(case))["image"])
+
+
+def test_what_cannot_be_written_stays_in_memory(cases) -> None:
+    def transform(item: dict[str, Any]) -> dict[str, Any]:
+        return {**transform_of("train")(item), "own": object()}
+
+    volumes = PreparedVolumes(cases[:1], transform, memory_gb=0)
+    assert type(volumes.volumes[0]).__name__ == "_HeldVolume" and "own" in volumes[0]
 
 
 def test_workers_that_share_a_file_read_their_own_places(cases) -> None:

@@ -9,7 +9,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, BinaryIO, Protocol, cast
 
 from monai.transforms import Compose
@@ -38,7 +38,7 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
         memory_gb: at most so many GiB of arrays in memory. The others are in a file without a name in the system's
             folder of temporary files, of which nothing is left however the process ends.
         kept: arguments of `pfedsam.data.kept_volumes.KeptVolumes`: all volumes are then read from files that the next
-            job finds again, and none is in memory.
+            job finds again, and none is in memory, unless a file cannot be written, which the log says.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
         self._free = int(memory_gb * GIB)
         self._file: BinaryIO | None = None
         self._kept = None if kept is None else KeptVolumes(**kept)
+        self._cannot_keep = False
         self.volumes: list[_Volume] = []
         told = time.monotonic()
         for number, item in enumerate(self.data, 1):
@@ -81,13 +82,25 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
         return self.volumes[number].labelled
 
     def _volume(self, item: Mapping[str, Any]) -> _Volume:
-        if self._kept is not None:
-            return self._kept.find(item) or self._kept.save(item, prepared(item, self.transform))
+        found = self._kept.find(item) if self._kept is not None else None
+        if found is not None:
+            return found
         values = prepared(item, self.transform)
+        if self._kept is not None and not self._cannot_keep:
+            try:
+                return self._kept.save(item, values)
+            except (OSError, TypeError) as error:
+                self._cannot_keep = True
+                logger.warning("prepared volumes cannot be kept (%s): the next job prepares them anew", error)
         held = _HeldVolume(values)
-        if held.bytes <= self._free:
-            self._free -= held.bytes
-            return held
+        if held.bytes > self._free:
+            with suppress(TypeError):  # what cannot be written stays in memory
+                return self._written(values)
+        self._free -= held.bytes
+        return held
+
+    def _written(self, values: Mapping[str, Any]) -> StoredVolume:
+        """A volume in the file without a name."""
         if self._file is None:
             self._file = cast(BinaryIO, tempfile.TemporaryFile(prefix="volumes-"))  # noqa: SIM115
         handle = self._file.fileno()
