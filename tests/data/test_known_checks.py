@@ -106,3 +106,9 @@ def test_cases_are_handed_on_as_they_were_read_with_their_section(site, tmp_path
     spoil(sorted((site / "images").iterdir())[0])
     report = check_site(site, visit=lambda case, section, image, label: visited.update({case.name: section}))
     assert visited == {row.name: row.section for row in report.cases[1:]}
+
+
+def test_a_file_that_cannot_be_written_costs_the_next_check_only(site, tmp_path, caplog) -> None:
+    (tmp_path / "a file").write_text("")
+    report = check_site(site, known=tmp_path / "a file" / "checks.json")
+    assert report.ok and "cannot be kept" in caplog.text

@@ -6,6 +6,7 @@ The file names cases and says what is wrong with them: it stays at the site, and
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,8 @@ from pfedsam.data.site_folder import Case
 from pfedsam.data.site_report import CaseRow, Finding, SiteReport
 from pfedsam.errors import PFedSAMError
 from pfedsam.files import content_hash, hash_of, read_object, write_atomically
+
+logger = logging.getLogger(__name__)
 
 #: Counts up when the file changes.
 FORM = 1
@@ -50,13 +53,13 @@ class KnownChecks:
             self._now[case.name] = {"key": self._key(case), **asdict(part)}
 
     def save(self) -> None:
-        """Write the file, of the cases that were kept.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
-        if self.path is not None and self._now != self._before:
+        """Write the file, of the cases that were kept; if it cannot be written, the log says so."""
+        if self.path is None or self._now == self._before:
+            return
+        try:
             write_atomically(self.path, json.dumps(self._now).encode())
+        except OSError as error:
+            logger.warning("the checks cannot be kept (%s): the next job reads all cases again", error)
 
     def _key(self, case: Case) -> str:
         files = [path for path in (case.image, case.label) if path is not None]

@@ -20,6 +20,7 @@ from monai.inferers import Inferer
 from torch import Tensor
 
 from pfedsam.errors import ErrorCode, PFedSAMError
+from pfedsam.files import hash_of
 from pfedsam.inference.export import difference_of_onnx, export_onnx, open_onnx, require_onnx
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def graph_file(model_file: Path, network: Any, settings: Mapping[str, Any]) -> P
     """
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("onnx", "onnxruntime", "torch")]
     model = hashlib.sha256(model_file.read_bytes() + json.dumps(versions).encode()).hexdigest()
-    how = hashlib.sha256(json.dumps([network.base_fingerprint, settings], sort_keys=True).encode()).hexdigest()
+    how = hash_of([network.base_fingerprint, settings])
     return model_file.with_name(f"{_prefix(model_file)}{model[:16]}-{how[:16]}.onnx")
 
 

@@ -163,11 +163,8 @@ class CrossFit:
             serving: what to compare.
             train: trains a phase from what is in the network, as the final phase will be.
         """
-        start, copy, moments = (
-            personal_state(self.network, self.tensors.roles),
-            self.tensors.copy,
-            self.trainer.moments(),
-        )
+        start, copy = personal_state(self.network, self.tensors.roles), self.tensors.copy
+        moments = self.trainer.moments()
         longest = phase.model_copy(update={"epochs": max(serving.epochs)})
         gains: dict[Candidate, list[float]] = {}
         of_global: list[float] = []

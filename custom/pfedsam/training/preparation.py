@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -114,10 +113,12 @@ class Preparation:
             return
         store, transform = self._stores[section]
         item = {"image": str(case.image), "label": str(case.label)}
-        # what goes wrong here goes wrong again where the workflow loads the case, and is told there
-        with suppress(Exception):
+        try:
             if store.find(item) is None:
                 store.save(item, prepared({"image": image, "label": label}, transform))
+        # it goes wrong again where the workflow loads the case, and is told there; a full disk is not tried each time
+        except Exception:
+            self._stores.clear()
 
     def _kept(self, section: str) -> dict[str, Any] | None:
         """Arguments of `KeptVolumes` for a section."""
