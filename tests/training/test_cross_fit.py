@@ -21,6 +21,7 @@ from pfedsam.training.strategy import Serving, Strategy
 torch.set_num_threads(1)
 TINY = {"backbone": "vit_test", "image_size": 32, "batch_size": 4, "augmentations": 2, "positives_per_case": 2}
 TINY |= {"negatives_per_case": 1}
+ALONE = {"name": "alone", "trains": ["copy"], "experts": False, "epochs": 2, "learning_rate": 0.01}
 SERVING = {"folds": 2, "epochs": [1, 2], "alphas": [0.5, 1.0], "margin": 0.0}
 
 
@@ -147,6 +148,26 @@ def test_nobody_is_compared_on_what_it_was_fitted_to_and_all_are_compared_once(s
     assert len(local.trainer.data_loader) == whole  # type: ignore[arg-type]
 
 
+def test_a_site_compares_what_it_has_alone_which_owes_the_others_nothing(site, tmp_path):
+    local = opened(site, tmp_path, alone=ALONE)
+    base = local.tensors.received
+    local.receive({name: tensor + 0.1 for name, tensor in base.items()}, local.fingerprint)
+    began: list[dict[str, torch.Tensor]] = []
+
+    def train(phase: Any) -> None:
+        if phase.name == "alone":
+            began.append(local.tensors.copy)
+        local._run((phase,), 0)
+
+    fit = CrossFit(local.trainer, local.tensors, local.cases, seed=0)
+    choice = fit.run(local.strategy.final[0], Serving.of({**SERVING, "alone": ALONE}), train)
+    assert choice.patients == len({patient_of(case) for case in local.cases})
+    assert [{name: tensor.tolist() for name, tensor in copy.items()} for copy in began] == [
+        {name: tensor.tolist() for name, tensor in base.items()}
+    ] * 2
+    assert not local.tensors.copy
+
+
 # what a site keeps ----------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +197,49 @@ def test_a_chosen_model_is_trained_on_all_patients_for_the_chosen_epochs(site, t
     assert any(bool(tensor.any()) for name, tensor in result.personal.items() if name.endswith("up"))
 
 
+def test_a_model_of_its_own_is_kept_where_it_is_chosen(site, tmp_path, monkeypatch):
+    """It is the same as if the site had never heard of the others."""
+    kept = []
+    for shift in (0.0, 0.1):
+        local = opened(site, tmp_path / str(shift), alone=ALONE)
+        local.receive({name: tensor + shift for name, tensor in local.tensors.received.items()}, local.fingerprint)
+        choice = choose({Candidate(2, 1.0, alone=True): [0.1, 0.1]}, 1.0)
+        monkeypatch.setattr(CrossFit, "run", lambda *_, choice=choice: choice)
+        monkeypatch.setattr(local, "validate", lambda experts: {"val_dice": 0.5 if experts else 0.4})
+        result = local.finish(3)
+        assert "the site's own model, trained alone for 2 epoch(s)" in choice.sentence
+        assert local.model(round=3).info["served"]["alone"] is True
+        kept.append(result.personal)
+    assert kept[0].keys() == kept[1].keys() and any(name.startswith("personal.") for name in kept[0])
+    assert all(torch.equal(kept[0][name], tensor) for name, tensor in kept[1].items())
+
+
+def test_a_site_with_few_slices_makes_as_many_steps_as_another_within_its_own_limit():
+    serving = Serving.of({**SERVING, "epochs": [2, 4, 8], "least_steps": 100, "alone": {**ALONE, "epochs": 10}})
+    assert serving.stretched(13) == serving.model_copy(update={"epochs": (2, 4, 8)})
+    short = serving.stretched(2)
+    assert short.epochs == (14, 28, 56) and short.alone is not None and short.alone.epochs == 50
+    assert sum(serving.runs()) == (8 + 10) * 2 + 10
+    limited = serving.stretched(2, most_epochs=100)
+    assert limited.epochs == (4, 8, 16) and sum(limited.runs()) <= 100
+    assert serving.stretched(2, most_epochs=20).epochs == (2, 4, 8)  # which the site has allowed, or refused before
+
+
+def test_a_site_stretches_what_it_compares(site, tmp_path, monkeypatch):
+    local = opened(site, tmp_path, least_steps=40)
+    steps = len(local.trainer.data_loader)  # type: ignore[arg-type]
+    compared: list[tuple[int, ...]] = []
+
+    def run(fit: CrossFit, phase: Any, serving: Serving, train: Any) -> Any:
+        compared.append(serving.epochs)
+        return choose({Candidate(serving.epochs[0], 1.0): [0.0, 0.0]}, 1.0)
+
+    monkeypatch.setattr(CrossFit, "run", run)
+    local.finish(3)
+    [(first, last)] = compared
+    assert last * steps >= 40 > (last - 2) * steps and last == 2 * first
+
+
 def test_a_bundle_that_draws_its_slices_in_its_own_way_is_told_so(site, tmp_path):
     local = opened(site, tmp_path)
     local.trainer.data_loader = torch.utils.data.DataLoader([{"image": 1}])
@@ -191,6 +255,8 @@ def test_a_bundle_that_draws_its_slices_in_its_own_way_is_told_so(site, tmp_path
         ({"personal": ["decoder_subset"], "shared": ["lora_a", "lora_b"]}, "in no global model"),
         ({"serving": {"folds": 1}}, "folds"),
         ({"serving": {"alphas": [0.0]}}, "alphas"),
+        ({"serving": {"alone": {**ALONE, "trains": ["personal"]}}}, "alone"),
+        ({"serving": {"alone": {**ALONE, "experts": True}}}, "alone"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], words: str):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
 
-from pfedsam.training.distillation import QualityGate, TeacherLogits, bernoulli_kl, distillation_loss
+from pfedsam.training.distillation import QualityGate, TeacherLogits, bernoulli_kl, distillation_loss, worth
 from pfedsam.training.strategy import Distillation
 
 torch.set_num_threads(1)
@@ -84,6 +84,28 @@ def test_loss_is_finite_when_all_or_no_pixels_are_in_the_band(value):
     assert torch.allclose(loss, 4 * bernoulli_kl(teacher, student, 2.0).mean())
     loss.backward()
     assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_a_teacher_that_contradicts_the_labels_of_an_image_says_nothing_about_it(exclusive):
+    label = torch.zeros(3, 2, 8, 8)
+    label[0, 1, :4] = label[1, 1, :4] = 1
+    label[:, 0] = 1 - label[:, 1]
+    right = (label - 0.5) * 40
+    teacher = torch.stack([right[0], -right[1], right[2]])
+    told = worth(teacher, label, exclusive)
+    assert told[0] == pytest.approx(1, abs=1e-3) and told[1] < 0.02 and told[2] == pytest.approx(1, abs=1e-3)
+    settings = Distillation(by_image=True)
+
+    def loss(image: int, settings: Distillation) -> float:
+        student = torch.zeros_like(teacher[image : image + 1])
+        return float(
+            distillation_loss(teacher[image : image + 1], student, label[image : image + 1], settings, exclusive)
+        )
+
+    everywhere = settings.model_copy(update={"by_image": False})
+    assert loss(0, settings) == pytest.approx(loss(0, everywhere), rel=1e-3)
+    assert loss(1, settings) == pytest.approx(float(told[1]) * loss(1, everywhere), rel=1e-3)
 
 
 def test_loss_is_zero_when_the_student_is_the_teacher_and_reaches_the_student_only():

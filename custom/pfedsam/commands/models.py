@@ -147,5 +147,6 @@ def _print_phases(strategy: Any) -> None:
         console.print(
             f"what a site keeps is found out by cross-fit: {serving.folds} folds of its patients, after "
             f"{', '.join(map(str, serving.epochs))} epochs, at {', '.join(f'{alpha:g}' for alpha in serving.alphas)} "
-            "of the way from the global model; or the global model"
+            f"of the way from the global model; {'or the own model of the site alone, ' if serving.alone else ''}or the "
+            "global model"
         )

@@ -141,6 +141,7 @@ class PFedSAMLearner(ModelLearner):
         device = site.device or self.device
         settings: dict[str, Any] = {"device": device, "checkpoint": site.checkpoint}
         settings |= {"label_map": site.labels, "prepared": prepared}
+        settings["most_epochs"] = site.most_epochs
         settings["least_validated"] = max(LEAST_CASES, site.least_validation_cases)
         self._local = SiteTrainer(plan.bundle, folder, strategy, plan.overrides, output, **settings)
         self._local.open()

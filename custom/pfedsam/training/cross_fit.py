@@ -2,9 +2,10 @@
 
 The patients are dealt into folds. For each fold the final phase runs on the slices of the other patients. After some of
 its epochs the models between the global one and the one at hand are compared with the global model, patient by patient,
-on slices of the fold. What is chosen is one length of the phase and one place on the way, or the global model where no
-gain stands out from its standard error. Dice is over evenly spaced slices with the first variant of their augmentation:
-a comparison of models on the same pictures, not a result.
+on slices of the fold; so is the model that the site would have by itself, if the strategy asks for it. What is chosen
+is one length of the phase and one place on the way, or the site's own model, or the global one where no gain stands out
+from its standard error. Dice is over evenly spaced slices with the first variant of their augmentation: a comparison of
+models on the same pictures, not a result.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader
 from pfedsam.data.seen import patient_of
 from pfedsam.data.slices import EpochSampler
 from pfedsam.errors import ErrorCode, PFedSAMError
-from pfedsam.parameters import load_personal_state, personal_state
+from pfedsam.parameters import load_personal_state, personal_state, swapped_parameters
 from pfedsam.training.site_tensors import SiteTensors
 from pfedsam.training.strategy import Phase, Serving
 from pfedsam.training.trainer import PhaseTrainer
@@ -40,12 +41,21 @@ class Candidate:
     """A model that a site could keep; without epochs the global one.
 
     Attributes:
-        epochs: of the final phase.
+        epochs: of the final phase, or of the phase alone.
         alpha: place between the global model (0) and the personal one (1).
+        alone: the model that the site has by itself.
     """
 
     epochs: int = 0
     alpha: float = 0.0
+    alone: bool = False
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        if self.alone:
+            return f"the site's own model, trained alone for {self.epochs} epoch(s)"
+        return f"the personal model after {self.epochs} epoch(s), at {self.alpha:g} of the way from the global one"
 
 
 @dataclass(frozen=True)
@@ -73,10 +83,9 @@ class Choice:
         """For people."""
         best, gain, error = self.best
         told = f"{gain:+.3f} (standard error {error:.3f}) over {self.patients} patients that it was not fitted to"
-        model = f"the personal model after {best.epochs} epoch(s), at {best.alpha:g} of the way from the global one"
         if self.candidate.epochs:
-            return f"kept: {model}; Dice {told}"
-        return f"kept: the global model; the best personal one, {model}, gains {told}"
+            return f"kept: {best.words}; Dice {told}"
+        return f"kept: the global model; the best other one, {best.words}, gains {told}"
 
     def confirmed(self, gain: float, cases: int) -> Choice:
         """The choice after a look at the validation cases: the global model, if both together gain nothing.
@@ -93,6 +102,7 @@ class Choice:
         return {
             "epochs": self.candidate.epochs,
             "alpha": self.candidate.alpha,
+            "alone": self.candidate.alone,
             "gain": round(self.gain, 4),
             "error": round(self.error, 4),
             "patients": self.patients,
@@ -110,7 +120,7 @@ def choose(gains: Mapping[Candidate, Sequence[float]], margin: float, global_dic
         global_dice: for the record.
     """
     known = {candidate: (float(np.mean(one)), _error(one)) for candidate, one in gains.items()}
-    order = sorted(known, key=lambda candidate: (-round(known[candidate][0], 6), candidate.alpha, candidate.epochs))
+    order = sorted(known, key=lambda one: (-round(known[one][0], 6), one.alone, one.alpha, one.epochs))
     best = order[0]
     gain, error = known[best]
     patients = len(next(iter(gains.values())))
@@ -163,36 +173,52 @@ class CrossFit:
             serving: what to compare.
             train: trains a phase from what is in the network, as the final phase will be.
         """
-        start, copy = personal_state(self.network, self.tensors.roles), self.tensors.copy
-        moments = self.trainer.moments()
         longest = phase.model_copy(update={"epochs": max(serving.epochs)})
         gains: dict[Candidate, list[float]] = {}
         of_global: list[float] = []
         folds = self._folds(serving.folds)
         for number, held in enumerate(folds, 1):
             slices = self._slices(held)
-            base = self._dice(slices, 0.0, phase)
+            base = self._dice(slices, 0.0, False)
             of_global += base.values()
 
-            def compare(engine: Any, slices: Any = slices, base: Any = base) -> None:
+            def compare(candidate: Candidate, with_copy: bool, slices: Any = slices, base: Any = base) -> None:
+                found = self._dice(slices, candidate.alpha, with_copy)
+                gains.setdefault(candidate, []).extend(found[patient] - base[patient] for patient in base)
+
+            def on_the_way(engine: Any, compare: Any = compare) -> None:
                 if engine.state.epoch in serving.epochs:
                     for alpha in serving.alphas:
-                        found = self._dice(slices, alpha, phase)
-                        gain = [found[patient] - base[patient] for patient in base]
-                        gains.setdefault(Candidate(engine.state.epoch, alpha), []).extend(gain)
+                        compare(Candidate(engine.state.epoch, alpha), "copy" in phase.trains)
 
-            with (
-                self._without([n for n, patient in enumerate(self.patients) if patient in held]),
-                self.trainer.add_event_handler(Events.EPOCH_COMPLETED, compare),
-            ):
-                train(longest)
-            load_personal_state(self.network, self.tensors.roles, start)
-            self.tensors.copy = copy
-            self.trainer.load_moments(moments)
+            with self._without([n for n, patient in enumerate(self.patients) if patient in held]):
+                with self._afterwards_as_before(), self.trainer.add_event_handler(Events.EPOCH_COMPLETED, on_the_way):
+                    train(longest)
+                if serving.alone and not self.trainer.should_stop():
+                    with self._afterwards_as_before():
+                        self.tensors.begin_alone()
+                        train(serving.alone)
+                        with swapped_parameters(self.network, self.tensors.copy):
+                            compare(Candidate(serving.alone.epochs, 1.0, alone=True), True)
             if self.trainer.should_stop():
                 return choose({Candidate(): [0.0]}, serving.margin)
             logger.info("cross-fit of the final phase: fold %d of %d", number, len(folds))
         return choose(gains, serving.margin, float(np.mean(of_global)))
+
+    @contextmanager
+    def _afterwards_as_before(self) -> Iterator[None]:
+        """What a training inside changes of the personal model and its moments is taken back."""
+        start, copy, moments = (
+            personal_state(self.network, self.tensors.roles),
+            self.tensors.copy,
+            self.trainer.moments(),
+        )
+        try:
+            yield
+        finally:
+            load_personal_state(self.network, self.tensors.roles, start)
+            self.tensors.copy = copy
+            self.trainer.load_moments(moments)
 
     def _folds(self, count: int) -> list[set[str]]:
         """The patients, dealt out in a seeded order."""
@@ -213,9 +239,15 @@ class CrossFit:
         return found
 
     @torch.no_grad()
-    def _dice(self, slices: Mapping[str, Sequence[int]], alpha: float, phase: Phase) -> dict[str, float]:
-        """Dice of a model by patient, over all its slices together, mean over the classes."""
-        training, with_copy = self.network.training, "copy" in phase.trains
+    def _dice(self, slices: Mapping[str, Sequence[int]], alpha: float, with_copy: bool) -> dict[str, float]:
+        """Dice of a model by patient, over all its slices together, mean over the classes.
+
+        Args:
+            slices: items of the dataset by patient.
+            alpha: place between the global model and the personal one in the network.
+            with_copy: the network has the site's copy in the place of the shared tensors.
+        """
+        training = self.network.training
         self.network.eval()
         try:
             with self.network.experts(alpha > 0), self.tensors.nearer(alpha, with_copy):

@@ -56,10 +56,12 @@ def distillation_loss(
         teacher: logits `(B, C, H, W)`, without gradient.
         student: logits `(B, C, H, W)`.
         label: `(B, C, H, W)`, 0 or 1; with exclusive classes channel 0 is the background.
-        settings: weight, temperature, band.
+        settings: weight, temperature, band, and whether an image counts by what the teacher is worth on it.
         exclusive: softmax over the channels instead of a sigmoid of each.
     """
     divergence = (categorical_kl if exclusive else bernoulli_kl)(teacher, student, settings.temperature)
+    if settings.by_image:
+        divergence = divergence * worth(teacher, label, exclusive)[:, None, None, None]
     with torch.no_grad():
         likely = torch.maximum(foreground(teacher, exclusive), foreground(student, exclusive)) > settings.band
         band = likely | ((label[:, 1:] if exclusive else label) > 0.5)
@@ -68,6 +70,18 @@ def distillation_loss(
     # two means, not one: a lesion is a hundredth of the pixels, and one mean would teach the background alone
     means = [divergence[part].mean() for part in (band, ~band) if part.any()]
     return settings.weight * settings.temperature**2 * torch.stack(means).mean()
+
+
+@torch.no_grad()
+def worth(teacher: Tensor, label: Tensor, exclusive: bool = False) -> Tensor:
+    """Soft Dice of the teacher on each image, all classes together: `(B,)` of logits and label `(B, C, H, W)`.
+
+    One pixel is added to the overlap and to the size, so that a teacher that finds nothing where there is nothing is
+    worth 1.
+    """
+    probability, label = foreground(teacher, exclusive), label[:, 1:] if exclusive else label
+    over = (1, 2, 3)
+    return (2 * (probability * label).sum(over) + 1) / (probability.sum(over) + label.sum(over) + 1)
 
 
 #: An item and its prompt: None for no prompt, else the bytes of its row of boxes.

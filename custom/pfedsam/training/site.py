@@ -52,6 +52,8 @@ class SiteTrainer:
             to keep none.
         least_validated: cases on which a large site validates at least in a round, see
             `pfedsam.training.validation.RoundSample`.
+        most_epochs: of the final phase and the cross-fit together, where the strategy makes them longer at a site with
+            few slices; None for no limit.
 
     Raises:
         PFedSAMError: from `open`, with the code of whatever is wrong in data, weights or configuration.
@@ -71,7 +73,9 @@ class SiteTrainer:
         label_map: Mapping[str, str] | None = None,
         prepared: str | Path | None = None,
         least_validated: int = LEAST_CASES,
+        most_epochs: int | None = None,
     ) -> None:
+        self.most_epochs = most_epochs
         self.label_map, self.prepared, self.least_validated = label_map, prepared, least_validated
         self.checkpoint, self.feature_store, self.case_limit = checkpoint, feature_store, cases
         self.bundle, self.folder, self.strategy = bundle, Path(folder), strategy
@@ -103,7 +107,9 @@ class SiteTrainer:
         )
         self.network, self.trainer, self.evaluator = opened.network, opened.trainer, opened.evaluator
         self.cases, self.validation_cases = opened.cases, opened.validation_cases
-        self.tensors = SiteTensors(self.network, self.strategy.roles)
+        serving = self.strategy.serving
+        alone = serving is not None and serving.alone is not None
+        self.tensors = SiteTensors(self.network, self.strategy.roles, alone)
         self._seed = opened.seed
         self._sample = RoundSample(opened.seed, self.least_validated)
 
@@ -230,15 +236,20 @@ class SiteTrainer:
     def _serve(self, phase: Phase, serving: Serving, round_number: int) -> RoundResult:
         """The final phase as long, and as much of it, as the cross-fit says; see `pfedsam.training.cross_fit`."""
         fit = CrossFit(self.trainer, self.tensors, self.cases, self._seed)
+        serving = serving.stretched(self.trainer.state.epoch_length or 1, self.most_epochs)
         self.served = fit.run(phase, serving, lambda fold: self._run((fold,), round_number))
         result = RoundResult({}, {})
-        if self.served.candidate.epochs:
+        kept = self.served.candidate
+        if kept.alone and serving.alone:
+            self.tensors.begin_alone()
+            result = self._run((serving.alone,), round_number)
+        elif kept.epochs:
             phase = phase.model_copy(update={"epochs": max(serving.epochs)})
-            with self.trainer.add_event_handler(Events.EPOCH_COMPLETED, _stop_after, self.served.candidate.epochs):
+            with self.trainer.add_event_handler(Events.EPOCH_COMPLETED, _stop_after, kept.epochs):
                 result = self._run((phase,), round_number)
-            self._forget_global_dice()
-        self.tensors.interpolate(self.served.candidate.alpha)
-        if self.served.candidate.epochs and not self.trainer.should_stop():
+        self._forget_global_dice()
+        self.tensors.interpolate(kept.alpha)
+        if kept.epochs and not self.trainer.should_stop():
             gain = self.validate(experts=True)["val_dice"] - self.validate(experts=False)["val_dice"]
             self.served = self.served.confirmed(gain, len(self.validation_cases))
             if not self.served.candidate.epochs:

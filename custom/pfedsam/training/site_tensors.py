@@ -32,14 +32,17 @@ class SiteTensors:
     Args:
         network: holds the personal tensors, and the shared ones.
         roles: of the groups.
+        alone: the site may train a model by itself, see `begin_alone`.
 
     Attributes:
         received: theta as received; empty before the first time.
         copy: the site's own copy of the shared tensors; empty if it has none.
+        unshared: the shared tensors of a network that no federation has trained; empty unless it is asked for.
     """
 
-    def __init__(self, network: SegmentAnything, roles: Roles) -> None:
+    def __init__(self, network: SegmentAnything, roles: Roles, alone: bool = False) -> None:
         self.network, self.roles = network, roles
+        self.unshared = shared_state(network, roles) if alone else {}
         self.received: dict[str, Tensor] = {}
         self.copy: dict[str, Tensor] = {}
 
@@ -86,6 +89,12 @@ class SiteTensors:
         for layer in self.network.expert_layers().values():
             layer.interpolate(alpha)
         self.copy = {name: self.received[name].lerp(own, alpha) for name, own in self.copy.items()}
+
+    def begin_alone(self) -> None:
+        """Make the personal model the one that a site begins with which is in no federation: no experts, no theta."""
+        for layer in self.network.expert_layers().values():
+            layer.interpolate(0)
+        self.copy = dict(self.unshared)
 
     @contextmanager
     def nearer(self, alpha: float, with_copy: bool) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,7 +16,7 @@ from pfedsam.settings import by_one_name
 #: What other tools call two keys of a phase.
 ALIASES = {"lr_multipliers": "rates", "proximal_mu": "proximal"}
 
-MOST_PHASES, LARGEST_RATE, LARGEST_FACTOR = 20, 10.0, 1000.0
+MOST_PHASES, MOST_STEPS, LARGEST_RATE, LARGEST_FACTOR = 20, 100_000, 10.0, 1000.0
 # a text or a truth value is no number
 Whole = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
@@ -65,6 +66,8 @@ class Distillation(_Settings):
             background. [ours]
         warmup_rounds: rounds without distillation: an untrained teacher teaches noise. [ours]
         quality_gate: no distillation while the teacher's Dice on the training slices is below the student's. [ours]
+        by_image: the divergence on each image counts as much as the teacher's soft Dice on it: where it contradicts the
+            site's labels, it says nothing. [ours]
     """
 
     teacher: Literal["global", "personal"] = "global"
@@ -73,6 +76,7 @@ class Distillation(_Settings):
     band: Number = Field(0.05, gt=0, lt=1)
     warmup_rounds: Rounds = 2
     quality_gate: Switch = True
+    by_image: Switch = False
 
 
 class Phase(_Settings):
@@ -153,6 +157,11 @@ class Serving(_Settings):
         alphas: which of the models between the global one (0) and the personal one (1) are compared.
         margin: the mean gain over the global model must be more than so many of its standard errors; else the global
             model is kept.
+        least_steps: a site with few slices makes few steps in an epoch. Where the largest of `epochs` is fewer steps
+            than these, all are multiplied by the one whole number that makes them as many; those of `alone` likewise.
+        alone: a phase that trains the site's copy of the shared tensors from where the first round of a federation
+            begins: the model that the site would have by itself, at the end of this phase, is compared, too. None: it
+            is not.
     """
 
     folds: Whole = Field(3, ge=2, le=10)
@@ -161,6 +170,38 @@ class Serving(_Settings):
         (0.25, 0.5, 0.75, 1.0), min_length=1, max_length=10
     )
     margin: Factor = 1.0
+    least_steps: Annotated[Whole, Field(ge=0, le=MOST_STEPS)] = 0
+    alone: Phase | None = None
+
+    @model_validator(mode="after")
+    def _alone_is_alone(self) -> Serving:
+        if self.alone and (self.alone.trains != ("copy",) or self.alone.experts or self.alone.distillation):
+            raise ValueError("'alone' trains the copy, without experts and without a teacher: nothing is the others'")
+        return self
+
+    def runs(self) -> tuple[int, ...]:
+        """Epochs of each run of a phase: in each fold, and at last of what was chosen, at most."""
+        longest, alone = max(self.epochs), (self.alone.epochs,) if self.alone else ()
+        return (longest, *alone) * self.folds + (max(longest, *alone),)
+
+    def stretched(self, steps: int, most_epochs: int | None = None) -> Serving:
+        """As it is at a site, see `least_steps`.
+
+        Args:
+            steps: of an epoch at the site.
+            most_epochs: of all runs together, or None for no limit: what the site's own settings allow.
+        """
+
+        def factor(epochs: int) -> int:
+            needed = ceil(self.least_steps / (epochs * steps))
+            allowed = needed if most_epochs is None else most_epochs // sum(self.runs())
+            return max(1, min(needed, allowed, MOST_EPOCHS // epochs))
+
+        change: dict[str, Any] = {"epochs": tuple(epochs * factor(max(self.epochs)) for epochs in self.epochs)}
+        if self.alone:
+            longer = self.alone.epochs * factor(self.alone.epochs)
+            change["alone"] = self.alone.model_copy(update={"epochs": longer})
+        return self.model_copy(update=change)
 
 
 class Strategy(_Settings):
@@ -258,12 +299,13 @@ class Strategy(_Settings):
         """Epochs of each run of a final phase, those of a cross-fit included."""
         if self.serving is None:
             return tuple(phase.epochs for phase in self.final)
-        return (max(self.serving.epochs),) * (self.serving.folds + 1)
+        return self.serving.runs()
 
     @property
     def has_copy(self) -> bool:
         """Whether a site keeps a copy of the shared tensors of its own."""
-        return any("copy" in phase.trains for phase in (*self.phases, *self.final))
+        alone = self.serving is not None and self.serving.alone is not None
+        return alone or any("copy" in phase.trains for phase in (*self.phases, *self.final))
 
     @property
     def keeps(self) -> bool:
