@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -53,3 +55,18 @@ def test_a_log_gets_lines_with_the_time_left(
     assert (
         re.findall(r"log: (\d) of 100, passed: 0:00:\d\d, left: (?:\?|0:0\d:\d\d)$", "\n".join(lines), re.M) == expected
     )
+
+
+def test_brackets_in_a_text_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(file=shown, force_terminal=True, width=120))
+    with console.bar("runs", 2) as advance:
+        advance(1, "a strategy named [bold]")
+    assert "a strategy named [bold]" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+
+
+def test_bars_of_other_libraries_are_not_drawn_between_ours() -> None:
+    ours = "from pfedsam.commands.console import quiet_libraries; quiet_libraries()"
+    code = f"{ours}; from tqdm import tqdm; list(tqdm([1]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""

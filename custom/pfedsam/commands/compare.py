@@ -12,8 +12,10 @@ from pfedsam import defaults
 from pfedsam.commands.console import Bundle, Force, Overrides, bar, claim_folder, console, literals
 from pfedsam.commands.interrupts import command_again, ends_in_order
 from pfedsam.commands.listing import LOOK
+from pfedsam.commands.live import Following, Live, following
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ranges import LARGEST_SEED, MOST_ROUNDS, MOST_WORKERS
+from pfedsam.storage.progress import Progress
 from pfedsam.storage.run_folder import is_comparison
 
 app = typer.Typer()
@@ -60,6 +62,7 @@ def compare(
         bool, typer.Option("--fresh", help="Run again what has a record of other data, weights or bundle than now.")
     ] = False,
     force: Force = False,
+    live: Live = False,
     list_: Annotated[bool, typer.Option("--list", help="List the strategies and ablations, and stop.")] = False,
     set_: Overrides = None,
 ) -> None:
@@ -96,9 +99,11 @@ def compare(
         raise PFedSAMError(ErrorCode.OTHER_RUN, message, remedy)
     claim_folder(out, "comparison", is_comparison, force)
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} done before; records: {comparison.record_file}")
-    if missing and not table_only:
-        with ends_in_order(f"To go on: {command_again(out, without=())}"):
-            _run(comparison, missing, workers or os.cpu_count() or 1)
+    if (missing or live) and not table_only:
+        again = command_again(out, without=())
+        progress = _progress(comparison, missing, f"comparison on {data.resolve().name}", again)
+        with ends_in_order(f"To go on: {again}"), following(out, progress, live) as follow:
+            _run(comparison, missing, workers or os.cpu_count() or 1, follow)
     show_comparison(comparison, strategy_name(reference))
     for name, problem in comparison.failed.items():
         console.print(f"failed: {name}: {problem}", style="red", highlight=False)
@@ -106,18 +111,47 @@ def compare(
         raise typer.Exit(1)
 
 
-def _run(comparison: Any, missing: list[Any], workers: int) -> None:
+def _run(comparison: Any, missing: list[Any], workers: int, follow: Following) -> None:
     from pfedsam.comparison.compare import compare as run_all
 
-    with bar(f"{len(missing)} runs", sum(run.events() for run in missing)) as advance:
+    progress = follow.progress
+    with bar(f"{len(missing)} runs", progress.total) as advance:
         done = 0
 
         def event(line: str, count: int) -> None:
             nonlocal done
             done += count
             advance(done, line)
+            progress.active = dict(comparison.running)
+            progress.failed = {name: problem.partition(" ")[0] for name, problem in comparison.failed.items()}
+            # the sentence about a failure may name cases
+            follow(done, line.partition(": ")[0] if line.startswith("failed: ") else line)
 
         run_all(comparison, workers, event)
+
+
+def _progress(comparison: Any, missing: list[Any], name: str, command: str) -> Progress:
+    """What the page is told of the runs before they begin; see `pfedsam.report.live.comparison`."""
+    from pfedsam.comparison.expected import Expected
+
+    runs = [
+        {
+            "name": run.name,
+            "kind": run.file.kind,
+            "key": run.key(),
+            "rounds": run.rounds,
+            "sites": ["pooled"] if run.file.kind == "pooled" else [one for one in run.sites if one != run.held_out],
+            "folders": [
+                os.path.relpath(folder, comparison.out)
+                for folder in dict.fromkeys((run.shared_folder(comparison.out), run.training_folder(comparison.out)))
+            ],
+        }
+        for run in comparison.runs
+    ]
+    sites, rounds = list(comparison.runs[0].sites), comparison.runs[0].rounds
+    records = str(comparison.record_file.resolve())
+    total = Expected(missing, comparison.out).total
+    return Progress("comparison", name, command, sites, rounds, runs, records, total)
 
 
 def _outdated(comparison: Any) -> list[str]:

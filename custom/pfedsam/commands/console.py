@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,15 +18,18 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Column
+from rich.text import Text
 
 from pfedsam.errors import ErrorCode, PFedSAMError
+from pfedsam.storage.progress import Pace
 from pfedsam.storage.run_folder import claim_run
 
 #: Paths and names may hold brackets: a text is printed as it is, unless a call asks for markup.
@@ -89,10 +93,11 @@ def show_doubts(folders: Iterable[Path]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Leave out what MONAI says at each start about optional parts; errors stay."""
+    """Leave out what MONAI says at each start about optional parts, and its own bars beside ours; errors stay."""
     import logging
     import warnings
 
+    os.environ.setdefault("TQDM_DISABLE", "1")  # which tqdm reads when it is imported
     warnings.filterwarnings("ignore", message=".*NvImgCodec.*")
     warnings.filterwarnings("ignore", message=".*always_return_as_numpy.*")
     for name in ("monai.bundle.workflows", "monai.data.nvimgcodec_pydicom_plugin"):
@@ -106,18 +111,20 @@ class Advance:
     Where the output is no terminal, as in a log, it writes a line instead, a minute or more after the last one.
     """
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
+    def __init__(self, progress: Progress, task: TaskID, pace: Pace) -> None:
+        self._progress, self._task, self._pace = progress, task, pace
         self._told = time.monotonic()
 
     def __call__(self, done: int, text: str | None = None) -> None:
         """Set what is done, and a text."""
         described: Any = {} if text is None else {"description": text}
+        self._pace.step(done, time.time())
         self._progress.update(self._task, completed=done, **described)
         self._log()
 
     def total(self, done: int, total: int) -> None:
         """Set both numbers."""
+        self._pace.step(done, time.time())
         self._progress.update(self._task, completed=done, total=total)
         self._log()
 
@@ -128,25 +135,40 @@ class Advance:
         task = self._progress.tasks[self._task]
         passed, left = (
             "?" if seconds is None else timedelta(seconds=int(seconds))
-            for seconds in (task.elapsed, task.time_remaining)
+            for seconds in (task.elapsed, self._pace.left(task.total or 0, time.time()))
         )
         line = f"{task.description}: {task.completed:g} of {task.total:g}, passed: {passed}, left: {left}"
         console.print(line, highlight=False, soft_wrap=True)
 
 
+class _TimeLeft(ProgressColumn):
+    """The time left by the pace of the whole run: rich's own column forgets steps, and has nothing for slow ones."""
+
+    max_refresh = 0.5
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        """As `h:mm:ss`."""
+        left = self._pace.left(task.total or 0, time.time())
+        return Text("-:--:--" if left is None else str(timedelta(seconds=int(left))), style="progress.remaining")
+
+
 @contextmanager
 def bar(text: str, total: int) -> Iterator[Advance]:
     """A progress bar with the time that has passed and an estimate of the time left."""
+    pace = Pace()
     columns = (
         SpinnerColumn(),
         # where the terminal is narrow, the text is cut and not the time left
-        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"), markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left:"),
-        TimeRemainingColumn(),
+        _TimeLeft(pace),
     )
-    # steps may take minutes: the speed is the mean of the last half hour, not of the last seconds
-    with Progress(*columns, console=console, expand=True, speed_estimate_period=1800) as progress:
-        yield Advance(progress, progress.add_task(text, total=total))
+    with Progress(*columns, console=console, expand=True) as progress:
+        yield Advance(progress, progress.add_task(text, total=total), pace)

@@ -27,8 +27,10 @@ from pfedsam.commands.data import make_phantom
 from pfedsam.commands.evaluation import report, show_evaluation
 from pfedsam.commands.interrupts import command_again, ends_in_order
 from pfedsam.commands.listing import TRAIN
+from pfedsam.commands.live import Following, Live, following
 from pfedsam.deployment.simulator_process import begun
 from pfedsam.ranges import LARGEST_SEED, MOST_ROUNDS
+from pfedsam.storage.progress import Progress
 from pfedsam.storage.run_folder import RUN, is_simulation, starts
 
 app = typer.Typer()
@@ -80,6 +82,7 @@ def simulate(
     validate_every: Annotated[
         int | None, typer.Option(min=1, max=MOST_ROUNDS, help="Validate every so many rounds only.")
     ] = None,
+    live: Live = False,
     fresh: Fresh = False,
     force: Force = False,
     set_: Overrides = None,
@@ -102,7 +105,7 @@ def simulate(
         with planned as simulation:
             require_splits(simulation)
             claim_folder(out, "simulation", is_simulation, force)
-            federate(simulation, process, fresh)
+            federate(simulation, process, fresh, live)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -149,46 +152,61 @@ def _demo(process: Any, out: Path, seed: int, image_size: int, amp: bool | None,
     federate(simulation, process, fresh)
 
 
-def federate(simulation: Any, process: Any, fresh: bool = False) -> None:
+def federate(simulation: Any, process: Any, fresh: bool = False, live: bool = False) -> None:
     """Run a simulation, or what is left of it, with progress, then show what each site gained.
 
     Args:
         simulation: a `pfedsam.deployment.simulation.Simulation`.
         process: of `pfedsam.deployment.simulator_process.begun`.
         fresh: move a run that is in its folder aside first.
+        live: keep a page that follows it.
     """
     with console.status("loading libraries"):
         from pfedsam.deployment.simulation import expected_events, sent_bytes
-        from pfedsam.deployment.simulation_starts import require_same_run
-        from pfedsam.deployment.simulator import begin_anew, run
+        from pfedsam.deployment.simulation_starts import is_finished, require_same_run
+        from pfedsam.deployment.simulator import begin_anew
+        from pfedsam.training.strategy import Strategy
 
     out: Path = simulation.out
     if fresh and (aside := begin_anew(simulation)):
         console.print(f"the run that was here is now in {aside}", highlight=False, soft_wrap=True)
     with console.status("reading settings and data"):
         require_same_run(simulation)
-    rounds = simulation.rounds_in_all
+    rounds, again = simulation.rounds_in_all, command_again(out)
     console.print(
         f"{len(simulation.sites)} sites, {rounds} rounds, then the final personal phase; log: {out}/simulator.log"
     )
-    console.print(f"if it is stopped, it goes on with: {command_again(out)}", highlight=False, soft_wrap=True)
+    console.print(f"if it is stopped, it goes on with: {again}", highlight=False, soft_wrap=True)
+    strategy = Strategy.of(simulation.plan["strategy"]).name
+    name = f"{simulation.federation}: {strategy} on {simulation.data.resolve().name}"
+    progress = Progress("simulation", name, again, simulation.sites, rounds)
+    progress.total = 0 if is_finished(simulation, rounds) else expected_events(simulation)
+    with following(out, progress, live) as follow:
+        _train(simulation, process, follow)
+        show_doubts(start / "server" / RUN for start in starts(out))
+        follow(progress.done, "testing the models")
+        states = simulation.states()
+        models = {site: (simulation.data / site, states[site].file) for site in simulation.sites}
+        show_evaluation(models, simulation.plan["bundle"], simulation.settings, out, sent_bytes(simulation))
+        report(out)
+    console.print(f"personal state: {simulation.state_root} (pfedsam state list --root {simulation.state_root})")
+
+
+def _train(simulation: Any, process: Any, follow: Following) -> None:
+    from pfedsam.deployment.simulator import run
+
     done, tell = 0, _RoundByRound(len(simulation.sites))
-    with bar("starting", expected_events(simulation)) as advance:
+    with bar("starting", follow.progress.total) as advance:
 
         def event(line: str) -> None:
             nonlocal done
             done += 1
             advance(done, line)
+            follow(done, line)
             tell(line)
 
         if not run(simulation, event, process):
             console.print("this federation has finished before; its sites are evaluated again")
-    show_doubts(start / "server" / RUN for start in starts(out))
-    states = simulation.states()
-    models = {site: (simulation.data / site, states[site].file) for site in simulation.sites}
-    show_evaluation(models, simulation.plan["bundle"], simulation.settings, out, sent_bytes(simulation))
-    report(out)
-    console.print(f"personal state: {simulation.state_root} (pfedsam state list --root {simulation.state_root})")
 
 
 class _RoundByRound:

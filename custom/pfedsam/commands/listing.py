@@ -88,10 +88,20 @@ COMMANDS = {
         LOOK,
         "Compare strategies on the sites in DATA: train, test once at the end, tables with intervals and tests.",
     ),
+    "watch": Listed(
+        "watch",
+        LOOK,
+        "Follow a run of another terminal in a page: rounds, sites, Dice, time left. The run itself stays as it is.",
+    ),
     "infer": Listed(
         "inference",
         LOOK,
         "Segment images with a site's model. The label lies exactly on its image: same shape, affine, orientation.",
+    ),
+    "view": Listed(
+        "view",
+        LOOK,
+        "Look at images in a browser: truth, both models, differences, probabilities; correct and save masks.",
     ),
     "export-model": Listed(
         "inference",

@@ -16,6 +16,7 @@ from typing import Any
 
 from pfedsam.children import begin, terminal_signals_held
 from pfedsam.comparison.execute import Simulator, execute
+from pfedsam.comparison.expected import Expected
 from pfedsam.comparison.provenance import bundle_hash, defaults
 from pfedsam.comparison.records import problem_of_record, warn_once
 from pfedsam.comparison.run import Run
@@ -36,6 +37,7 @@ class Comparison:
         simulator: a function of a module that trains the runs that ask for NVFlare's simulator.
         fresh: run again what has a record of something else than there is now, see `outdated`.
         failed: error text by the name of the run.
+        running: what was told last, by the name of each run that runs now.
     """
 
     runs: Sequence[Run]
@@ -44,6 +46,7 @@ class Comparison:
     simulator: Simulator | None = None
     fresh: bool = False
     failed: dict[str, str] = field(default_factory=dict)
+    running: dict[str, str] = field(default_factory=dict)
 
     @property
     def record_file(self) -> Path:
@@ -103,15 +106,17 @@ def compare(comparison: Comparison, workers: int, event: Callable[[str, int], No
     Args:
         comparison: the runs; failures are noted in it, and do not stop the others.
         workers: number of processes.
-        event: called with a line and the number of events that it stands for.
+        event: called with a line and the number of events that it stands for; in all they are as many as
+            `pfedsam.comparison.expected.Expected` says before.
     """
     tell = event or (lambda line, count: None)
     waiting = comparison.missing()
+    expected = Expected(waiting, comparison.out)
     comparison.out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with terminal_signals_held():  # also from the process that counts Python's semaphores
         messages: Any = context.Queue()
-    running: dict[int, tuple[Any, Run, int]] = {}
+    running: dict[int, tuple[Any, Run]] = {}
     number = 0
     try:
         while waiting or running:
@@ -129,14 +134,17 @@ def compare(comparison: Comparison, workers: int, event: Callable[[str, int], No
                 process = context.Process(target=begin, args=arguments, daemon=not run.simulator)
                 with terminal_signals_held():
                     process.start()
-                    running[number] = (process, run, run.events())
+                    running[number] = (process, run)
+                comparison.running[run.name] = "starting"
                 number += 1
             for index, kind, content in _messages(messages, running):
-                process, run, left = running[index]
+                process, run = running[index]
                 if kind == "event":
-                    running[index] = (process, run, max(0, left - 1))
-                    tell(content, min(1, left))
+                    comparison.running[run.name] = content
+                    tell(content, expected.told(run))
                     continue
+                del comparison.running[run.name]
+                left = expected.ended(run, done=kind == "record")
                 if kind == "record":
                     append_line(comparison.record_file, content)
                     tell(f"done: {run.name}", left)
@@ -146,24 +154,24 @@ def compare(comparison: Comparison, workers: int, event: Callable[[str, int], No
                 process.join()
                 del running[index]
     finally:
-        for process, _, _ in running.values():
+        for process, _ in running.values():
             process.terminate()
-        for process, _, _ in running.values():
+        for process, _ in running.values():
             process.join()
 
 
-def _next(comparison: Comparison, waiting: Sequence[Run], running: dict[int, tuple[Any, Run, int]]) -> int:
+def _next(comparison: Comparison, waiting: Sequence[Run], running: dict[int, tuple[Any, Run]]) -> int:
     """Place of the first run that need not wait for a training that it shares with one that runs, or 0."""
-    busy = {run.shared_folder(comparison.out) for _, run, _ in running.values()}
+    busy = {run.shared_folder(comparison.out) for _, run in running.values()}
     return next((place for place, run in enumerate(waiting) if run.shared_folder(comparison.out) not in busy), 0)
 
 
-def _messages(messages: Any, running: dict[int, tuple[Any, Run, int]]) -> Iterator[tuple[int, str, Any]]:
+def _messages(messages: Any, running: dict[int, tuple[Any, Run]]) -> Iterator[tuple[int, str, Any]]:
     """The next message; a process that died without one is a failure of its run."""
     try:
         yield messages.get(timeout=2.0)
     except Empty:
-        for index, (process, _, _) in list(running.items()):
+        for index, (process, _) in list(running.items()):
             if not process.is_alive() and messages.empty():
                 yield index, "failure", f"its process ended with exit code {process.exitcode} (memory?)"
 

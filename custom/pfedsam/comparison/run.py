@@ -169,7 +169,3 @@ class Run:
         """The folder whose training other runs share: that of the rounds, or of the whole."""
         shared_rounds = self.federation(out).shared_rounds if self.file.kind == "federated" else None
         return shared_rounds.out if shared_rounds else self.training_folder(out)
-
-    def events(self) -> int:
-        """About how many events `execute` tells."""
-        return self.rounds * len(self.sites) + 3 * len(self.sites)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pfedsam.bundles import settings_of
+from pfedsam.comparison.expected import rounds_done, simulated_events
 from pfedsam.data.site_folder import site_names
 from pfedsam.data.sites import read_split
 from pfedsam.deployment.job_files import find_job, plan_settings, server_settings
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.storage.global_model import round_of
-from pfedsam.storage.run_folder import RUN, SENT_FILE, WORKSPACE, bytes_by_round, starts
+from pfedsam.storage.run_folder import RUN, SENT_FILE, WORKSPACE, bytes_by_round, global_models, starts
 from pfedsam.storage.state_list import StateEntry, newest_states
 from pfedsam.training.strategy import Strategy
 
@@ -102,7 +103,7 @@ class Simulation:
     @property
     def global_model(self) -> Path:
         """The last global model, kept outside the workspace."""
-        return self.out / "global_model.safetensors"
+        return global_models(self.out)[0]
 
     def states(self) -> dict[str, StateEntry]:
         """The newest state of each site in this federation."""
@@ -134,11 +135,10 @@ def require_splits(simulation: Simulation) -> None:
 
 
 def expected_events(simulation: Simulation) -> int:
-    """How many events `pfedsam.deployment.simulator.run` reports for a whole run."""
+    """How many events `pfedsam.deployment.simulator.run` tells, or of a run that was stopped will still tell."""
     strategy = Strategy.of(simulation.plan["strategy"])
-    a_round = 1 + len(strategy.phases)
-    left = max(0, simulation.rounds_in_all - simulation.rounds_done)
-    return len(simulation.sites) * (left * a_round + len(strategy.final_epochs) + 1)
+    done = rounds_done(simulation.out)
+    return simulated_events(strategy, len(simulation.sites), simulation.rounds_in_all, done)
 
 
 def sent_bytes(simulation: Simulation) -> dict[str, dict[int, int]]:

@@ -18,7 +18,7 @@ from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.records import RECEIVED_FILE, ROUNDS_FILE
 from pfedsam.files import write_atomically
 from pfedsam.storage.global_model import round_of
-from pfedsam.storage.run_folder import EARLIER, RUN, SENT_FILE
+from pfedsam.storage.run_folder import EARLIER, RUN, SENT_FILE, global_models
 from pfedsam.storage.site_model import read
 from pfedsam.storage.state_files import CURRENT, PREVIOUS
 from pfedsam.storage.state_list import StateEntry
@@ -55,7 +55,7 @@ def require_same_run(simulation: Simulation, data: bool = True) -> dict[str, Any
 
 def newest_global_model(simulation: Simulation) -> Path:
     """Where the simulator writes the global model of each round."""
-    return simulation.workspace / "server" / RUN / "app_server" / "global_model.safetensors"
+    return global_models(simulation.out)[1]
 
 
 def keep_global_model(simulation: Simulation) -> None:

@@ -81,7 +81,7 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def _run(simulation: Simulation, event: Callable[[str], None] | None, process: subprocess.Popen[str] | None) -> bool:
-    keep_terms(simulation.out, require_same_run(simulation))
+    keep_terms(simulation.out, {**require_same_run(simulation), "data": str(simulation.data.resolve())})
     rounds = simulation.rounds_in_all
     keep_global_model(simulation)
     done = simulation.rounds_done

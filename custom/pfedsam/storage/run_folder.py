@@ -3,6 +3,7 @@
 <run>/run.json       what decides the result, see `pfedsam.deployment.run_terms`
 <run>/workspace      of the last start; the simulator empties it when it starts again
 <run>/earlier/<n>    what the starts before it told of their rounds: TensorBoard's files, what was sent
+<run>/progress.json  where its command is, see `pfedsam.storage.progress`; <run>/live.html, the page about it
 <run>/before-<time>  a run that was moved aside for another one
 """
 
@@ -25,7 +26,7 @@ LEFT = "left"
 #: What a run leaves in its folder, beside data and jobs that somebody may have put there.
 RESULTS = (
     *("run.json", "job", WORKSPACE, EARLIER, "state", "states", "global_model.safetensors", "simulator.log"),
-    *("results", "results.json", "report.html", "pictures", "split.json"),
+    *("results", "results.json", "report.html", "pictures", "split.json", "progress.json", "live.html"),
 )
 
 
@@ -33,6 +34,12 @@ def starts(run: Path) -> list[Path]:
     """Folders laid out as NVFlare's workspace, one for each start of a run, oldest first."""
     kept = [path for path in (run / EARLIER).glob("*") if path.name.isdigit()]
     return [*sorted(kept, key=lambda path: int(path.name)), run / WORKSPACE]
+
+
+def global_models(run: Path) -> tuple[Path, Path]:
+    """The global model that is kept in a run folder, and the one of each round, which the simulator writes."""
+    name = "global_model.safetensors"
+    return run / name, run / WORKSPACE / "server" / RUN / "app_server" / name
 
 
 def bytes_by_round(paths: Iterable[Path]) -> dict[int, int]:

@@ -1,0 +1,1 @@
+"""The page about a run that still goes on; `pfedsam.report.page` is the one about a run that is finished."""
