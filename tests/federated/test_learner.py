@@ -440,10 +440,10 @@ def test_more_epochs_in_the_final_phase_than_the_site_allows_are_refused(
 @pytest.mark.parametrize(("allowed", "refused"), [(8, True), (9, False)])
 def test_the_epochs_of_a_cross_fit_count(ready: Path, curves: list[Any], allowed: int, refused: bool) -> None:
     set_site(ready, most_epochs=allowed)
-    strategy = find_strategy("chosen").checked()
+    strategy = find_strategy("longer_ft_chosen").checked()
     assert strategy.serving is not None
     short = strategy.model_copy(
-        update={"serving": strategy.serving.model_copy(update={"folds": 2, "epochs": (1, 3)}), "phases": ()}
+        update={"serving": strategy.serving.model_copy(update={"folds": 2, "epochs": (1, 3), "alone": None}), "phases": ()}
     )
     if not refused:
         settings_module.require_epochs(short, settings_module.read_settings(ready / "local" / "pfedsam.json"))

@@ -17,11 +17,13 @@ from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.cross_fit import Candidate, CrossFit, choose, dice_of, overlap
 from pfedsam.training.site import SiteTrainer
 from pfedsam.training.strategy import Serving, Strategy
+from pfedsam.training.validation import validated_cases
 
 torch.set_num_threads(1)
 TINY = {"backbone": "vit_test", "image_size": 32, "batch_size": 4, "augmentations": 2, "positives_per_case": 2}
 TINY |= {"negatives_per_case": 1}
 ALONE = {"name": "alone", "trains": ["copy"], "experts": False, "epochs": 2, "learning_rate": 0.01}
+ROLES = find_strategy("fedavg_lora").checked().roles
 SERVING = {"folds": 2, "epochs": [1, 2], "alphas": [0.5, 1.0], "margin": 0.0}
 
 
@@ -238,6 +240,59 @@ def test_a_site_stretches_what_it_compares(site, tmp_path, monkeypatch):
     local.finish(3)
     [(first, last)] = compared
     assert last * steps >= 40 > (last - 2) * steps and last == 2 * first
+
+
+# on the validation cases ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pfedsam", "fedavg_lora_ft"])
+def test_the_validation_cases_choose_among_models_of_one_training(site, tmp_path, monkeypatch, name):
+    local = opened(site, tmp_path, name, folds=0, epochs=[1, 2, 3], alphas=[0.5, 1.0], alone=ALONE)
+    told = {"base": [0.3, 0.5], (1, 0.5): [0.3, 0.5], (1, 1.0): [0.3, 0.5], (2, 0.5): [0.5, 0.71], (2, 1.0): [0.5, 0.7]}
+    answers = [told["base"], *(told.get((epoch, a), [0.2, 0.2]) for epoch in (1, 2, 3) for a in (0.5, 1.0)), [0.4, 0.6]]
+    asked: list[dict[str, torch.Tensor]] = []
+
+    def cases(evaluator: Any, exclusive: bool) -> list[float]:
+        asked.append({**personal_state(local.network, local.strategy.roles), **shared_state(local.network, ROLES)})
+        return answers[len(asked) - 1]
+
+    monkeypatch.setattr("pfedsam.training.site.validated_cases", cases)
+    local.validation_cases = [{"case": name, "patient": name} for name in ("a", "b")]
+    result = local.finish(3)
+    assert len(asked) == len(answers) and local.served is not None
+    assert local.served.candidate == Candidate(2, 0.5) and local.served.gain == pytest.approx(0.205)
+    assert result.phases["final"].steps == 3 * len(local.trainer.data_loader)  # type: ignore[arg-type]
+    # what is kept is what was compared, not what came after it
+    with torch.no_grad(), local.network.experts(True), swapped_parameters(local.network, local.tensors.beside()):
+        images = torch.rand(2, 3, 32, 32)
+        kept = local.network.eval()(images)
+        if name == "fedavg_lora_ft":
+            with swapped_parameters(local.network, {n: t for n, t in asked[3].items() if n in local.tensors.copy}):
+                assert torch.allclose(kept, local.network(images), atol=1e-5)
+        else:
+            halved = {n: (t * 0.5 if n.endswith(("up", "up_bias")) else t) for n, t in asked[3].items()}
+            with swapped_parameters(local.network, halved):
+                assert torch.allclose(kept, local.network(images), atol=1e-5)
+
+
+def test_validation_cases_without_a_gain_bring_the_global_model_back(site, tmp_path):
+    local = opened(site, tmp_path, folds=0, margin=1000.0, alone=ALONE)
+    local.finish(3)
+    assert local.served is not None and local.served.candidate == Candidate()
+    images = torch.rand(1, 3, 32, 32)
+    local.network.eval()
+    with torch.no_grad():
+        with local.network.experts(True), swapped_parameters(local.network, local.tensors.beside()):
+            personal = local.network(images)
+        with local.network.experts(False), swapped_parameters(local.network, local.tensors.received):
+            assert torch.equal(personal, local.network(images))
+
+
+def test_dice_of_validation_cases_is_that_of_the_validation(site, tmp_path):
+    local = opened(site, tmp_path, folds=0)
+    dice = validated_cases(local.evaluator, local.trainer.exclusive)
+    assert len(dice) == len(local.validation_cases)
+    assert sum(dice) / len(dice) == pytest.approx(local.validate(experts=False)["val_dice"], abs=1e-6)
 
 
 def test_a_bundle_that_draws_its_slices_in_its_own_way_is_told_so(site, tmp_path):

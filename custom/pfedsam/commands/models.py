@@ -110,7 +110,8 @@ def init_global(
         overrides = {**(plan.get("overrides") or {}), **given}
         network = network_of(plan["bundle"], overrides, checkpoint=checkpoint)
         state = shared_state(network, roles)
-        write_global_model(out, state, network.base_fingerprint, manifest(network, roles, "shared"))
+        about = {"bundle": plan["bundle"], "overrides": overrides}
+        write_global_model(out, state, network.base_fingerprint, manifest(network, roles, "shared"), about=about)
     console.print(
         f"{out}: {len(state)} shared tensors, {out.stat().st_size / 1e6:.2f} MB, base {network.base_fingerprint[:12]}"
     )
@@ -144,9 +145,9 @@ def _print_phases(strategy: Any) -> None:
         table.add_row(phase.name, *row, teacher)
     console.print(table)
     if (serving := strategy.serving) is not None:
+        where = f"by cross-fit in {serving.folds} folds of its patients" if serving.folds else "on its validation cases"
         console.print(
-            f"what a site keeps is found out by cross-fit: {serving.folds} folds of its patients, after "
-            f"{', '.join(map(str, serving.epochs))} epochs, at {', '.join(f'{alpha:g}' for alpha in serving.alphas)} "
-            f"of the way from the global model; {'or the own model of the site alone, ' if serving.alone else ''}or the "
-            "global model"
+            f"what a site keeps is found out {where}, after {', '.join(map(str, serving.epochs))} epochs, at "
+            f"{', '.join(f'{alpha:g}' for alpha in serving.alphas)} of the way from the global model; "
+            f"{'or what the site has alone; ' if serving.alone else ''}or the global model"
         )

@@ -21,13 +21,14 @@ from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.parameters import swapped_parameters
 from pfedsam.storage.site_model import SiteModel
+from pfedsam.training.by_validation import ByValidation
 from pfedsam.training.cross_fit import Choice, CrossFit
 from pfedsam.training.left_out import leave_out_trained
 from pfedsam.training.round_result import RoundResult
 from pfedsam.training.site_tensors import SiteTensors
 from pfedsam.training.strategy import Phase, Serving, Strategy
 from pfedsam.training.trainer import PhaseTrainer
-from pfedsam.training.validation import LEAST_CASES, RoundSample, run_validation
+from pfedsam.training.validation import LEAST_CASES, RoundSample, run_validation, validated_cases
 from pfedsam.training.workflow import open_workflow
 
 logger = logging.getLogger(__name__)
@@ -234,12 +235,32 @@ class SiteTrainer:
         return result
 
     def _serve(self, phase: Phase, serving: Serving, round_number: int) -> RoundResult:
-        """The final phase as long, and as much of it, as the cross-fit says; see `pfedsam.training.cross_fit`."""
-        fit = CrossFit(self.trainer, self.tensors, self.cases, self._seed)
+        """The final phase as long, and as much of it, as the site finds best for itself, see `Serving`."""
         serving = serving.stretched(self.trainer.state.epoch_length or 1, self.most_epochs)
-        self.served = fit.run(phase, serving, lambda fold: self._run((fold,), round_number))
+        serve = self._by_cross_fit if serving.folds else self._by_validation
+        self.served, result = serve(phase, serving, round_number)
+        self._forget_global_dice()
+        logger.info(self.served.sentence)
+        return result
+
+    def _by_validation(self, phase: Phase, serving: Serving, round_number: int) -> tuple[Choice, RoundResult]:
         result = RoundResult({}, {})
-        kept = self.served.candidate
+
+        def train(phase: Phase) -> None:
+            part = self._run((phase,), round_number)
+            result.phases |= part.phases
+            result.gates = part.gates or result.gates
+
+        def dice() -> list[float]:
+            return validated_cases(self.evaluator, self.trainer.exclusive)
+
+        patients = [patient_of(case) for case in self.validation_cases]
+        return ByValidation(self.trainer, self.tensors, dice, patients).run(phase, serving, train), result
+
+    def _by_cross_fit(self, phase: Phase, serving: Serving, round_number: int) -> tuple[Choice, RoundResult]:
+        fit = CrossFit(self.trainer, self.tensors, self.cases, self._seed)
+        choice = fit.run(phase, serving, lambda fold: self._run((fold,), round_number))
+        result, kept = RoundResult({}, {}), choice.candidate
         if kept.alone and serving.alone:
             self.tensors.begin_alone()
             result = self._run((serving.alone,), round_number)
@@ -251,11 +272,10 @@ class SiteTrainer:
         self.tensors.interpolate(kept.alpha)
         if kept.epochs and not self.trainer.should_stop():
             gain = self.validate(experts=True)["val_dice"] - self.validate(experts=False)["val_dice"]
-            self.served = self.served.confirmed(gain, len(self.validation_cases))
-            if not self.served.candidate.epochs:
+            choice = choice.confirmed(gain, len(self.validation_cases))
+            if not choice.candidate.epochs:
                 self.tensors.interpolate(0)
-        logger.info(self.served.sentence)
-        return result
+        return choice, result
 
     def _forget_global_dice(self) -> None:
         """Personal tensors beside the experts also work with the experts off (as FedRep's head)."""

@@ -144,14 +144,16 @@ class Phase(_Settings):
 
 
 class Serving(_Settings):
-    """How a site finds out what it keeps after the final phase: by cross-fit on its own training patients. [ours]
+    """How a site finds out what it keeps after the final phase. [ours]
 
-    The patients are dealt into folds. For each fold the final phase is run without its patients, and the models on the
-    way are compared with the global one on them, see `pfedsam.training.cross_fit`. So nothing is kept that was worse
-    than the global model on patients that it was not fitted to.
+    Models on the way of the final phase are compared with the global one, patient by patient, on patients that they
+    were not fitted to: on the validation cases (`pfedsam.training.by_validation`), which the global model has not seen
+    either; or, with folds, by cross-fit on the training patients (`pfedsam.training.cross_fit`), which the global model
+    was trained on, so that it wins more often than it should. Where no gain stands out, the global model is kept.
 
     Attributes:
-        folds: number of folds; at most one a patient.
+        folds: 0: the validation cases decide, and the final phase runs once. Else the number of folds of a cross-fit,
+            at most one a patient: for each the final phase is run without its patients.
         epochs: after how many epochs of the final phase a model is compared. The largest takes the place of the phase's
             own `epochs`; the phase is stopped after those that were chosen, with the learning rates of the largest.
         alphas: which of the models between the global one (0) and the personal one (1) are compared.
@@ -164,7 +166,7 @@ class Serving(_Settings):
             is not.
     """
 
-    folds: Whole = Field(3, ge=2, le=10)
+    folds: Whole = Field(0, ge=0, le=10)
     epochs: tuple[Length, ...] = Field((2, 4, 8), min_length=1, max_length=10)
     alphas: tuple[Annotated[Number, Field(gt=0, le=1)], ...] = Field(
         (0.25, 0.5, 0.75, 1.0), min_length=1, max_length=10
@@ -173,6 +175,13 @@ class Serving(_Settings):
     least_steps: Annotated[Whole, Field(ge=0, le=MOST_STEPS)] = 0
     alone: Phase | None = None
 
+    @field_validator("folds")
+    @classmethod
+    def _leaves_some(cls, folds: int) -> int:
+        if folds == 1:
+            raise ValueError("one fold leaves no patient to train on; 0 is for the validation cases")
+        return folds
+
     @model_validator(mode="after")
     def _alone_is_alone(self) -> Serving:
         if self.alone and (self.alone.trains != ("copy",) or self.alone.experts or self.alone.distillation):
@@ -180,9 +189,9 @@ class Serving(_Settings):
         return self
 
     def runs(self) -> tuple[int, ...]:
-        """Epochs of each run of a phase: in each fold, and at last of what was chosen, at most."""
+        """Epochs of each run of a phase: in each fold, and at last of what was chosen, at most; or once."""
         longest, alone = max(self.epochs), (self.alone.epochs,) if self.alone else ()
-        return (longest, *alone) * self.folds + (max(longest, *alone),)
+        return (longest, *alone) * self.folds + (max(longest, *alone),) if self.folds else (longest, *alone)
 
     def stretched(self, steps: int, most_epochs: int | None = None) -> Serving:
         """As it is at a site, see `least_steps`.
@@ -218,7 +227,7 @@ class Strategy(_Settings):
             site's copy of the shared ones, are interpolated linearly (WiSE-FT: Wortsman et al., arXiv 2109.01903). Less
             than 1 is for sites with few cases, whose personal model follows them too closely. [ours]
         serving: None keeps what `interpolation` says; else the site itself finds out how long its final phase runs and
-            where on that way the model lies that it keeps, see `Serving`.
+            where on that way the model lies that it keeps, or whether the global one is better, see `Serving`.
         validate_every: the global model is validated before the training of every such round; the last theta always is.
         aggregation: how the sites' updates become one, see `pfedsam.training.aggregation`: `norm_clipped`, the weighted
             mean in which no site owns more than its share; `mean`, every claim as it is; `trimmed_mean`, `median`,

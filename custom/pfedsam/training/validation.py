@@ -52,6 +52,15 @@ def run_validation(evaluator: Any, exclusive: bool) -> tuple[float, list[bool]]:
     return float(evaluator.state.metrics["val_dice"]), answered
 
 
+def validated_cases(evaluator: Any, exclusive: bool) -> list[float]:
+    """Dice of each case of a bundle's evaluator, mean over the classes; a class that is in neither label nor prediction
+    and has no Dice is left out, and a case without any counts as 1.
+    """
+    run_validation(evaluator, exclusive)
+    details = torch.as_tensor(evaluator.state.metric_details["val_dice"], dtype=torch.float64)
+    return torch.nan_to_num(details.flatten(1).nanmean(1), nan=1.0).tolist()
+
+
 def is_answer(logits: Tensor, exclusive: bool) -> bool:
     """Whether the prediction of a class covers between `LEAST_COVERED` and `MOST_COVERED` of the network's input.
 
