@@ -86,6 +86,25 @@ def test_the_best_state_is_listed_with_its_round_and_an_export_says_which_it_tak
     assert read(tmp_path / "out").info["round"] == 3
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_the_path_of_each_state_is_listed_whole_and_is_what_commands_take(
+    root: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_width", width)
+    files = [keep(root, site=site) / CURRENT for site in ("north", "south")]
+    lines = run("list", "--root", root).output.splitlines()
+    assert [line for line in lines if str(root) in line][-2:] == [f"{n}  {file}" for n, file in enumerate(files, 1)]
+    assert all(read(Path(line.split("  ", 1)[1])).info["round"] == 3 for line in lines[-2:])
+
+
+def test_the_folder_of_a_simulation_will_do_as_a_root(tmp_path: Path) -> None:
+    folder = keep(tmp_path / "state")
+    assert "no state" in run("list", "--root", tmp_path).output
+    (tmp_path / "run.json").write_text("{}")
+    assert str(folder / CURRENT) in run("list", "--root", tmp_path).output
+    assert run("delete", "lgg", "north", "--yes", "--root", tmp_path).exit_code == 0 and not folder.exists()
+
+
 def test_where_nothing_is_found_the_folder_and_both_options_are_named(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +304,9 @@ def test_a_state_whose_info_holds_something_else_is_listed_all_the_same(
     model = read(path)
     model.info |= {"val_dice_personal": dice, "final": final}
     write(path, model)
-    (line,) = [line for line in run("list", "--root", root).output.splitlines() if "lgg" in line]
-    cells = [cell.strip() for cell in line.split("│")]
-    assert cells[6:8] == ["yes" if final is True else "", shown]
+    lines = run("list", "--root", root).output.splitlines()
+    head = next(line for line in lines if "federation" in line)
+    (line,) = [line for line in lines if "lgg" in line and str(root) not in line]
+    ends = {"final": head.index("Dice"), "Dice": head.index("best")}
+    cells = {column: line[head.index(column) : end].strip() for column, end in ends.items()}
+    assert cells == {"final": "yes" if final is True else "", "Dice": shown}

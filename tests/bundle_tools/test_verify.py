@@ -76,6 +76,9 @@ BREAKS: dict[str, Callable[[Path], None]] = {
     "files": lambda root: (root / "LICENSE").unlink(),
     "metadata": lambda root: edit(root, "metadata.json", lambda c: c.update(version="0.2.0")),
     "settings": lambda root: edit(root, "train.json", lambda c: c.update(top_k=9)),
+    "left and right": lambda root: edit(
+        root, "train.json", lambda c: c.update(class_names=["left_kidney", "right_kidney"])
+    ),
     "network in and out": lambda root: edit(
         root, "metadata.json", lambda c: c["network_data_format"]["outputs"]["pred"].update(num_channels=3)
     ),
@@ -123,7 +126,9 @@ def test_the_command_prints_a_line_for_each_check_and_fails_on_a_broken_bundle(
 
 
 @pytest.mark.parametrize(
-    ("modality", "nested", "values"), [("mri", False, [[1], [2]]), ("rgb", True, [[1, 2], [2]])], ids=["mri", "rgb"]
+    ("modality", "nested", "values"),
+    [("mri", False, [[1], [2]]), ("grey", False, [[1], [2]]), ("rgb", True, [[1, 2], [2]])],
+    ids=["mri", "grey", "rgb"],
 )
 def test_a_new_bundle_passes_and_trains_in_a_federation_and_infers(
     modality: Any, nested: bool, values: list, tmp_path: Path, schema: Path, monkeypatch: pytest.MonkeyPatch
@@ -135,7 +140,7 @@ def test_a_new_bundle_passes_and_trains_in_a_federation_and_infers(
     cheap = ("files", "metadata", *(name for name in CHECKS if name.startswith("properties")), "runs on tiny data")
     monkeypatch.setattr("pfedsam.bundle_tools.verify.CHECKS", {name: CHECKS[name] for name in cheap})
     assert [check for check in verify_bundle(Bundle(root, schema)) if not check.passed] == []
-    site = tiny_site(tmp_path / "site", 2, modality == "rgb")
+    site = tiny_site(tmp_path / "site", 2, modality != "mri")
     settings = {"backbone": "vit_test", "image_size": 64, "batch_size": 2, "augmentations": 2}
     local = SiteTrainer("my_task", site, find_strategy("pfedsam").checked(), settings, tmp_path / "out")
     local.open()
@@ -145,7 +150,7 @@ def test_a_new_bundle_passes_and_trains_in_a_federation_and_infers(
     write(tmp_path / "model.safetensors", local.model(round=0, final=True))
     image = next((site / "images").iterdir())
     found = Predictor(tmp_path / "model.safetensors")(image)
-    assert found.probabilities.shape == ((2, 48, 40) if modality == "rgb" else (2, 48, 40, 6))
+    assert found.probabilities.shape == ((2, 48, 40, 6) if modality == "mri" else (2, 48, 40))
 
 
 def test_a_new_bundle_with_a_wrong_name_is_refused(tmp_path: Path) -> None:

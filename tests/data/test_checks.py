@@ -323,7 +323,7 @@ def test_labelled_voxels_outside_the_field_of_view_are_counted(site):
     assert not any("outside" in finding.message for finding in check_site(site, field_of_view=16).findings)
     report = check_site(site, field_of_view=8)
     assert report.ok and report.cases[1].unseen == 2
-    expect(report, "E09", "warning", "'case-1': 2 labelled voxel(s), 67%", "field of view of 8 mm", "field_of_view_mm")
+    expect(report, "E09", "warning", "'case-1': 2 labelled voxels, 67%", "field of view of 8 mm", "field_of_view_mm")
     expect(report, "E09", "warning", "4 case(s)", "75% of the image")
 
 

@@ -39,6 +39,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return site, folder / "model.safetensors"
 
 
+def test_a_box_may_come_after_an_image_without_one(trained: tuple[Path, Path]) -> None:
+    image = next((trained[0] / "images").iterdir())
+    box = [10, 40, 10, 40]
+    asked = Predictor(trained[1])
+    first = asked(image, box).probabilities
+    asked(image)
+    assert np.array_equal(asked(image, box).probabilities, first)
+
+
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "SAR"])
 def test_the_box_of_the_network_is_the_box_of_the_image(
     trained: tuple[Path, Path], tmp_path: Path, axes: str, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +23,9 @@ from typer.testing import CliRunner
 import pfedsam
 from pfedsam.bundles import network_of
 from pfedsam.cli import app
+from pfedsam.commands.interrupts import Interrupted
 from pfedsam.errors import PFedSAMError
-from pfedsam.inference.export import export_model, export_onnx, export_torchscript, personal_network
+from pfedsam.inference.export import export_all, export_model, export_onnx, export_torchscript, personal_network
 from pfedsam.inference.pair import pair
 from pfedsam.parameters import TensorSpec
 from pfedsam.storage.global_model import write_global_model
@@ -186,6 +191,37 @@ def test_no_path_of_this_machine_is_in_an_exported_model(
     told = export_model(model, tmp_path / "out")
     assert "checkpoint" not in told["settings"] and told["settings"]["image_size"] == 64
     assert b"/srv/hospital" not in (tmp_path / "out").read_bytes()
+
+
+@pytest.mark.parametrize("step", [0, 3, 6])
+def test_an_export_that_is_stopped_leaves_nothing_behind(model: Path, tmp_path: Path, step: int) -> None:
+    told: list[str] = []
+
+    def stop(text: str) -> None:
+        told.append(text)
+        if len(told) > step:
+            raise Interrupted
+
+    files = {"torchscript": tmp_path / "m.ts", "onnx": tmp_path / "m.onnx"}
+    with pytest.raises(Interrupted):
+        export_all(model, tmp_path / "m.safetensors", **files, event=stop)
+    assert len(told) == step + 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_middle_of_an_export_leaves_nothing_behind(
+    model: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    words = ["export-model", model, tmp_path / "m.safetensors", "--onnx", tmp_path / "m.onnx"]
+    process = subprocess.Popen([sys.executable, "-m", "pfedsam.cli", *map(str, words)], stdout=subprocess.PIPE)
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob(".m.onnx.*")) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signum)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum and b"Nothing was written" in out, out
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("option", [None, "--torchscript", "--onnx"])

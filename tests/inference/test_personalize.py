@@ -18,9 +18,10 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.ownership import claim
 
 
-def test_a_site_whose_labels_the_bundle_does_not_know_is_refused(tmp_path: Path) -> None:
+def test_a_site_whose_labels_the_bundle_does_not_know_is_refused(model: Path, tmp_path: Path) -> None:
     site = tiny_site(tmp_path / "site", 2, rgb=False)
-    done = CliRunner().invoke(app, ["personalize", str(site), "--global", str(tmp_path / "none.safetensors")])
+    words = ["personalize", str(site), "--global", str(model), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E07"
 
 
@@ -34,7 +35,7 @@ def test_a_folder_of_somebody_else_is_used_by_force_only(command: str, tmp_path:
     assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E24"
     assert [path.name for path in out.iterdir()] == ["results.json"]
     done = CliRunner().invoke(app, [*words, "--out", str(out), "--force"])
-    assert isinstance(done.exception, PFedSAMError) and done.exception.code in ("E02", "E13")
+    assert isinstance(done.exception, PFedSAMError) and done.exception.code in ("E10", "E13")
 
 
 def test_a_personal_model_that_is_there_is_replaced_by_force_only(tmp_path: Path) -> None:

@@ -223,9 +223,9 @@ def load_model(
 
     from pfedsam.bundles import class_names, find_bundle
     from pfedsam.inference.predict import Predictor
-    from pfedsam.storage.model_files import find_model
+    from pfedsam.storage.run_models import find_run_model
 
-    file, site_name = find_model(Path(path), site, shared=which == "global")
+    file, site_name = find_run_model(Path(path), site, shared=which == "global")
     how: dict[str, Any] = {"bundle": bundle, "overrides": overrides, "checkpoint": checkpoint, "device": device}
     predictor = Predictor(file, experts=which == "personal", engine=engine, **how)
     predictor.open()
@@ -264,7 +264,8 @@ def evaluate(
     """
     from pfedsam.evaluation.site import evaluate_site
     from pfedsam.evaluation.tables import case_rows
-    from pfedsam.storage.model_files import find_model, only_model
+    from pfedsam.storage.model_files import only_model
+    from pfedsam.storage.run_models import find_run_model
     from pfedsam.storage.site_model import model_settings
 
     folder = Path(folder)
@@ -274,7 +275,7 @@ def evaluate(
         bundle = bundle or model.bundle
     else:
         path = Path(model)
-        file, _ = find_model(path, None if only_model(path) else site)
+        file, _ = find_run_model(path, None if only_model(path) else site)
     bundle, settings = model_settings(file, bundle, overrides or {})
     with tempfile.TemporaryDirectory() as scratch:
         evaluation = evaluate_site(

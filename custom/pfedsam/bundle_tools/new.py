@@ -11,25 +11,32 @@ from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from pfedsam.bundle_tools.mirroring import without_mirroring
 from pfedsam.bundles import folder
 from pfedsam.errors import ErrorCode, PFedSAMError
 
-Modality = Literal["mri", "rgb"]
+Modality = Literal["mri", "grey", "rgb"]
 
 #: What a bundle for a modality is made of.
-TEMPLATES: dict[str, str] = {"mri": "brain_lesion_mri", "rgb": "fundus_disc_cup"}
+TEMPLATES: dict[str, str] = {"mri": "brain_lesion_mri", "grey": "fundus_disc_cup", "rgb": "fundus_disc_cup"}
+#: In place of the scaling of colours: what is white in an X-ray differs from device to device.
+_GREY_WINDOW = {"_target_": "pfedsam.data.transforms.IntensityWindowd", "keys": "image", "lower": 0.5, "upper": 99.5}
 _CONFIGS = ("train.json", "inference.json", "evaluate.json", "multi_gpu_train.json")
 
 
-def new_bundle(name: str, classes: Sequence[str], modality: Modality, out: Path, nested: bool = False) -> Path:
+def new_bundle(
+    name: str, classes: Sequence[str], modality: Modality, out: Path, nested: bool = False, mirrored: bool = False
+) -> Path:
     """Write a bundle.
 
     Args:
         name: of the bundle; it becomes the folder's name.
         classes: names of the classes; label value n is the n-th, 0 is background.
-        modality: `mri` for grey volumes, `rgb` for colour pictures.
+        modality: `mri` for grey volumes, `grey` for grey pictures, `rgb` for colour pictures.
         out: folder to write `<name>` into.
         nested: each class lies inside the one before (disc and cup); else they are beside each other.
+        mirrored: classes mirror each other, as left and right lung: no training image is mirrored left to right then,
+            since the left lung of a mirrored image would be labelled as a left one and look like a right one.
 
     Returns:
         The bundle's folder.
@@ -38,17 +45,7 @@ def new_bundle(name: str, classes: Sequence[str], modality: Modality, out: Path,
         PFedSAMError: E16 for a name that is no identifier or double classes, E28 for an unknown modality, E24 for a
             folder that exists.
     """
-    words = [name, *classes]
-    if modality not in TEMPLATES:
-        raise PFedSAMError(
-            ErrorCode.UNKNOWN_NAME, f"there is no modality '{modality}'.", f"Modalities: {sorted(TEMPLATES)}."
-        )
-    if not classes or len(set(classes)) < len(classes) or not all(word.isidentifier() for word in words):
-        raise PFedSAMError(
-            ErrorCode.WRONG_SETTING,
-            f"name and classes are {words}.",
-            "Give plain, different words: letters, digits, _.",
-        )
+    check_names(name, classes, modality)
     target = out / name
     if target.exists():
         raise PFedSAMError(ErrorCode.NOT_OURS, f"{target} exists.", "Choose another name, or remove it.")
@@ -64,18 +61,54 @@ def new_bundle(name: str, classes: Sequence[str], modality: Modality, out: Path,
             content["class_names"] = list(classes)
         if "class_values" in content:
             content["class_values"] = values
+        if modality == "grey":
+            content = _windowed(content)
+        if mirrored and config == "train.json":
+            without_mirroring(content)
         if config == "inference.json":
             content["postprocessing"]["transforms"][-1]["output_postfix"] = "label"
         (target / "configs" / config).write_text(pretty(content))
-    metadata = _metadata(json.loads((source / "configs" / "metadata.json").read_text()), name, classes, nested)
+    metadata = _metadata(
+        json.loads((source / "configs" / "metadata.json").read_text()), name, classes, nested, modality
+    )
     (target / "configs" / "metadata.json").write_text(pretty(metadata))
     page = Environment(loader=PackageLoader("pfedsam.bundle_tools", "."), undefined=StrictUndefined, autoescape=False)
     context = {"name": name, "classes": list(classes), "modality": modality, "nested": nested, "metadata": metadata}
+    context["mirrored"] = mirrored
     (target / "docs" / "README.md").write_text(page.get_template("README.md.j2").render(context) + "\n")
     return target
 
 
-def _metadata(metadata: dict[str, Any], name: str, classes: Sequence[str], nested: bool) -> dict[str, Any]:
+def check_names(name: str, classes: Sequence[str], modality: str) -> None:
+    """Refuse names that no bundle can have.
+
+    Raises:
+        PFedSAMError: E16 for a name that is no identifier or double classes, E28 for an unknown modality.
+    """
+    words = [name, *classes]
+    if modality not in TEMPLATES:
+        raise PFedSAMError(
+            ErrorCode.UNKNOWN_NAME, f"there is no modality '{modality}'.", f"Modalities: {', '.join(TEMPLATES)}."
+        )
+    if not classes or len(set(classes)) < len(classes) or not all(word.isidentifier() for word in words):
+        raise PFedSAMError(
+            ErrorCode.WRONG_SETTING,
+            f"name and classes are {words}.",
+            "Give plain, different words: letters, digits, _.",
+        )
+
+
+def _windowed(node: Any) -> Any:
+    """A configuration that scales between percentiles what the template scales from 0 to 255."""
+    if isinstance(node, dict):
+        scales = node.get("_target_") == "ScaleIntensityRanged"
+        return dict(_GREY_WINDOW) if scales else {key: _windowed(value) for key, value in node.items()}
+    return [_windowed(value) for value in node] if isinstance(node, list) else node
+
+
+def _metadata(
+    metadata: dict[str, Any], name: str, classes: Sequence[str], nested: bool, modality: Modality
+) -> dict[str, Any]:
     task = f"Segmentation of {', '.join(classes)} by a personalised, federated Segment Anything Model"
     metadata |= {
         "version": "0.1.0",
@@ -88,6 +121,13 @@ def _metadata(metadata: dict[str, Any], name: str, classes: Sequence[str], neste
         + (", each inside the last" if nested else ""),
         "eval_metrics": {},
     }
+    if modality == "grey":
+        metadata["description"] = metadata["description"].replace("A fundus photograph goes", "A grey picture goes")
+        metadata["image_classes"] = "one grey channel, three times, scaled by the picture's percentiles"
+        metadata["network_data_format"]["inputs"]["image"]["channel_def"] = dict.fromkeys("012", "grey")
+    elif modality == "rgb":
+        metadata["description"] = metadata["description"].replace("A fundus photograph goes", "A colour picture goes")
+        metadata["image_classes"] = "three channels of a colour picture in [0, 1]"
     output = metadata["network_data_format"]["outputs"]["pred"]
     output |= {
         "num_channels": len(classes),

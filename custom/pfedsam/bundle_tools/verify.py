@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pfedsam.bundle_tools.mirroring import mirrors, name_sides
 from pfedsam.data.splitting import write_datalist
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.settings import require_literals, require_together
@@ -131,6 +132,14 @@ def _settings(bundle: Bundle, scratch: Path) -> str:
     return f"{len(checked)} settings in their ranges"
 
 
+def _sides(bundle: Bundle, scratch: Path) -> str:
+    """Classes that mirror each other by their names are not mixed up by a mirrored training image."""
+    content = json.loads(Path(*bundle.config("train.json")).read_text())
+    pairs = name_sides(content.get("class_names", []))
+    _require(not (pairs and mirrors(content)), f"{pairs} mirror each other, and training images are mirrored")
+    return "no two classes mirror each other" if not pairs else f"{pairs}: training images are not mirrored"
+
+
 def _network(bundle: Bundle, scratch: Path) -> str:
     network, image, expected = _network_and_input(bundle)
     shape = tuple(network(image).shape[1:])
@@ -203,6 +212,7 @@ CHECKS: dict[str, Callable[[Bundle, Path], str]] = {
     "files": _files,
     "metadata": _metadata,
     "settings": _settings,
+    "left and right": _sides,
     "network in and out": _network,
     "properties of train": _train,
     "properties of train and evaluate": _evaluate,

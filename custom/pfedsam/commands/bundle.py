@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,24 +18,60 @@ app = typer.Typer()
 def new_bundle(
     name: Annotated[str, typer.Argument(help="Of the bundle: letters, digits, underscore.")],
     classes: Annotated[str, typer.Option(help="Names with commas; label value n is the n-th, 0 is background.")],
-    modality: Annotated[str, typer.Option(help="mri: grey volumes; rgb: colour pictures.")] = "mri",
+    modality: Annotated[
+        str,
+        typer.Option(help="mri: grey volumes; grey: grey pictures (X-ray, ultrasound); rgb: colour pictures."),
+    ] = "mri",
     nested: Annotated[bool, typer.Option("--nested", help="Each class lies inside the one before.")] = False,
+    mirrored: Annotated[
+        bool | None,
+        typer.Option(
+            help="Classes mirror each other, as left and right lung: then no training image is mirrored. By default "
+            "by their names, else it asks."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write into; by default where pfedsam finds it.")] = None,
 ) -> None:
     """Make a MONAI bundle for your own task: configuration only, ready to train, federate and infer.
 
     Example: pfedsam new-bundle liver_mri --classes liver,tumour --nested
     """
+    from pfedsam.bundle_tools.explain import explained
+    from pfedsam.bundle_tools.new import check_names
     from pfedsam.bundle_tools.new import new_bundle as write
     from pfedsam.bundles import own_bundles
 
-    root = out or own_bundles()
-    path = write(name, [label.strip() for label in classes.split(",")], modality, root, nested)  # type: ignore[arg-type]
-    console.print(f"{path}", highlight=False)
-    console.print("Next, with a site folder of yours:")
-    console.print(f"  pfedsam validate <site> --bundle {name}\n  pfedsam simulate <data> --bundle {name}")
+    root, names = out or own_bundles(), [label.strip() for label in classes.split(",")]
+    check_names(name, names, modality)
+    sides = _mirrored(names, nested) if mirrored is None else mirrored
+    path = write(name, names, modality, root, nested, sides)  # type: ignore[arg-type]
+    console.print(f"{path}", highlight=False, soft_wrap=True)
+    for line in explained(path):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print("\nNext, with a site folder of yours:")
+    console.print(
+        f"  pfedsam validate <site> --bundle {name}\n  pfedsam simulate <data> --bundle {name}", soft_wrap=True
+    )
     if root != own_bundles():
-        console.print(f"So that pfedsam finds it: export PFEDSAM_BUNDLES={root.resolve()}")
+        console.print(f"So that pfedsam finds it: export PFEDSAM_BUNDLES={root.resolve()}", soft_wrap=True)
+
+
+def _mirrored(names: list[str], nested: bool) -> bool:
+    """Whether classes mirror each other: by their names, else by what a person at a terminal says."""
+    from pfedsam.bundle_tools.mirroring import name_sides
+
+    pairs = name_sides(names)
+    if pairs:
+        told = ", ".join(" and ".join(pair) for pair in pairs)
+        console.print(f"{told} are taken to mirror each other (else: --no-mirrored)", highlight=False, soft_wrap=True)
+        return True
+    # one class has no other side, and of nested ones each lies inside the other
+    if len(names) < 2 or nested:
+        return False
+    if sys.stdin.isatty():
+        return typer.confirm("Do classes mirror each other left to right, as left and right lung?", default=False)
+    console.print("classes are taken not to mirror each other left to right (else: --mirrored)", soft_wrap=True)
+    return False
 
 
 @app.command("verify-bundle", rich_help_panel=DATA)

@@ -17,28 +17,37 @@ app = typer.Typer()
 @app.command(rich_help_panel=LOOK)
 def evaluate(
     site: Annotated[Path, typer.Argument(help="Site folder.")],
-    model: Annotated[Path, typer.Argument(help="state.safetensors or model.safetensors of the site.")],
+    model: Annotated[
+        Path, typer.Argument(help="The site's state.safetensors or model; or the folder of a `simulate` or `compare`.")
+    ],
     bundle: ModelBundle = None,
     section: Annotated[str, typer.Option(help="training, validation or test.")] = "test",
+    strategy: Annotated[str | None, typer.Option(help="Of a `compare`: whose model.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of a `compare`: of which seed.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for table and picture.")] = Path("runs/evaluate"),
     set_: Overrides = None,
     force: Force = False,
 ) -> None:
     """Dice of the global and the personal model of one site, with a picture.
 
+    In the folder of a run it is the model of the site that is named as the site folder.
     An earlier evaluation in --out is replaced; a folder of anything else is used with --force only.
     """
     overrides = literals(set_ or [])
     require_ours(out, "evaluation", force)
     with console.status("loading libraries"):
         quiet_libraries()
+        from pfedsam.storage.model_files import only_model
+        from pfedsam.storage.run_models import find_run_model
         from pfedsam.storage.site_model import model_settings
         from pfedsam.storage.state_files import described
 
-        name, settings = model_settings(model, bundle, overrides)
-    console.print(described(model), highlight=False, soft_wrap=True)
+        own_name = site.resolve().name
+        file, _ = find_run_model(model, None if only_model(model) else own_name, strategy, seed)
+        name, settings = model_settings(file, bundle, overrides)
+    console.print(described(file), highlight=False, soft_wrap=True)
     use(out, "evaluation", force)
-    show_evaluation({site.name: (site, model)}, name, settings, out, {}, section)
+    show_evaluation({own_name: (site, file)}, name, settings, out, {}, section)
 
 
 @app.command(rich_help_panel=LOOK)

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from pfedsam import defaults
 from pfedsam.commands.console import (
     Admin,
     Force,
@@ -19,6 +18,7 @@ from pfedsam.commands.console import (
     quiet_libraries,
 )
 from pfedsam.commands.evaluation import show_evaluation
+from pfedsam.commands.interrupts import ends_in_order
 from pfedsam.commands.listing import LOOK, TRAIN
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ownership import require_free, require_ours, use
@@ -28,7 +28,9 @@ app = typer.Typer()
 
 #: What `personalize` writes in its folder.
 MODEL_FILE = "model.safetensors"
-Model = Annotated[Path, typer.Option("--model", help="state.safetensors or exported model of a site.")]
+OfStrategy = Annotated[
+    str | None, typer.Option(help="Of a `compare`: whose model. By default the one strategy that there is.")
+]
 Checkpoint = Annotated[
     str | None,
     typer.Option(envvar="PFEDSAM_CHECKPOINT", help="Path of the base weights; by default the bundle's."),
@@ -41,17 +43,32 @@ def infer(
         list[Path],
         typer.Argument(help="NIfTI, PNG, JPG, TIFF or DICOM files, or folders of one DICOM series each."),
     ],
-    model: Model,
+    model: Annotated[
+        Path | None, typer.Option(help="A site's state.safetensors, or its exported model; or --run and --site.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of a finished `simulate`, `demo` or `compare`; in place of --model.")
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="Of --run: whose model.")] = None,
+    strategy: OfStrategy = None,
+    seed: Annotated[int | None, typer.Option(help="Of a `compare`: of which seed.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/infer"),
     bundle: ModelBundle = None,
     global_: Annotated[bool, typer.Option("--global", help="The global model: experts off.")] = False,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Write probabilities too.")] = False,
-    overlay: Annotated[bool, typer.Option("--overlay", help="Write a picture of the largest slice too.")] = False,
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Write the outlines on the picture, or on the largest slice, too.")
+    ] = False,
+    mask: Annotated[
+        str,
+        typer.Option(help="Of a picture: palette (class numbers, each with a colour), or white (one class: 0, 255)."),
+    ] = "palette",
     dicom_seg: Annotated[
         bool, typer.Option("--dicom-seg", help="For a DICOM series a segmentation object too.")
     ] = False,
     box: Annotated[
-        str | None, typer.Option(help="x0,x1,y0,y1[,z0,z1]: voxels of the one image; for models trained with boxes.")
+        str | None,
+        typer.Option(help="x0,x1,y0,y1[,z0,z1]: pixels or voxels of the one image; for models trained with boxes."),
     ] = None,
     engine: Annotated[
         str,
@@ -67,7 +84,8 @@ def infer(
     """Segment images with a site's model. The label lies exactly on its image: same shape, affine, orientation.
 
     Value 0 is background, 1 the bundle's first class and so on. Results are named after the image,
-    <out>/<name>_<classes>; two images that would have one result are refused. A file that is there already, also a
+    <out>/<name>_<classes>: NIfTI of volumes, PNG of pictures (probabilities in 16 bits, 65535 is 1); two images that
+    would have one result are refused. A file that is there already, also a
     result of an earlier call, which somebody may have corrected, is replaced with --force only; an image that is given,
     never. What cannot be read is named at the end, the other images are done, and the exit code is 1. Research only,
     not for diagnostic use.
@@ -77,28 +95,36 @@ def infer(
     corners = _box(box)
     if corners is not None and len(images) != 1:
         raise PFedSAMError(ErrorCode.CONTRADICTION, "a box is for one image.", "Give one image, or leave the box out.")
-    with console.status("loading the model"):
-        from pfedsam.api import load_model
-        from pfedsam.inference.writers import OVERLAY, PROBABILITY, SEGMENTATION, check_results
-        from pfedsam.storage.state_files import described
+    chosen = _model_file(model, run, site, strategy, seed, global_)
+    with ends_in_order(f"What is in {out} is whole."):
+        with console.status("loading the model"):
+            from pfedsam.api import load_model
+            from pfedsam.inference.results import Wanted
+            from pfedsam.inference.writers import check_results
+            from pfedsam.storage.state_files import described
 
-        how: dict[str, Any] = {"overrides": overrides, "bundle": bundle, "checkpoint": checkpoint, "engine": engine}
-        loaded = load_model(model, which="global" if global_ else "personal", **how)
-    console.print(described(loaded.file), highlight=False, soft_wrap=True)
-    labels = list(loaded.class_names)
-    asked = {PROBABILITY: probabilities, OVERLAY: overlay, SEGMENTATION: dicom_seg}
-    check_results(images, out, labels, force, [ending for ending, wanted in asked.items() if wanted])
-    if dicom_seg:
-        from pfedsam.inference.segmentation import check_series, is_series
+            how: dict[str, Any] = {"overrides": overrides, "bundle": bundle, "checkpoint": checkpoint, "engine": engine}
+            loaded = load_model(chosen, which="global" if global_ else "personal", **how)
+        console.print(described(loaded.file), highlight=False, soft_wrap=True)
+        wanted = Wanted(loaded.class_names, loaded.bundle, loaded.which, probabilities, overlay, dicom_seg, mask)
+        check_results(images, out, wanted.class_names, force, wanted.endings())
+        if dicom_seg:
+            from pfedsam.inference.segmentation import check_series, is_series
 
-        check_series([image for image in images if image.exists() and is_series(image)])
+            check_series([image for image in images if image.exists() and is_series(image)])
+        _segment_all(loaded, images, corners, wanted, out)
+
+
+def _segment_all(loaded: Any, images: list[Path], corners: list[int] | None, wanted: Any, out: Path) -> None:
+    """Segment one image after the other; those that go wrong are named at the end, with exit code 1."""
+    from pfedsam.inference.results import write_results
+
     lines: list[str] = []
     failed: list[tuple[Path, PFedSAMError]] = []
     with bar("segmenting", len(images)) as advance:
         for number, image in enumerate(images, 1):
             try:
-                prediction = loaded.segment(image, corners).prediction
-                lines += _write(prediction, out, labels, loaded.bundle, probabilities, overlay, dicom_seg)
+                lines += write_results(loaded.segment(image, corners).prediction, out, wanted)
             except PFedSAMError as error:
                 failed.append((image, error))
             # a library that writes one format must not cost the other images
@@ -119,30 +145,17 @@ def infer(
         raise typer.Exit(1)
 
 
-def _write(
-    prediction: Any, out: Path, labels: list[str], bundle: str, probabilities: bool, overlay: bool, dicom_seg: bool
-) -> list[str]:
-    """Write the results of one image; returns what to say of them."""
-    from pfedsam.data.field_of_view import told
-    from pfedsam.inference.segmentation import is_series, write_segmentation
-    from pfedsam.inference.writers import OVERLAY, stem_of, write_label, write_probabilities
+def _model_file(
+    model: Path | None, run: Path | None, site: str | None, strategy: str | None, seed: int | None, shared: bool
+) -> Path:
+    """The one model that is meant by --model, or by --run and what chooses in it."""
+    if (model is None) == (run is None):
+        raise typer.BadParameter("give one of --model and --run (with --site)", param_hint="--model")
+    from pfedsam.storage.run_models import find_run_model
 
-    label, source = prediction.label(), prediction.image.source
-    stem = stem_of(source, out, labels)
-    path, voxels = write_label(label, prediction.image, stem), int((label > 0).sum())
-    if probabilities:
-        write_probabilities(prediction.probabilities, prediction.image, stem)
-    if dicom_seg and is_series(source):
-        write_segmentation(label, source, stem, labels, f"pFedSAM {bundle}")
-    if overlay:
-        from pfedsam.inference.overlay import write_overlay
-
-        write_overlay(prediction, stem.with_name(stem.name + OVERLAY))
-    lines = [f"{path}: {voxels:,} voxels" if voxels else f"{path}: nothing found"]
-    lines += [f"  {source.name}: {remark}" for remark in prediction.remarks]
-    if prediction.share_unseen >= 0.005:
-        lines.append(f"  {source.name}: {told(prediction.share_unseen, prediction.field_of_view)}")
-    return lines
+    if run is not None and not run.is_dir():
+        raise PFedSAMError(ErrorCode.RUN_INCOMPLETE, f"there is no run folder {run}.", "Give the --out of the run.")
+    return find_run_model(run or model or Path(), site, strategy, seed, shared=shared)[0]
 
 
 def _box(text: str | None) -> list[int] | None:
@@ -168,28 +181,36 @@ def export_model(
     """Write one file for `infer`: both parts of a site's model, its settings, labels and metrics; no pickle.
 
     It holds personal tensors, so it stays at the site. TorchScript and ONNX take images (B, 3, H, W) in [0, 1] as the
-    bundle prepares them and give logits; their outputs are checked against the network's before they are kept. A file
-    that is there already is replaced with --force only.
+    bundle prepares them and give logits; their outputs are checked against the network's before they are kept. All
+    files are written, or none: stopped, it leaves nothing behind. A file that is there already is replaced with --force
+    only.
     """
     overrides = literals(set_ or [])
     files = [model, *(path for path in (out, torchscript, onnx) if path is not None)]
     for number, file in enumerate(files[1:], 1):
         require_free(file, force, keep=files[:number])
     quiet_libraries()
-    with console.status("writing"):
-        from pfedsam.inference import export
-        from pfedsam.storage.state_files import described
+    with ends_in_order("Nothing was written."):
+        with console.status("loading libraries"):
+            from pfedsam.inference.export import export_all
+            from pfedsam.storage.state_files import described
 
-        console.print(described(model), highlight=False, soft_wrap=True)
-        info = export.export_model(model, out, bundle, overrides)
-        console.print(
-            f"{out}: bundle {info['bundle']}, round {info.get('round')}, labels {info['labels']}", highlight=False
-        )
-        for path, write in ((torchscript, export.export_torchscript), (onnx, export.export_onnx)):
-            if path is not None:
-                network = export.personal_network(model, bundle, overrides, experts=not global_)
-                difference = write(network, path)
-                console.print(f"{path}: differs from the network by at most {difference:.1e}", highlight=False)
+            console.print(described(model), highlight=False, soft_wrap=True)
+        steps = 1 + 3 * sum(path is not None for path in (torchscript, onnx))
+        with bar("writing", steps) as advance:
+            done = 0
+
+            def event(text: str) -> None:
+                nonlocal done
+                advance(done, text)
+                done += 1
+
+            lines = export_all(
+                model, out, bundle, overrides, torchscript=torchscript, onnx=onnx, experts=not global_, event=event
+            )
+            advance(steps, "written")
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel=LOOK)
@@ -230,9 +251,14 @@ def pull(
 @app.command(rich_help_panel=TRAIN)
 def personalize(
     site: Annotated[Path, typer.Argument(help="Site folder with labelled cases.")],
-    global_model: Annotated[Path, typer.Option("--global", help="global_model.safetensors of a federation.")],
+    global_model: Annotated[
+        Path,
+        typer.Option(
+            "--global", help="global_model.safetensors or a site's model; or the folder of a `simulate` or `compare`."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the model, table and pictures.")] = Path("runs/personalize"),
-    bundle: Annotated[str, typer.Option(help="Name of an installed bundle.")] = defaults.BUNDLE,
+    bundle: ModelBundle = None,
     strategy: Annotated[str, typer.Option(help="Its final phase is what is trained.")] = "pfedsam",
     cases: Annotated[
         int,
@@ -241,30 +267,39 @@ def personalize(
         ),
     ] = 20,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the split and the draws.")] = 0,
+    of_strategy: OfStrategy = None,
+    of_seed: Annotated[int | None, typer.Option(help="Of a `compare`: of which seed the global model is.")] = None,
     checkpoint: Checkpoint = None,
     set_: Overrides = None,
     force: Force = False,
 ) -> None:
     """A new hospital without a federation: fit a personal model beside a global one, and see what it gained.
 
-    Trains on the site's training cases only and compares both models on its test cases. Nothing is sent. A model that
-    an earlier call has left in --out is replaced with --force only.
+    Bundle and settings are those of the global model. Trains on the site's training cases only and compares both models
+    on its test cases. Nothing is sent. A model that an earlier call has left in --out is replaced with --force only.
     """
-    overrides = {"seed": seed, **literals(set_ or [])}
+    given = {"seed": seed, **literals(set_ or [])}
     require_ours(out, "personal model", force)
-    require_free(out / MODEL_FILE, force, keep=(global_model,))
     quiet_libraries()
-    with console.status("reading the site"):
+    with console.status("reading the global model and the site"):
         from pfedsam.bundles import require_settings
+        from pfedsam.inference.global_start import find_start
 
-        file = find_overrides(strategy) | overrides
-        require_settings(bundle, file)
+        require_free(out / MODEL_FILE, force, keep=(global_model,))
+        start = find_start(global_model, of_strategy, of_seed)
+        named = bundle or start.bundle
+        if named is None:
+            raise PFedSAMError(ErrorCode.RUN_INCOMPLETE, f"{start.file} names no bundle.", "Name it: --bundle.")
+        settings = start.overrides | find_overrides(strategy) | given
+        require_settings(named, settings)
         use(out, "personal model", force)
+        told = ", ".join(f"{key} {value}" for key, value in settings.items())
+        console.print(f"{start.file}: bundle {named}, {told}", highlight=False, soft_wrap=True)
         from pfedsam.inference.personalize import fit_personal
 
-        path = fit_personal(bundle, site, global_model, out, strategy, file, cases, checkpoint)
-    console.print(f"personal model: {path} (it stays here; use it with `pfedsam infer --model {path}`)")
-    show_evaluation({site.name: (site, path)}, bundle, file, out, {})
+        path = fit_personal(named, site, start, out, strategy, settings, cases, checkpoint)
+    console.print(f"personal model: {path} (it stays here; use it with `pfedsam infer --model {path}`)", soft_wrap=True)
+    show_evaluation({site.name: (site, path)}, named, settings, out, {})
 
 
 def find_overrides(strategy: str) -> dict[str, Any]:

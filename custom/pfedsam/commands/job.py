@@ -188,12 +188,19 @@ def job_make(
 
 @app.command("allow")
 def job_allow(
-    workspace: Annotated[Path, typer.Argument(help="Workspace of a site, a server or the simulator.")],
+    workspace: Annotated[Path, typer.Argument(help="Startup kit of a site or a server.")],
     job: Job = "pfedsam",
+    simulator: Annotated[
+        bool, typer.Option("--simulator", help="WORKSPACE is that of `nvflare simulator`; it is made if need be.")
+    ] = False,
 ) -> None:
     """Allow the classes of a locked job at a site: adds them to <workspace>/local/resources.json."""
-    from pfedsam.deployment.allowed_classes import allow_classes
+    from pfedsam.deployment.allowed_classes import allow_classes, require_workspace
     from pfedsam.deployment.job_files import find_job
 
-    path, added = allow_classes(find_job(job), workspace)
-    console.print(f"{path}: {len(added)} classes added", *added, sep="\n  ", highlight=False)
+    source = find_job(job)
+    if not simulator:
+        require_workspace(workspace)
+    path, added = allow_classes(source, workspace)
+    told = f"{len(added)} classes added" if added else "all classes of the job were allowed before"
+    console.print(f"{path}: {told}", *added, sep="\n  ", highlight=False, soft_wrap=True)

@@ -22,12 +22,18 @@ Kit = Annotated[Path | None, typer.Option(help="The site's startup kit, in place
 Fingerprint = Annotated[str, typer.Option(help="How the fingerprint begins, if there is more than one state.")]
 #: Characters of a value that a state tells of itself.
 _LONGEST = 12
+#: What a simulation says of itself in its folder.
+TERMS_FILE = "run.json"
 Bundle = Annotated[str | None, typer.Option(help="Name of the bundle, if there are states of more than one.")]
 
 
 @app.command("list")
 def state_list(root: StateRoot = None, kit: Kit = None) -> None:
-    """Show the state of every federation and site under the state root."""
+    """Show the state of every federation and site under the state root, and the path of each.
+
+    The path is what `infer --model`, `evaluate` and `export-model` take. --root may be the folder of a `simulate`.
+    """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from pfedsam.storage.state_files import told_dice
@@ -38,17 +44,22 @@ def state_list(root: StateRoot = None, kit: Kit = None) -> None:
     if not entries:
         console.print(_nothing(where), highlight=False, soft_wrap=True)
         return
-    table = Table(title=f"personal state under {where}")
-    for column in ("federation", "site", "bundle", "fingerprint", "round", "final", "personal Dice", "best", "problem"):
-        # a person types its beginning: it is never cut
-        table.add_column(column, no_wrap=column == "fingerprint", min_width=12 if column == "fingerprint" else None)
-    for entry in entries:
+    table = Table(title=f"personal state under {where}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("", "federation", "site", "round", "final", "Dice", "best"):
+        table.add_column(column, overflow="fold")
+    for number, entry in enumerate(entries, 1):
         info, best = entry.info, entry.best
         final = {True: "yes", False: "no"}[info["final"]] if isinstance(info.get("final"), bool) else ""
         kept = f"{_dice(told_dice(best))} (round {_shown(best.get('round'))})" if told_dice(best) is not None else ""
-        shown = (_shown(info.get("round")), final, _dice(info.get("val_dice_personal")), kept, entry.problem)
-        table.add_row(entry.federation, entry.site, entry.bundle, entry.fingerprint, *shown)
+        shown = (_shown(info.get("round")), final, _dice(info.get("val_dice_personal")), kept)
+        table.add_row(str(number), entry.federation, entry.site, *shown)
     console.print(table)
+    console.print("Dice: of the personal model on validation cases. Each number above is one of these files:")
+    for number, entry in enumerate(entries, 1):
+        # a path is copied: it is never cut, and never broken
+        console.print(f"{number}  {entry.file}", highlight=False, soft_wrap=True)
+        if entry.problem:
+            console.print(f"   problem: {entry.problem}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def _shown(value: Any) -> str:
@@ -123,7 +134,7 @@ def _where(root: Path | None, kit: Path | None) -> Path:
 
     if kit is None:
         # only the default may be missing: nobody has named it
-        named = state_root() if root is None else root
+        named = state_root() if root is None else _of_run(root)
         return _required(named) if root is not None or os.environ.get(ROOT_VARIABLE) else named
     if root is not None:
         raise typer.BadParameter("give one of --root and --kit", param_hint="--kit")
@@ -145,6 +156,13 @@ def _where(root: Path | None, kit: Path | None) -> Path:
             "Say where to look: --root <folder>, which is ~/.pfedsam of that user by default.",
         )
     return _required(state_root(configured_root))
+
+
+def _of_run(root: Path) -> Path:
+    """The state root in the folder of a simulation, or the root as it is."""
+    inner = root / "state"
+    # asked so that what may not be looked at is left to the next step
+    return inner if os.path.isfile(root / TERMS_FILE) and os.path.isdir(inner) else root
 
 
 def _required(root: Path) -> Path:
@@ -184,11 +202,11 @@ def _found(federation: str, site: str, where: Path, fingerprint: str, bundle: st
         return matches
     if not entries:
         raise PFedSAMError(ErrorCode.PERSONAL_STATE, _nothing(where))
-    known = sorted({f"{entry.federation} {entry.site}" for entry in entries})
+    known = sorted({f"{entry.federation} {entry.site} ({entry.bundle}-{entry.fingerprint})" for entry in entries})
     raise PFedSAMError(
         ErrorCode.PERSONAL_STATE,
         f"no state of site '{site}' in federation '{federation}' with this bundle and fingerprint under {where}.",
-        f"There are: {', '.join(known)}; see `pfedsam state list`, --kit and --root.",
+        f"There are: {', '.join(known)}. Take the words of one of them, or look elsewhere with --kit or --root.",
     )
 
 

@@ -19,6 +19,12 @@ from pfedsam.data.site_folder import Case, no_label
 from pfedsam.data.site_report import CaseRow, SiteReport
 from pfedsam.errors import ErrorCode, PFedSAMError, few
 
+#: What a bundle for volumes makes of a picture.
+_AS_SLICE = (
+    "which this bundle for volumes reads as one grey slice of 1 mm pixels; a bundle for such pictures: pfedsam "
+    "new-bundle <name> --classes <names> --modality"
+)
+
 
 def check_case(report: SiteReport, case: Case, labels: Sequence[int]) -> tuple[Picture, Picture] | None:
     """Check a case and add what is found to the report; nothing is raised for bad data.
@@ -84,21 +90,19 @@ def _check_fit(report: SiteReport, case: Case, image: Picture) -> None:
     """Whether the bundle can take an image of this kind, and how much of it."""
     if report.colour and (image.kind != "picture" or image.white is None):
         what = "is a volume" if image.kind != "picture" else f"holds {image.values.dtype} numbers without a white"
-        text = f"image '{case.image}' {what}, and the bundle takes colour pictures."
+        text = f"image '{case.image}' {what}, and the bundle takes pictures (PNG, JPG, TIFF, BMP)."
         report.add(
             ErrorCode.UNREADABLE_IMAGE,
             "error",
             case.name,
             text,
-            "Choose a bundle for volumes (--bundle brain_lesion_mri).",
+            "Choose a bundle for volumes (--bundle brain_lesion_mri), or save it as a picture of 8 or 16 bits.",
         )
         return
     if not report.colour and image.is_colour:
-        report.remark(
-            "a colour picture, which this bundle for volumes reads as one grey slice of 1 mm pixels; one that sees "
-            "colours: pfedsam new-bundle <name> --classes <names> --modality rgb",
-            case.name,
-        )
+        report.remark(f"a colour picture, {_AS_SLICE} rgb", case.name)
+    elif not report.colour and image.kind == "picture":
+        report.remark(f"a grey picture, {_AS_SLICE} grey", case.name)
     if report.field_of_view is not None:
         share = share_outside(image, report.field_of_view)
         if share >= 0.005:

@@ -170,6 +170,7 @@ def _add_remarks(report: SiteReport) -> None:
 def _add_unseen(report: SiteReport) -> None:
     """Cases with labelled voxels that the bundle does not see: each, or all in one where there are many."""
     rows = [row for row in report.cases if row.unseen]
+    unit = "pixels" if all(row.spacing is None for row in rows) else "voxels"
     where = (
         f"lie outside the bundle's field of view of {report.field_of_view:g} mm: they are neither trained nor found."
     )
@@ -178,12 +179,12 @@ def _add_unseen(report: SiteReport) -> None:
         worst = max(rows, key=lambda row: row.unseen / row.foreground)
         names = few(row.name for row in sorted(rows, key=lambda row: -row.unseen / row.foreground))
         text = (
-            f"{len(rows)} case(s) ({names}): up to {worst.unseen / worst.foreground:.0%} of the labelled voxels {where}"
+            f"{len(rows)} case(s) ({names}): up to {worst.unseen / worst.foreground:.0%} of the labelled {unit} {where}"
         )
         report.add(ErrorCode.SITE_DATA, "warning", "", text, remedy)
         return
     for row in rows:
-        text = f"case '{row.name}': {row.unseen} labelled voxel(s), {row.unseen / row.foreground:.0%}, {where}"
+        text = f"case '{row.name}': {row.unseen} labelled {unit}, {row.unseen / row.foreground:.0%}, {where}"
         report.add(ErrorCode.SITE_DATA, "warning", row.name, text, remedy)
 
 

@@ -71,7 +71,7 @@ class ReadImaged(MapTransform):
         if self.colour and picture.kind != "picture":
             raise PFedSAMError(
                 ErrorCode.UNREADABLE_IMAGE,
-                f"{picture.source} is a volume, and the bundle takes colour pictures.",
+                f"{picture.source} is a volume, and the bundle takes pictures.",
                 "Use a bundle for volumes, as brain_lesion_mri, or give PNG, JPG or TIFF pictures.",
             )
         return picture

@@ -19,6 +19,8 @@ _OTHER_SERVER = (
     "nvflare.app_common.widgets.intime_model_selector.IntimeModelSelector",
     "pfedsam.federated.aggregators.ProductAggregator",
 )
+#: What is in `startup/` of a server's and of a site's kit.
+KIT_FILES = ("fed_server.json", "fed_client.json")
 
 
 def classes_of(job: Path) -> list[str]:
@@ -82,6 +84,25 @@ def allow_classes(job: Path, workspace: Path) -> tuple[Path, list[str]]:
     text = f"{json.dumps(settings, indent=2)}\n"
     write_like(path, text.encode(), next((file for file in (path, source) if file.exists()), path.parent))
     return path, added
+
+
+def require_workspace(workspace: Path) -> None:
+    """Refuse a folder that NVFlare would not read a list of classes from.
+
+    Raises:
+        PFedSAMError: E01 if it is no startup kit of a site or a server and holds no list of classes.
+    """
+    local = workspace / "local"
+    if any((workspace / "startup" / name).is_file() for name in KIT_FILES):
+        return
+    if any((local / name).is_file() for name in ("resources.json", "resources.json.default")):
+        return
+    problem = "is no startup kit of a site or a server" if workspace.is_dir() else "is not there"
+    raise PFedSAMError(
+        ErrorCode.SITE_SETTINGS,
+        f"{workspace} {problem}.",
+        "Give the folder that holds startup/ and local/; --simulator makes the workspace of `nvflare simulator`.",
+    )
 
 
 def _collect_paths(node: Any, named: set[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from nvflare.security.security import COMMAND_CATEGORIES, CommandCategory
 
-from pfedsam.deployment.allowed_classes import needed_classes
+from pfedsam.deployment.allowed_classes import KIT_FILES, needed_classes
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.log_streaming import LOG_SENDERS
 from pfedsam.federated.settings import KIT_DEFAULTS, SITE_SETTINGS, SiteSettings, read_settings
@@ -58,7 +58,7 @@ def is_server(kit: Path) -> bool:
     Raises:
         PFedSAMError: E01 if the folder is neither a server's nor a site's startup kit.
     """
-    for name, server in (("fed_server.json", True), ("fed_client.json", False)):
+    for name, server in zip(KIT_FILES, (True, False), strict=True):
         if (kit / "startup" / name).is_file():
             return server
     raise PFedSAMError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from nvflare.apis.fl_constant import FLContextKey, WorkspaceConstants
 from nvflare.apis.fl_context import FLContext
@@ -65,6 +66,7 @@ class SharedStatePersistor(PTFileModelPersistor):
                 )
         self._expected: Manifest = {}
         self._fingerprint = ""
+        self._about: dict[str, Any] = {}
         self._round = -1
 
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable | None:
@@ -81,6 +83,7 @@ class SharedStatePersistor(PTFileModelPersistor):
             require_literal(str(fl_ctx.get_prop(FLContextKey.APP_ROOT)), SERVER, references=True)
             plan = plan_of(fl_ctx)
             self._expected = plan.shared()
+            self._about = {"bundle": plan.bundle, "overrides": plan.overrides}
             state, self._fingerprint = self._theta0(plan, fl_ctx)
         except PFedSAMError as error:
             self.system_panic(reason=str(error), fl_ctx=fl_ctx)
@@ -109,7 +112,7 @@ class SharedStatePersistor(PTFileModelPersistor):
         """Write the current model, atomically (E12 if it does not fit the plan any more)."""
         saved = self.persistence_manager.to_persistence_dict()
         state = saved[PTModelPersistenceFormatManager.PERSISTENCE_KEY_MODEL]
-        write_global_model(save_path, state, self._fingerprint, self._expected, self._round)
+        write_global_model(save_path, state, self._fingerprint, self._expected, self._round, self._about)
 
     def _get_model_from_location(self, location: str, fl_ctx: FLContext) -> ModelLearnable | None:
         try:

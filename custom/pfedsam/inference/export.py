@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,55 @@ TOLERANCE = 1e-4
 OPSET = 20
 #: What TorchScript says of the places in our source files, and the records that its writer makes itself.
 _SOURCES, _OF_THE_WRITER = ".debug_pkl", ("version", ".data/serialization_id")
+
+#: Told what is done next.
+Event = Callable[[str], None]
+
+
+def _nobody(text: str) -> None:
+    """For callers that need not be told."""
+
+
+def export_all(
+    source: Path,
+    out: Path,
+    bundle: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    torchscript: Path | None = None,
+    onnx: Path | None = None,
+    experts: bool = True,
+    event: Event = _nobody,
+) -> list[str]:
+    """Write a model and, where asked for, its network as TorchScript and ONNX: all of these files, or none.
+
+    Args:
+        source, out, bundle, overrides: see `export_model`.
+        torchscript, onnx: files to write.
+        experts: the personal network, or with False the global one.
+        event: called before each step: one for the model, three for each network.
+
+    Returns:
+        A line about each file.
+
+    Raises:
+        PFedSAMError: as `export_model`, `export_torchscript` and `export_onnx`.
+    """
+    if onnx is not None:
+        require_onnx()
+    lines = []
+    with ExitStack() as stack:
+        event(out.name)
+        info = export_model(source, stack.enter_context(when_whole(out)), bundle, overrides)
+        lines.append(f"{out}: bundle {info['bundle']}, round {info.get('round')}, labels {info['labels']}")
+        for path, write_network in ((torchscript, export_torchscript), (onnx, export_onnx)):
+            if path is None:
+                continue
+            event(f"{path.name}: the network")
+            network = personal_network(source, bundle, overrides, experts)
+            difference = write_network(network, stack.enter_context(when_whole(path)), event)
+            lines.append(f"{path}: differs from the network by at most {difference:.1e}")
+    return lines
 
 
 def export_model(
@@ -72,7 +121,7 @@ def personal_network(
     return network.eval()
 
 
-def export_torchscript(network: Any, out: str | Path) -> float:
+def export_torchscript(network: Any, out: str | Path, event: Event = _nobody) -> float:
     """Trace the network for any batch size and write it.
 
     Returns:
@@ -82,17 +131,20 @@ def export_torchscript(network: Any, out: str | Path) -> float:
         PFedSAMError: E34 if it exceeds `TOLERANCE`; a file that was there before is intact then.
     """
     first, other = _images(network, 2), _images(network, 3)
+    event(f"{Path(out).name}: tracing")
     with _kept_if_right(out) as path, torch.no_grad(), warnings.catch_warnings():
         # constants of a fixed image size: that is what is wanted
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is deprecated.*")
         traced = path.with_name("traced")
         torch.jit.trace(network, first, check_trace=False).save(str(traced))
         _without_sources(traced, path)
+        event(f"{path.name}: comparing with the network")
         logits = torch.jit.load(str(path), map_location="cpu")(other)
         return _difference("TorchScript", logits, network(other))
 
 
-def export_onnx(network: Any, out: str | Path) -> float:
+def export_onnx(network: Any, out: str | Path, event: Event = _nobody) -> float:
     """Write the network as ONNX for any batch size, and run it with onnxruntime.
 
     Returns:
@@ -103,9 +155,11 @@ def export_onnx(network: Any, out: str | Path) -> float:
             there before is intact then.
     """
     require_onnx()
+    event(f"{Path(out).name}: tracing")
     with _kept_if_right(out) as path:
         _write_onnx(merged(network), _images(network, 2), path)
         _without_stack_traces(path)
+        event(f"{path.name}: comparing with the network")
         return difference_of_onnx(open_onnx(path), network)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import DataLoader, Dataset
 from numpy.typing import NDArray
 
-from pfedsam.bundles import LOAD_MODEL, LOAD_MODEL_BEFORE, find_bundle, local_settings
+from pfedsam.bundles import LOAD_MODEL, LOAD_MODEL_BEFORE, find_bundle, is_rgb, local_settings
 from pfedsam.data import transforms
 from pfedsam.data.field_of_view import share_outside
 from pfedsam.data.intensity import NO_WINDOW, window_is_empty
@@ -119,6 +120,7 @@ class Predictor:
         # the bundle may place one transform or none at all on its dataset
         self._transform = self._evaluator.data_loader.dataset.transform
         self._inferer = self._evaluator.inferer
+        self._roi_size = tuple(self._inferer.roi_size)  # MONAI's slice inferer changes its own when it is called
         told = {"bundle": self.bundle, "settings": self.settings, "experts": self.experts}
         engine = Engine(self.engine, self._evaluator.network, Path(self.model_file), told)
         self._by_engine = EngineInferer(self._inferer, engine)
@@ -143,6 +145,7 @@ class Predictor:
                 "Train it with box_probability=0.5, or leave the box out.",
             )
         picture = image if isinstance(image, Picture) else load_picture(Path(image))
+        self._require_kind(picture)
         try:
             probabilities = self._probabilities(picture, box)
         except Exception as error:
@@ -153,14 +156,23 @@ class Predictor:
             ) from error
         return Prediction(picture, probabilities, self.field_of_view)
 
+    def _require_kind(self, image: Picture) -> None:
+        """Refuse a volume where the bundle takes pictures; a picture is a volume of one slice to the others."""
+        if image.kind != "picture" and is_rgb(find_bundle(self.bundle)):
+            raise PFedSAMError(
+                ErrorCode.UNREADABLE_IMAGE,
+                f"{image.source} is a volume, and bundle '{self.bundle}' takes pictures (PNG, JPG, TIFF, BMP).",
+                "Take a model of a bundle for volumes, or give pictures.",
+            )
+
     def _probabilities(self, image: Picture, box: Sequence[int] | None) -> NDArray[np.float32]:
         outputs: list[Any] = []
         evaluator = self._evaluator
         evaluator.data_loader = DataLoader(Dataset([{"image": image}], self._transform), batch_size=1)
         evaluator.inferer = self._by_engine if box is None else self._prompted(image, box)
-        # what the transforms would warn of is among the remarks
+        # what the transforms would warn of is among the remarks; an error is raised, and told in one sentence
         with (
-            _without_warnings(),
+            _without_warnings(evaluator.logger),
             evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: outputs.extend(engine.state.output)),
         ):
             evaluator.run()
@@ -184,20 +196,28 @@ class Predictor:
         masks = volume[1] > 0.5 * max(float(volume[1].max()), 1e-6)
         return PromptedSliceInferer(
             boxes_of(masks.permute(2, 0, 1)[:, None]),
-            roi_size=self._inferer.roi_size,
+            roi_size=self._roi_size,
             sw_batch_size=self._inferer.sw_batch_size,
             spatial_dim=self._inferer.spatial_dim,
         )
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Without what the bundle's transforms warn of: said otherwise, or of a mask that has no intensity window."""
-    before, transforms.logger.disabled = transforms.logger.disabled, True
+def _without_warnings(*others: logging.Logger) -> Iterator[None]:
+    """Without what the bundle's transforms warn of: said otherwise, or of a mask that has no intensity window.
+
+    Args:
+        others: loggers that are silent, too.
+    """
+    silenced = [transforms.logger, *others]
+    before = [logger.disabled for logger in silenced]
     try:
+        for logger in silenced:
+            logger.disabled = True
         yield
     finally:
-        transforms.logger.disabled = before
+        for logger, was in zip(silenced, before, strict=True):
+            logger.disabled = was
 
 
 def _usable(name: str) -> torch.device:

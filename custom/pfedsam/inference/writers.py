@@ -16,8 +16,13 @@ from pfedsam.data.picture import Picture
 from pfedsam.data.suffixes import NIFTI, case_name
 from pfedsam.errors import ErrorCode, PFedSAMError, few
 from pfedsam.files import when_whole
+from pfedsam.inference.colours import palette
 
 LABEL, PICTURE, PROBABILITY, OVERLAY, SEGMENTATION = ".nii.gz", ".png", "_probability.nii.gz", "_overlay.png", ".dcm"
+#: How the label of a picture is stored: class numbers with a colour for each, or one class as 0 and 255.
+PALETTE, WHITE = "palette", "white"
+#: A probability of 1, and a pixel of the class, in a PNG of 16 and of 8 bits.
+_WHITE_16, _WHITE_8 = 65535, 255
 
 
 def stem_of(source: Path, out: Path, labels: Sequence[str]) -> Path:
@@ -57,7 +62,8 @@ def check_results(
                 "Segment them in two calls with two --out folders, or rename one.",
             )
         seen[stem] = source
-        for result in _results(stem, (LABEL, PICTURE, PROBABILITY, OVERLAY, SEGMENTATION)):
+        endings = (LABEL, PICTURE, PROBABILITY, *picture_probabilities(labels), OVERLAY, SEGMENTATION)
+        for result in _results(stem, endings):
             if result.resolve() in inputs:
                 raise PFedSAMError(
                     ErrorCode.SITE_DATA,
@@ -79,33 +85,68 @@ def _results(stem: Path, endings: Sequence[str]) -> Iterator[Path]:
         yield stem.with_name(stem.name + ending)
 
 
-def write_label(label: NDArray[np.uint8], image: Picture, path: Path) -> Path:
+def picture_probabilities(labels: Sequence[str]) -> list[str]:
+    """Endings of the probabilities of a picture: one file for each class."""
+    base = PROBABILITY.removesuffix(LABEL)
+    return [f"{base}{PICTURE}"] if len(labels) == 1 else [f"{base}_{name}{PICTURE}" for name in labels]
+
+
+def write_label(label: NDArray[np.uint8], image: Picture, path: Path, mask: str = PALETTE) -> Path:
     """Write label values in the format of the input: NIfTI for volumes and series, PNG for pictures.
 
     Args:
         label: `(x, y[, z])`.
         image: what it belongs to.
         path: without suffix.
+        mask: of a picture: `palette` for class numbers that a viewer shows in colours, `white` for 0 and 255 of one
+            class. The reader takes both as labels.
 
     Returns:
         The file written.
     """
     if image.kind == "picture":
         path = path.with_name(path.name + PICTURE)
+        rows = np.ascontiguousarray(np.swapaxes(label.reshape(image.shape), 0, 1))
+        picture = Image.fromarray(np.where(rows > 0, _WHITE_8, 0).astype(np.uint8) if mask == WHITE else rows)
+        if mask == PALETTE:
+            # whole, so that it is stored in 8 bits
+            picture.putpalette(palette())
         with when_whole(path) as file:
-            Image.fromarray(np.swapaxes(label.reshape(image.shape), 0, 1)).save(file)
+            picture.save(file)
         return path
     path = path.with_name(path.name + LABEL)
     _save_nifti(label.reshape(image.label_shape), image, path)
     return path
 
 
-def write_probabilities(probabilities: NDArray[np.float32], image: Picture, path: Path) -> Path:
-    """Write probabilities `(C, x, y[, z])` as NIfTI, the classes last; one class has no axis for it."""
+def write_probabilities(
+    probabilities: NDArray[np.float32], image: Picture, path: Path, labels: Sequence[str]
+) -> list[Path]:
+    """Write probabilities `(C, x, y[, z])`.
+
+    Of a volume one NIfTI file, the classes last; one class has no axis for it. Of a picture a PNG of 16 bits for each
+    class, in which 65535 is 1.
+
+    Args:
+        probabilities: 0 to 1.
+        image: what they belong to.
+        path: without suffix.
+        labels: names of the classes.
+
+    Returns:
+        The files written.
+    """
+    if image.kind == "picture":
+        paths = [path.with_name(path.name + ending) for ending in picture_probabilities(labels)]
+        for channel, file in zip(probabilities, paths, strict=True):
+            values = np.rint(np.clip(channel.reshape(image.shape), 0, 1) * _WHITE_16).astype(np.uint16)
+            with when_whole(file) as new:
+                Image.fromarray(np.ascontiguousarray(np.swapaxes(values, 0, 1))).save(new)
+        return paths
     path = path.with_name(path.name + PROBABILITY)
-    values = [channel.reshape(image.label_shape) for channel in probabilities]
-    _save_nifti(values[0] if len(values) == 1 else np.stack(values, axis=-1), image, path)
-    return path
+    channels = [channel.reshape(image.label_shape) for channel in probabilities]
+    _save_nifti(channels[0] if len(channels) == 1 else np.stack(channels, axis=-1), image, path)
+    return [path]
 
 
 def _save_nifti(values: NDArray[Any], image: Picture, path: Path) -> None:

@@ -5,6 +5,7 @@ The format holds arrays and strings only: reading it never runs code, whoever wr
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from pfedsam.parameters import Manifest, check_state
 FINGERPRINT = "pfedsam_fingerprint"
 SCHEMA = "pfedsam_schema"
 ROUND = "pfedsam_round"
+ABOUT = "pfedsam_about"
 SCHEMA_VERSION = "1"
 
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -29,7 +31,12 @@ _REMEDY = "Write it with `pfedsam init-global`, or take a global_model.safetenso
 
 
 def write_global_model(
-    path: str | Path, state: Mapping[str, Any], fingerprint: str, expected: Manifest, round_number: int = -1
+    path: str | Path,
+    state: Mapping[str, Any],
+    fingerprint: str,
+    expected: Manifest,
+    round_number: int = -1,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the shared tensors of a global model, atomically.
 
@@ -39,6 +46,7 @@ def write_global_model(
         fingerprint: SHA-256 of the base weights that the tensors belong to, 64 hexadecimal digits.
         expected: names, shapes and dtypes that the state must have.
         round_number: the last round that was aggregated into it, -1 for theta_0.
+        about: `bundle` and `overrides` of the network; plain JSON values.
 
     Raises:
         PFedSAMError: E10 for a malformed fingerprint, E12 if the state does not fit or is not finite.
@@ -50,6 +58,7 @@ def write_global_model(
     check_state(state, expected, code=ErrorCode.SHARED_TENSORS, what=f"global model for {Path(path).name}")
     tensors = {name: torch.as_tensor(value).contiguous() for name, value in state.items()}
     metadata = {FINGERPRINT: fingerprint, SCHEMA: SCHEMA_VERSION, ROUND: str(round_number), "format": "pt"}
+    metadata[ABOUT] = json.dumps(dict(about or {}))
     write_atomically(path, save(tensors, metadata=metadata))
 
 
@@ -98,3 +107,18 @@ def round_of(path: str | Path) -> int:
         raise PFedSAMError(
             ErrorCode.WRONG_CHECKPOINT, f"global model {path} could not be read ({error}).", _REMEDY
         ) from None
+
+
+def about_of(path: str | Path) -> dict[str, Any]:
+    """Bundle and overrides of the network of a global model, as far as its file tells them.
+
+    Raises:
+        PFedSAMError: E10 if the file cannot be read.
+    """
+    try:
+        about = json.loads(read_safetensors(path)[1].get(ABOUT, "{}"))
+    except ValueError as error:
+        raise PFedSAMError(
+            ErrorCode.WRONG_CHECKPOINT, f"global model {path} could not be read ({error}).", _REMEDY
+        ) from None
+    return about if isinstance(about, dict) else {}

@@ -160,7 +160,7 @@ def read(path: str | Path) -> SiteModel:
             not finite.
     """
     path = Path(path)
-    remedy = "Give the state.safetensors of a site (see `pfedsam state list`) or a model.safetensors of a training run."
+    remedy = "Give a path from below the table of `pfedsam state list --root <run>`, or a training's model.safetensors."
     if not path.is_file():
         raise PFedSAMError(ErrorCode.PERSONAL_STATE, f"there is no model file {path}.", remedy)
     try:

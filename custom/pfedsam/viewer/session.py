@@ -69,7 +69,7 @@ class Session:
         self._told = bundle, dict(overrides or {})
         self._checkpoint, self._most = checkpoint, most
         self._opened: OrderedDict[int, _Opened] = OrderedDict()
-        self._predictors: dict[tuple[Path, str, bool], Predictor] = {}
+        self._predictors: dict[tuple[Path, str], Predictor] = {}
         self._settings_of: dict[Path, tuple[str, dict[str, Any]]] = {}
         # reading does not wait for a network, and networks compute one after the other
         self._reading, self._computing = threading.RLock(), threading.RLock()
@@ -161,7 +161,7 @@ class Session:
         """
         opened = self._open(number)
         with self._computing:
-            found = self._predictor(number, model, boxes=True)(opened.image, opened.grid.box(box))
+            found = self._predictor(number, model)(opened.image, opened.grid.box(box))
         opened.masks[BOX] = Mask.of_probabilities(found.probabilities, opened.image.volume_shape)
         return opened.grid.nifti(opened.masks[BOX].numbers, labels=True)
 
@@ -211,14 +211,12 @@ class Session:
                 opened.predictions[model] = self._predictor(number, model)(opened.image)
             return opened.predictions[model]
 
-    def _predictor(self, number: int, model: str, boxes: bool = False) -> Predictor:
-        """A model's predictor; one of its own for boxes, since MONAI's slice inferer changes its `roi_size` when it is
-        called, and a box then has one that it cannot use.
-        """
+    def _predictor(self, number: int, model: str) -> Predictor:
+        """A model's predictor."""
         file = self.subjects[number].model
         if file is None:
             raise PFedSAMError(ErrorCode.CONTRADICTION, "no model was given.", "Open the viewer with --model.")
-        key = file, model, boxes
+        key = file, model
         if key not in self._predictors:
             # a page without a model needs neither MONAI nor torch
             from pfedsam.inference.predict import Predictor

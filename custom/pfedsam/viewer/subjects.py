@@ -56,7 +56,7 @@ def subjects_of(
 
     Args:
         path: an image, a folder of one DICOM series, a site folder, or the run folder of a simulation.
-        model: a model as `pfedsam.storage.model_files.find_model` takes it; not for a run folder, which has its own.
+        model: a model as `pfedsam.storage.run_models.find_run_model` takes it; not for a run folder, which has its own.
         labels: the truth: a file, a folder of a DICOM series, or a folder with files named as the images; by default
             the label in the image's site folder.
         site: of a run folder, or of the model.
@@ -85,9 +85,9 @@ def subjects_of(
 
 def _model_file(path: Path, site: str | None) -> Path:
     # torch is behind it, and an image alone needs none
-    from pfedsam.storage.model_files import find_model
+    from pfedsam.storage.run_models import find_run_model
 
-    return find_model(path, site)[0]
+    return find_run_model(path, site)[0]
 
 
 def _of_image(image: Path, model: Path | None) -> Subject:
