@@ -443,7 +443,10 @@ def test_the_epochs_of_a_cross_fit_count(ready: Path, curves: list[Any], allowed
     strategy = find_strategy("longer_ft_chosen").checked()
     assert strategy.serving is not None
     short = strategy.model_copy(
-        update={"serving": strategy.serving.model_copy(update={"folds": 2, "epochs": (1, 3), "alone": None}), "phases": ()}
+        update={
+            "serving": strategy.serving.model_copy(update={"folds": 2, "epochs": (1, 3)}),
+            "phases": (),
+        }
     )
     if not refused:
         settings_module.require_epochs(short, settings_module.read_settings(ready / "local" / "pfedsam.json"))

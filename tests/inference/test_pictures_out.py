@@ -12,11 +12,11 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from pfedsam.cli import app
+from pfedsam.data.colours import colour_of
 from pfedsam.data.labels import black_and_white, found_values
 from pfedsam.data.picture import Picture
 from pfedsam.data.reader import load_picture
 from pfedsam.errors import PFedSAMError
-from pfedsam.inference.colours import colour_of
 from pfedsam.inference.overlay import write_overlay
 from pfedsam.inference.predict import Prediction
 from pfedsam.inference.results import Wanted

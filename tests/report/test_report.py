@@ -30,16 +30,18 @@ from pfedsam.deployment.simulation import Simulation, sent_bytes
 from pfedsam.deployment.simulation_starts import keep_start
 from pfedsam.errors import PFedSAMError
 from pfedsam.evaluation.pictures import case_picture
-from pfedsam.evaluation.site import CasePrediction, CaseScore, SiteEvaluation
+from pfedsam.evaluation.site import MODELS, CasePrediction, CaseScore, SiteEvaluation
 from pfedsam.evaluation.tables import results
 from pfedsam.report.page import read_curves, write_report
 from pfedsam.report.plots import _smallest, curve_figure, plots, share_figure
+from pfedsam.report.warnings import warnings_of
 from pfedsam.training.workflow import SPLIT_FILE
 
 SITES = ("site-1", "site-2", "case_western_st_joseph", "thomas_jefferson")
 LAYERS = 8
 TINY = ("backbone=vit_test", "image_size=32", "batch_size=4", "positives_per_case=2", "negatives_per_case=1")
 SECRET = "patient-4711"
+NO_CURVES = pd.DataFrame(columns=["site", "tag", "round", "value"])
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,47 @@ def test_warnings(page: str) -> None:
     assert "At site-1 expert 3 of layer 0 is dead" in page
     assert "Fewer than 5 test cases, so that a mean says little: site-2 (3)" in page
     assert "(<code>pfedsam infer --global</code>)" in page
-    assert "At site-1 the global model missed a class in 1 of 6 cases" in page
+    assert "At site-1 the global model missed lesion in 1 of 6 cases" in page
+
+
+def zero(*cases: tuple[str, str, tuple[float, ...]]) -> dict:
+    """Results of cases `(site, model, Dice of each class)`; every class with Dice 0 was not found at all."""
+    scores = [
+        CaseScore(site, SECRET, model, dice, dice, dice, dice, tuple(not one for one in dice))
+        for site, model, dice in cases
+    ]
+    names = dict.fromkeys(site for site, _, _ in cases)
+    return results([SiteEvaluation(site, [one for one in scores if one.site == site]) for site in names], {})
+
+
+def test_a_dice_of_zero_has_advice_with_the_settings_of_the_run() -> None:
+    both = [("site-1", model, (0.8, 0.0)) for model in MODELS]
+    mixed = [("site-2", "global", (0.0, 0.5)), ("site-2", "personal", (0.6, 0.5))]
+    seen = {"image_size": "64", "field_of_view_mm": "256.0"}
+    told = warnings_of(zero(*both, *mixed), NO_CURVES, ["disc", "cup"], seen, rounds=2)
+    (advice,) = [one for one in told if "0.000" in one]
+    assert "cup at site-1 (global, personal); disc at site-2 (global)" in advice
+    steps = ["this run had 2", "`image_size` (64 now)", "`field_of_view_mm` (256.0 now)", "1 is disc, 2 is cup"]
+    assert [advice.index(step) for step in steps] == sorted(advice.index(step) for step in steps)
+    assert not any("missed" in one for one in told)
+    photographs = warnings_of(zero(*both), NO_CURVES, ["disc", "cup"], {"image_size": "64"})
+    assert not any("field_of_view" in one for one in photographs)
+    good = warnings_of(zero(*[("site-1", model, (0.001, 0.5)) for model in MODELS]), NO_CURVES)
+    assert not any("0.000" in one for one in good)
+
+
+def test_a_class_that_was_missed_in_some_cases_is_named_with_how_many() -> None:
+    cases = [("site-1", model, (dice, 0.5)) for model in MODELS for dice in (0.0, 0.7, 0.0)]
+    told = warnings_of(zero(*cases), NO_CURVES, ["disc", "cup"])
+    assert "At site-1 the global model missed disc in 2 of 3 cases." in told
+
+
+def test_a_dice_of_zero_of_many_cases_has_advice_also_in_the_page_to_show_outside(run: Path, tmp_path: Path) -> None:
+    found = json.loads((run / "results.json").read_text())
+    found["sites"]["site-1"]["dice_global"] = found["sites"]["site-2"]["dice_global"] = 0.0
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    text = write_report(tmp_path, pictures=False).read_text()
+    assert "all classes at site-1 (global)" in text and "site-2 (global" not in text
 
 
 def test_a_page_to_show_outside_has_no_image_and_no_single_case(run: Path, page: str, tmp_path: Path) -> None:
@@ -309,6 +351,31 @@ def test_no_words_of_a_figure_overprint_at_the_default_depth(what: str, rounds: 
         assert not first.overlaps(second), f"'{one}' and '{other}' overprint"
 
 
+@pytest.mark.parametrize("sites", [2, 12, 40])
+def test_every_line_or_the_highest_and_the_lowest_has_its_name_beside_it(sites: int) -> None:
+    names = [f"site-{n}" for n in range(sites)]
+    lines = [(name, "val_dice_global", n, 0.5 + 0.001 * place) for place, name in enumerate(names) for n in (0, 1)]
+    figure, _ = curve_figure(pd.DataFrame(lines, columns=["site", "tag", "round", "value"]), "Dice")
+    words = words_of(figure)
+    beside = [(text.replace("\n", " "), box) for text, box in words if text.startswith("site")]
+    expected = names if sites <= 12 else [f"{names[-1]} (highest)", f"{names[0]} (lowest)"]
+    assert sorted(text for text, _ in beside) == sorted(expected)
+    assert not any(one.overlaps(other) for (_, one), (_, other) in combinations(words, 2))
+    heights = [box.y0 for text, box in sorted(beside, key=lambda pair: expected.index(pair[0]))]
+    assert heights == sorted(heights, reverse=sites > 12)
+
+
+def test_words_and_lines_of_the_curves_are_large_and_in_the_colours_of_the_page(page: str) -> None:
+    figures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert figures
+    for figure in figures:
+        width = float(re.search(r'viewBox="0 0 ([\d.]+) ', figure)[1])
+        sizes = [float(size) for size in re.findall(r"font(?:-size)?: (?:[a-z0-9]+ )?([\d.]+)px", figure)]
+        # at the width of a laptop's window letters have 20 pixels at least
+        assert sizes and min(sizes) * 1200 / width >= 20
+        assert not set(re.findall(r"#[0-9a-f]{6}\b", figure)), "a colour that is not the page's"
+
+
 def test_layers_are_in_the_order_of_their_numbers() -> None:
     tags = [f"gate_entropy/layer_{layer}" for layer in (10, 2, 1)]
     rows = pd.DataFrame([("x", tag, n, 1.0) for tag in tags for n in (0, 1)], columns=["site", "tag", "round", "value"])
@@ -434,6 +501,8 @@ def test_in_a_real_browser(source: str, request: pytest.FixtureRequest, tmp_path
     )
     found = json.loads(done.stdout)
     assert found["errors"] == found["requests"] == []
+    assert found["keys"] == {"in_order": True, "outlined": True, "opened": True, "enlarged": True}
+    assert len(found["views"]) == 4
     for view in found["views"]:
         assert view["broken"] == 0
         assert not view["wider_than_the_window"], view["name"]

@@ -14,7 +14,7 @@ from monai.bundle import ConfigWorkflow
 from monai.data.utils import affine_to_spacing
 from torch import Tensor, nn
 
-from pfedsam.bundles import find_bundle, local_settings
+from pfedsam.bundles import class_names, find_bundle, local_settings
 from pfedsam.data.seen import Seen, patient_of
 from pfedsam.errors import ErrorCode, PFedSAMError, few, first_of_ours
 from pfedsam.evaluation.metrics import case_metrics
@@ -70,7 +70,10 @@ class CasePrediction:
 
 @dataclass
 class SiteEvaluation:
-    """What was found at one site; `examples` are its best, median and worst case by the personal Dice."""
+    """What was found at one site; `examples` are its best, median and worst case by the personal Dice.
+
+    `section` is that of the split, `class_names` are in the order of the scores (by default numbers).
+    """
 
     site: str
     scores: list[CaseScore]
@@ -79,10 +82,21 @@ class SiteEvaluation:
     excluded: dict[str, str] = field(default_factory=dict)
     #: What a person should know of the numbers; they name cases, so they stay at the site.
     notes: list[str] = field(default_factory=list)
+    section: str = "test"
+    class_names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not self.class_names and self.scores:
+            self.class_names = [f"class {number}" for number, _ in enumerate(self.scores[0].dice, 1)]
 
     def dice_of(self, case: str, model: str) -> float:
         """Mean Dice of a model on one case."""
-        return next(s.mean_dice for s in self.scores if s.case == case and s.model == model)
+        return float(np.mean(list(self.dice_by_class(case, model).values())))
+
+    def dice_by_class(self, case: str, model: str) -> dict[str, float]:
+        """Dice of a model on one case, by name of the class."""
+        dice = next(score.dice for score in self.scores if score.case == case and score.model == model)
+        return dict(zip(self.class_names, dice, strict=True))
 
     def mean(self, model: str) -> float:
         """Mean Dice of a model over the cases."""
@@ -107,6 +121,7 @@ def evaluate_site(
     output_dir: str | Path = "runs",
     refuse_seen: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    network: nn.Module | None = None,
 ) -> SiteEvaluation:
     """Evaluate both models in a site's model file.
 
@@ -127,6 +142,8 @@ def evaluate_site(
         output_dir: where the bundle may write.
         refuse_seen: refuse a section with cases to leave out: for numbers that must be of all its cases.
         progress: called with (done, total) after each case and model.
+        network: another one, with `trunk`, `head` and `frozen_trunk`, that predicts in the place of the model's: a
+            control, which gets the same pictures and is measured in the same way.
 
     Raises:
         PFedSAMError: E06 if the section has no case, E08 if no case is left or `refuse_seen` refuses, E11 to E13 if
@@ -138,7 +155,8 @@ def evaluate_site(
     try:
         workflow.initialize()
         parsed = workflow.parser.get_parsed_content
-        evaluator, network, listed = parsed("validate#evaluator"), parsed("network"), parsed("validate#data_list")
+        evaluator, own, listed = parsed("validate#evaluator"), parsed("network"), parsed("validate#data_list")
+        evaluator.network = network or own
         kept = [read(file) for file in (model_file, *ensemble)]
     except Exception as error:
         raise first_of_ours(error) or error from error
@@ -167,11 +185,12 @@ def evaluate_site(
 
         personal = model == "personal"
         if ensemble:
-            evaluator.network = Ensemble(network, kept, personal)
-        kept[0].use(network, personal)
+            evaluator.network = Ensemble(own, kept, personal)
+        kept[0].use(own, personal)
         with evaluator.add_event_handler(Events.ITERATION_COMPLETED, keep):
             evaluator.run()
-    return SiteEvaluation(site, scores, _examples(scores, case_predictions), excluded, _notes(kept[0], section, known))
+    examples, notes = _examples(scores, case_predictions), _notes(kept[0], section, known)
+    return SiteEvaluation(site, scores, examples, excluded, notes, section, class_names(find_bundle(bundle)))
 
 
 def seen_cases(model: SiteModel, listed: Sequence[Mapping[str, Any]], site: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ RESULTS_FILE = "results.json"
 METRICS = ("dice", "hd95", "asd", "nsd", "failed")
 #: What the columns mean; short names keep the table whole in 80 columns.
 CAPTION = (
-    "Dice of the global and the personal model over whole volumes of the test cases; * the worst site; failed: cases "
+    "Dice of the global and the personal model over whole test cases; * the worst site; failed: cases "
     "with a class not found at all (global, personal); MB: sent by the site in a round"
 )
 EXCLUDED = "; n of m cases: the others' patients were trained on or used for validation, they are left out"

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_dilation, binary_erosion
 
+from pfedsam.data.colours import colour_of
 from pfedsam.data.intensity import WINDOW
 from pfedsam.data.picture import Picture
 from pfedsam.files import when_whole
-from pfedsam.inference.colours import colour_of
 from pfedsam.inference.predict import Prediction
 
 #: A picture whose long side is shorter, in pixels, is shown so many whole times as large; slices of volumes too.

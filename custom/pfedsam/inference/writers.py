@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pfedsam.data.colours import palette
 from pfedsam.data.picture import Picture
 from pfedsam.data.suffixes import NIFTI, case_name
 from pfedsam.errors import ErrorCode, PFedSAMError, few
 from pfedsam.files import when_whole
-from pfedsam.inference.colours import palette
 
 LABEL, PICTURE, PROBABILITY, OVERLAY, SEGMENTATION = ".nii.gz", ".png", "_probability.nii.gz", "_overlay.png", ".dcm"
 #: How the label of a picture is stored: class numbers with a colour for each, or one class as 0 and 255.

@@ -18,10 +18,12 @@ import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pfedsam
 from pfedsam.bundle_tools.describe import describe
+from pfedsam.bundles import class_names, find_bundle, settings_of
 from pfedsam.comparison.records import problem_of_results
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.evaluation.site import MODELS
@@ -71,6 +73,8 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
     if not pictures:
         results, curves = _without_few(results), _of_many(curves, run)
     about = results.get("about", {})
+    bundle, settings = plan.get("bundle") or about.get("bundle"), _settings(plan, about)
+    classes = class_names(find_bundle(bundle)) if bundle else []
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pfedsam.report", "templates"), autoescape=True, trim_blocks=True
     )
@@ -82,11 +86,11 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
         models=MODELS,
         rounds=rounds,
         strategy=plan.get("strategy", {}),
-        settings=_settings(plan, about),
+        settings=settings,
         groups=_groups(plan),
         plots=plots(curves, results, _sent(run, results["sites"]), cases=pictures),
         pictures=_pictures(run, results) if pictures else {},
-        warnings=[*warnings_of(results, curves), *alone],
+        warnings=[*warnings_of(results, curves, classes, settings, rounds), *alone],
         compared=compare is not None,
         shown=pictures,
         gain=gain_of,
@@ -161,8 +165,6 @@ def _sent(run: Path, sites: Iterable[str]) -> pd.DataFrame:
 
 def _settings(plan: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, str]:
     """What was set, in words; of the base weights only whether they are a file of this machine, not where it lies."""
-    from pfedsam.bundles import settings_of
-
     bundle = plan.get("bundle") or about.get("bundle")
     if not bundle:
         return {}
@@ -210,12 +212,15 @@ def _of_many(curves: pd.DataFrame, run: Path) -> pd.DataFrame:
 
 
 def _pictures(run: Path, results: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
-    """Each site's example pictures as data in the page."""
+    """Each site's example pictures as data in the page, with what their files say of them."""
     pictures: dict[str, list[dict[str, str]]] = {}
     for site in results["sites"]:
         for example in EXAMPLES:
             path = run / "pictures" / f"{site}-{example}.png"
             if path.is_file():
                 data = base64.b64encode(path.read_bytes()).decode()
-                pictures.setdefault(site, []).append({"example": example, "data": f"data:image/png;base64,{data}"})
+                with Image.open(path) as picture:
+                    words = str(picture.info.get("Description") or f"{site}, {example} test case.")
+                one = {"example": example, "data": f"data:image/png;base64,{data}", "words": words}
+                pictures.setdefault(site, []).append(one)
     return pictures
