@@ -5,7 +5,8 @@
 
 It takes the slices, batches, steps, loss and test cases that `pfedsam compare` gives `fedavg_lora` with the same
 settings, in the same order; only the network and its learning rate are others. Dice by site is printed beside that of
-the strategies in `--records`. Runs are one JSON line each in results/unet.jsonl; what is there is not repeated.
+both models of each strategy in `--records`. Runs are one JSON line each in results/unet.jsonl; what is there is not
+repeated.
 """
 
 from __future__ import annotations
@@ -128,17 +129,13 @@ def key_of(run: Run) -> str:
 
 
 def table(records: Sequence[Mapping[str, Any]], beside: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Mean Dice by site, of the U-Net and of the strategies in other records: of what they test as global model."""
-    rows = [{"strategy": "U-Net, FedAvg", **row} for record in records for row in record["cases"]]
+    """Mean Dice over the cases of each site, of the U-Net and of both models of the strategies in other records."""
+    rows = [{"model": "U-Net, FedAvg", **row} for record in records for row in record["cases"]]
     for record in beside:
-        kept = [row for row in record["cases"] if row["model"] == ("global" if _has_global(record) else "personal")]
-        rows += [{"strategy": record["strategy"], "site": row["site"], "dice": _mean(row)} for row in kept]
-    by_site = pd.DataFrame(rows).groupby(["strategy", "site"])["dice"].mean().unstack()
+        named = [(f"{record['strategy']}, {row['model']}", row) for row in record["cases"]]
+        rows += [{"model": name, "site": row["site"], "dice": _mean(row)} for name, row in named]
+    by_site = pd.DataFrame(rows).groupby(["model", "site"])["dice"].mean().unstack()
     return by_site.assign(mean=by_site.mean(axis=1), worst=by_site.min(axis=1)).round(3)
-
-
-def _has_global(record: Mapping[str, Any]) -> bool:
-    return any(row["model"] == "global" for row in record["cases"])
 
 
 def _mean(row: Mapping[str, Any]) -> float:
