@@ -77,7 +77,7 @@ def test_a_case_whose_label_is_not_seen_is_not_the_one_that_is_tried(tmp_path: P
     listed = {"training": names[:5], "validation": names[5:6], "test": names[6:]}
     (site / "datalist.json").write_text(json.dumps(listed))
     code, text = validate(site)
-    assert names[0] == "a_far" and code == 0 and "'a_far': 48 labelled voxel(s), 100%" in text, text
+    assert names[0] == "a_far" and code == 0 and "'a_far': 48 labelled voxels, 100%" in text, text
 
 
 def test_names_and_settings_that_a_configuration_might_misread(tmp_path: Path) -> None:

@@ -98,17 +98,25 @@ def test_a_run_has_its_own_models(run: Path) -> None:
         subjects_of(run, model=run)
 
 
+def _hears_ctrl_c() -> None:
+    """Also where tests run in the background of a shell, whose children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_the_command_serves_until_ctrl_c_and_says_so(site: Path) -> None:
     line = [sys.executable, "-m", "pfedsam.cli", "view", str(site)]
-    # a shell that starts it in the background would let it ignore Ctrl-C
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        told = [process.stdout.readline() for _ in range(3)]
-        with urllib.request.urlopen(f"{told[1].strip()}cases", timeout=20) as reply:
-            assert len(json.load(reply)) == 2
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, env=environment, preexec_fn=_hears_ctrl_c, **pipes) as process:
+        try:
+            assert process.stdout is not None
+            told = [process.stdout.readline() for _ in range(3)]
+            with urllib.request.urlopen(f"{told[1].strip()}cases", timeout=20) as reply:
+                assert len(json.load(reply)) == 2
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 0 and err == "" and "The viewer is closed." in out
 
 

@@ -191,7 +191,7 @@ class Serving(_Settings):
     def runs(self) -> tuple[int, ...]:
         """Epochs of each run of a phase: in each fold, and at last of what was chosen, at most; or once."""
         longest, alone = max(self.epochs), (self.alone.epochs,) if self.alone else ()
-        return (longest, *alone) * self.folds + (max(longest, *alone),) if self.folds else (longest, *alone)
+        return (longest, *alone) * self.folds + (max((longest, *alone)),) if self.folds else (longest, *alone)
 
     def stretched(self, steps: int, most_epochs: int | None = None) -> Serving:
         """As it is at a site, see `least_steps`.
