@@ -85,7 +85,7 @@ class ByValidation:
                 compare(Candidate(serving.alone.epochs, 1.0, alone=True), True)
         if self.trainer.should_stop() or not gains:
             return choose({Candidate(): [0.0]}, serving.margin)
-        choice = choose(gains, serving.margin, float(np.mean(list(base.values()))))
+        choice = choose(gains, serving.margin)
         kept = choice.candidate if choice.candidate.epochs else choice.best[0]
         self._put(self._kept[kept.epochs, kept.alone])
         self.tensors.interpolate(choice.candidate.alpha)

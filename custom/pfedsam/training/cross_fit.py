@@ -67,7 +67,6 @@ class Choice:
         gain: mean over the patients of Dice minus that of the global model; 0 for the global one.
         error: standard error of the gain.
         best: candidate with the largest mean gain, also if it was not large enough, with its gain and error.
-        global_dice: mean Dice of the global model over the patients, on the slices that were compared.
         patients: their number.
     """
 
@@ -75,7 +74,6 @@ class Choice:
     gain: float
     error: float
     best: tuple[Candidate, float, float]
-    global_dice: float
     patients: int
 
     @property
@@ -109,7 +107,7 @@ class Choice:
         }
 
 
-def choose(gains: Mapping[Candidate, Sequence[float]], margin: float, global_dice: float = float("nan")) -> Choice:
+def choose(gains: Mapping[Candidate, Sequence[float]], margin: float) -> Choice:
     """The candidate with the largest mean gain, if it is more than `margin` standard errors; else the global model.
 
     Of candidates of one gain the one nearest to the global model is taken.
@@ -117,7 +115,6 @@ def choose(gains: Mapping[Candidate, Sequence[float]], margin: float, global_dic
     Args:
         gains: of each candidate, patient by patient.
         margin: see `pfedsam.training.strategy.Serving`.
-        global_dice: for the record.
     """
     known = {candidate: (float(np.mean(one)), _error(one)) for candidate, one in gains.items()}
     order = sorted(known, key=lambda one: (-round(known[one][0], 6), one.alone, one.alpha, one.epochs))
@@ -125,8 +122,8 @@ def choose(gains: Mapping[Candidate, Sequence[float]], margin: float, global_dic
     gain, error = known[best]
     patients = len(next(iter(gains.values())))
     if gain > 0 and gain > margin * error:
-        return Choice(best, gain, error, (best, gain, error), global_dice, patients)
-    return Choice(Candidate(), 0.0, 0.0, (best, gain, error), global_dice, patients)
+        return Choice(best, gain, error, (best, gain, error), patients)
+    return Choice(Candidate(), 0.0, 0.0, (best, gain, error), patients)
 
 
 def _error(values: Sequence[float]) -> float:
@@ -175,12 +172,10 @@ class CrossFit:
         """
         longest = phase.model_copy(update={"epochs": max(serving.epochs)})
         gains: dict[Candidate, list[float]] = {}
-        of_global: list[float] = []
         folds = self._folds(serving.folds)
         for number, held in enumerate(folds, 1):
             slices = self._slices(held)
             base = self._dice(slices, 0.0, False)
-            of_global += base.values()
 
             def compare(candidate: Candidate, with_copy: bool, slices: Any = slices, base: Any = base) -> None:
                 found = self._dice(slices, candidate.alpha, with_copy)
@@ -203,7 +198,7 @@ class CrossFit:
             if self.trainer.should_stop():
                 return choose({Candidate(): [0.0]}, serving.margin)
             logger.info("cross-fit of the final phase: fold %d of %d", number, len(folds))
-        return choose(gains, serving.margin, float(np.mean(of_global)))
+        return choose(gains, serving.margin)
 
     @contextmanager
     def _afterwards_as_before(self) -> Iterator[None]:
