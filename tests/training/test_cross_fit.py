@@ -14,7 +14,8 @@ from pfedsam.data.seen import patient_of
 from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import personal_state, shared_state, swapped_parameters
 from pfedsam.training.catalogue import find_strategy
-from pfedsam.training.cross_fit import Candidate, CrossFit, choose, dice_of, overlap
+from pfedsam.training.choice import GLOBAL, Candidate, choose, standard_error
+from pfedsam.training.cross_fit import CrossFit, dice_of, overlap
 from pfedsam.training.site import SiteTrainer
 from pfedsam.training.strategy import Serving, Strategy
 from pfedsam.training.validation import validated_cases
@@ -52,7 +53,7 @@ def test_the_largest_gain_is_chosen_if_it_stands_out_and_the_global_model_else()
     gains = {Candidate(2, 0.5): sure, Candidate(4, 1.0): [0.01, 0.02, 0.03]}
     assert choose(gains, margin=1).candidate == Candidate(2, 0.5)
     choice = choose({Candidate(2, 0.5): unsure}, margin=1)
-    assert choice.candidate == Candidate() and choice.gain == 0 and choice.best[0] == Candidate(2, 0.5)
+    assert choice.candidate == Candidate() and choice.kept.gain == 0 and choice.best.candidate == Candidate(2, 0.5)
     assert choose({Candidate(2, 0.5): unsure}, margin=0).candidate == Candidate(2, 0.5)
     assert choose({Candidate(2, 0.5): [-0.01, -0.02, -0.01]}, margin=0).candidate == Candidate()
 
@@ -63,7 +64,23 @@ def test_of_equal_gains_the_model_nearest_to_the_global_one_is_chosen():
 
 
 def test_the_gain_of_one_patient_stands_out_from_nothing():
-    assert choose({Candidate(2, 0.5): [0.4]}, margin=1).candidate == Candidate()
+    assert choose({Candidate(2, 0.5): [0.4]}, margin=1).candidate == GLOBAL
+
+
+def test_what_is_expected_of_the_spread_lets_a_site_with_one_patient_choose_and_fades_with_many():
+    assert choose({Candidate(2, 0.5): [0.04]}, margin=1, spread=0.03).candidate == Candidate(2, 0.5)
+    assert choose({Candidate(2, 0.5): [0.04]}, margin=1, spread=0.05).candidate == GLOBAL
+    assert standard_error([0.04], 0.05) == pytest.approx(0.05)
+    assert standard_error([0.0, 0.2], 0.1) == pytest.approx((0.03 / 2 / 2) ** 0.5)
+    many = [0.0, 0.2] * 500
+    assert standard_error(many, 0.05) == pytest.approx(standard_error(many, 0.0), rel=1e-2)
+
+
+def test_the_state_tells_all_that_was_compared():
+    gains = {Candidate(2, 0.5): [0.01, 0.03], Candidate(4, 1.0): [0.05, 0.07]}
+    told = choose(gains, margin=0).to_dict()
+    assert (told["epochs"], told["gain"], told["patients"]) == (4, 0.06, 2)
+    assert [(one["epochs"], one["gain"]) for one in told["compared"]] == [(4, 0.06), (2, 0.02)]
 
 
 def test_validation_cases_that_say_the_opposite_bring_the_global_model_back():
@@ -260,7 +277,7 @@ def test_the_validation_cases_choose_among_models_of_one_training(site, tmp_path
     local.validation_cases = [{"case": name, "patient": name} for name in ("a", "b")]
     result = local.finish(3)
     assert len(asked) == len(answers) and local.served is not None
-    assert local.served.candidate == Candidate(2, 0.5) and local.served.gain == pytest.approx(0.205)
+    assert local.served.candidate == Candidate(2, 0.5) and local.served.kept.gain == pytest.approx(0.205)
     assert result.phases["final"].steps == 3 * len(local.trainer.data_loader)  # type: ignore[arg-type]
     # what is kept is what was compared, not what came after it
     with torch.no_grad(), local.network.experts(True), swapped_parameters(local.network, local.tensors.beside()):

@@ -18,7 +18,7 @@ from ignite.engine import Events
 from torch import Tensor
 
 from pfedsam.parameters import load_personal_state, personal_state, shared_state, swapped_parameters
-from pfedsam.training.cross_fit import Candidate, Choice, choose
+from pfedsam.training.choice import GLOBAL, Candidate, Choice, choose
 from pfedsam.training.site_tensors import SiteTensors
 from pfedsam.training.strategy import Phase, Serving
 from pfedsam.training.trainer import PhaseTrainer
@@ -84,9 +84,9 @@ class ByValidation:
             with swapped_parameters(self.network, self.tensors.copy):
                 compare(Candidate(serving.alone.epochs, 1.0, alone=True), True)
         if self.trainer.should_stop() or not gains:
-            return choose({Candidate(): [0.0]}, serving.margin)
-        choice = choose(gains, serving.margin)
-        kept = choice.candidate if choice.candidate.epochs else choice.best[0]
+            return choose({GLOBAL: [0.0]}, serving.margin)
+        choice = choose(gains, serving.margin, serving.spread)
+        kept = choice.candidate if choice.candidate.epochs else choice.best.candidate
         self._put(self._kept[kept.epochs, kept.alone])
         self.tensors.interpolate(choice.candidate.alpha)
         return choice

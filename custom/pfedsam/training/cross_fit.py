@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +25,7 @@ from pfedsam.data.seen import patient_of
 from pfedsam.data.slices import EpochSampler
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.parameters import load_personal_state, personal_state, swapped_parameters
+from pfedsam.training.choice import GLOBAL, Candidate, Choice, choose
 from pfedsam.training.site_tensors import SiteTensors
 from pfedsam.training.strategy import Phase, Serving
 from pfedsam.training.trainer import PhaseTrainer
@@ -34,101 +34,6 @@ logger = logging.getLogger(__name__)
 
 #: Slices of a patient on which models are compared, at most: with a label, and without.
 POSITIVES, NEGATIVES = 8, 4
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model that a site could keep; without epochs the global one.
-
-    Attributes:
-        epochs: of the final phase, or of the phase alone.
-        alpha: place between the global model (0) and the personal one (1).
-        alone: the model that the site has by itself.
-    """
-
-    epochs: int = 0
-    alpha: float = 0.0
-    alone: bool = False
-
-    @property
-    def words(self) -> str:
-        """For people."""
-        if self.alone:
-            return f"the site's own model, trained alone for {self.epochs} epoch(s)"
-        return f"the personal model after {self.epochs} epoch(s), at {self.alpha:g} of the way from the global one"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a site keeps, and why. It says how well models do on a site's patients: it stays at the site.
-
-    Attributes:
-        candidate: that is kept.
-        gain: mean over the patients of Dice minus that of the global model; 0 for the global one.
-        error: standard error of the gain.
-        best: candidate with the largest mean gain, also if it was not large enough, with its gain and error.
-        patients: their number.
-    """
-
-    candidate: Candidate
-    gain: float
-    error: float
-    best: tuple[Candidate, float, float]
-    patients: int
-
-    @property
-    def sentence(self) -> str:
-        """For people."""
-        best, gain, error = self.best
-        told = f"{gain:+.3f} (standard error {error:.3f}) over {self.patients} patients that it was not fitted to"
-        if self.candidate.epochs:
-            return f"kept: {best.words}; Dice {told}"
-        return f"kept: the global model; the best other one, {best.words}, gains {told}"
-
-    def confirmed(self, gain: float, cases: int) -> Choice:
-        """The choice after a look at the validation cases: the global model, if both together gain nothing.
-
-        Args:
-            gain: mean Dice of the chosen model minus that of the global one over the validation cases.
-            cases: their number.
-        """
-        together = (self.gain * self.patients + gain * cases) / (self.patients + cases)
-        return self if together > 0 else replace(self, candidate=Candidate(), gain=0.0, error=0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the state of a site."""
-        return {
-            "epochs": self.candidate.epochs,
-            "alpha": self.candidate.alpha,
-            "alone": self.candidate.alone,
-            "gain": round(self.gain, 4),
-            "error": round(self.error, 4),
-            "patients": self.patients,
-        }
-
-
-def choose(gains: Mapping[Candidate, Sequence[float]], margin: float) -> Choice:
-    """The candidate with the largest mean gain, if it is more than `margin` standard errors; else the global model.
-
-    Of candidates of one gain the one nearest to the global model is taken.
-
-    Args:
-        gains: of each candidate, patient by patient.
-        margin: see `pfedsam.training.strategy.Serving`.
-    """
-    known = {candidate: (float(np.mean(one)), _error(one)) for candidate, one in gains.items()}
-    order = sorted(known, key=lambda one: (-round(known[one][0], 6), one.alone, one.alpha, one.epochs))
-    best = order[0]
-    gain, error = known[best]
-    patients = len(next(iter(gains.values())))
-    if gain > 0 and gain > margin * error:
-        return Choice(best, gain, error, (best, gain, error), patients)
-    return Choice(Candidate(), 0.0, 0.0, (best, gain, error), patients)
-
-
-def _error(values: Sequence[float]) -> float:
-    """Standard error of the mean; of one value nothing is known."""
-    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("inf")
 
 
 class CrossFit:
@@ -196,9 +101,9 @@ class CrossFit:
                         with swapped_parameters(self.network, self.tensors.copy):
                             compare(Candidate(serving.alone.epochs, 1.0, alone=True), True)
             if self.trainer.should_stop():
-                return choose({Candidate(): [0.0]}, serving.margin)
+                return choose({GLOBAL: [0.0]}, serving.margin)
             logger.info("cross-fit of the final phase: fold %d of %d", number, len(folds))
-        return choose(gains, serving.margin)
+        return choose(gains, serving.margin, serving.spread)
 
     @contextmanager
     def _afterwards_as_before(self) -> Iterator[None]:

@@ -22,7 +22,8 @@ from pfedsam.networks.model import SegmentAnything
 from pfedsam.parameters import swapped_parameters
 from pfedsam.storage.site_model import SiteModel
 from pfedsam.training.by_validation import ByValidation
-from pfedsam.training.cross_fit import Choice, CrossFit
+from pfedsam.training.choice import Choice
+from pfedsam.training.cross_fit import CrossFit
 from pfedsam.training.left_out import leave_out_trained
 from pfedsam.training.round_result import RoundResult
 from pfedsam.training.site_tensors import SiteTensors

@@ -158,7 +158,10 @@ class Serving(_Settings):
             own `epochs`; the phase is stopped after those that were chosen, with the learning rates of the largest.
         alphas: which of the models between the global one (0) and the personal one (1) are compared.
         margin: the mean gain over the global model must be more than so many of its standard errors; else the global
-            model is kept.
+            model is kept. Half an error pays for having taken the best of several: keeping the global model where
+            another is better costs a site as much as the opposite.
+        spread: standard deviation of patients' gains that is expected before any is seen. It counts as much as one
+            patient: a site with one or two validation patients can choose, too. 0: of one patient nothing follows.
         least_steps: a site with few slices makes few steps in an epoch. Where the largest of `epochs` is fewer steps
             than these, all are multiplied by the one whole number that makes them as many; those of `alone` likewise.
         alone: a phase that trains the site's copy of the shared tensors from where the first round of a federation
@@ -171,7 +174,8 @@ class Serving(_Settings):
     alphas: tuple[Annotated[Number, Field(gt=0, le=1)], ...] = Field(
         (0.25, 0.5, 0.75, 1.0), min_length=1, max_length=10
     )
-    margin: Factor = 1.0
+    margin: Factor = 0.5
+    spread: Annotated[Number, Field(ge=0, le=1)] = 0.05
     least_steps: Annotated[Whole, Field(ge=0, le=MOST_STEPS)] = 0
     alone: Phase | None = None
 
