@@ -16,7 +16,7 @@ from PIL import Image
 
 from pfedsam.bundles import find_bundle
 from pfedsam.data.intensity import NO_WINDOW, window_is_empty
-from pfedsam.data.loading import ReadImaged
+from pfedsam.data.loading import ReadImaged, in_c_order
 from pfedsam.data.reader import load_picture
 from pfedsam.data.transforms import IntensityWindowd
 from pfedsam.errors import PFedSAMError
@@ -156,3 +156,14 @@ def test_a_tilted_series_goes_through_a_bundles_transforms_and_back(tmp_path: Pa
     back = Invertd("pred", way, "image", nearest_interp=False)(item)["pred"]
     assert back.shape == (1, *shape)
     assert np.corrcoef(back.ravel(), head(shape).ravel())[0, 1] > 0.97
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int16", "uint16", "float32", "float64"])
+def test_turning_the_axes_changes_no_value(kind: str) -> None:
+    stored = np.asfortranarray(np.random.default_rng(0).integers(0, 200, (7, 5, 3)).astype(kind))
+    mapped = stored.copy(order="F")
+    mapped.setflags(write=False)
+    for values in (stored, stored[None], stored[::-1], stored[..., :1], stored.T, stored[:0], mapped):
+        turned = in_c_order(values)
+        assert turned.flags.c_contiguous and turned.dtype == values.dtype
+        np.testing.assert_array_equal(turned, values)

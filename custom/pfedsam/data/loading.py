@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from pfedsam.errors import ErrorCode, PFedSAMError
 
 #: White of a colour picture that is given to a network.
 WHITE = 255.0
+#: Types whose axes torch turns faster than NumPy.
+_TURNED = (np.uint8, np.int8, np.int16, np.int32, np.float32)
 
 
 class ReadImaged(MapTransform):
@@ -57,7 +59,8 @@ class ReadImaged(MapTransform):
         if image is not None:
             read |= {key: turned_onto(image, one) for key, one in read.items() if key in self.labels}
         _check_shapes(list(read.values()))
-        affine = next((one.affine for one in read.values() if one.affine is not None), np.eye(4))
+        nowhere = _of_pixels(read.values()) if self.colour else np.eye(4)
+        affine = next((one.affine for one in read.values() if one.affine is not None), nowhere)
         for key, picture in read.items():
             values = self._channels(picture, key in self.labels)
             items[key] = _tensor(values, picture, affine if picture.affine is None else picture.affine)
@@ -86,7 +89,7 @@ class ReadImaged(MapTransform):
             values = picture.grey()[None]
         if picture.kind == "picture" and not self.colour:
             values = values[..., None]
-        return np.ascontiguousarray(values) if label else _single(values, picture.source)
+        return in_c_order(values) if label else _single(values, picture.source)
 
 
 def _colours(picture: Picture) -> NDArray[Any]:
@@ -105,12 +108,35 @@ def _colours(picture: Picture) -> NDArray[Any]:
 
 def _single(values: NDArray[Any], source: Path) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):
-        found = np.ascontiguousarray(values, dtype=np.float32)
+        found = in_c_order(values).astype(np.float32, copy=False)
     if values.dtype.itemsize > 4 and values.dtype.kind == "f" and not np.isfinite(found).all():
         raise PFedSAMError(
             ErrorCode.UNREADABLE_IMAGE, f"{source} holds {np.abs(values).max():g}, too large.", "Rescale the image."
         )
     return found
+
+
+def in_c_order(values: NDArray[Any]) -> NDArray[Any]:
+    """An array whose last axis is next to each other in memory; the same one if it is so already.
+
+    NIfTI files have it the other way round. In two steps, each of which moves whole lines of the processor's cache, a
+    volume takes a quarter of the time of one: two axes of which the slices are the first, then those of a slice.
+    """
+    volume = values[0] if values.ndim == 4 and len(values) == 1 else values
+    flags, turns = volume.flags, volume.ndim == 3 and volume.dtype in _TURNED
+    # torch takes no array that is read-only, as a file that is mapped
+    if not turns or flags.c_contiguous or not flags.f_contiguous or not flags.writeable:
+        return np.ascontiguousarray(values)
+    x, y, z = volume.shape
+    slices = torch.from_numpy(volume.reshape(x * y, z, order="F").T)
+    turned = slices.t().contiguous().view(y, x, z).transpose(0, 1).contiguous()
+    return turned.numpy().reshape(values.shape)
+
+
+def _of_pixels(pictures: Iterable[Picture]) -> NDArray[np.float64]:
+    """The affine of pictures that lie nowhere: the size of their pixels, which distances are measured by."""
+    size = next((one.pixel_size for one in pictures if one.pixel_size is not None), (1.0, 1.0))
+    return np.diag([*size, 1.0, 1.0])
 
 
 def _check_shapes(pictures: list[Picture]) -> None:
