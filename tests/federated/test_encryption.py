@@ -89,7 +89,7 @@ def federation(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
         decrypt=DecryptModel(),
         tmp=tmp_path,
     )
-    workspace = SimpleNamespace(get_run_dir=lambda job: str(tmp_path))
+    workspace = SimpleNamespace(get_run_dir=lambda job: str(tmp_path), get_root_dir=lambda: str(tmp_path))
     components = {PLAN_ID: plan, **vars(parts)}
     ask = {"get_component": components.get, "get_workspace": lambda: workspace, "fire_event": lambda *_: None}
     engine = SimpleNamespace(components=components, **ask)

@@ -20,6 +20,7 @@ from nvflare.app_common.app_constant import AppConstants
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated import filters
 from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
+from pfedsam.federated.disabled import DISABLED_FILE
 from pfedsam.federated.filters import (
     RECEIVED_FILE,
     SENT_FILE,
@@ -55,6 +56,9 @@ class Engine:
 
     def get_workspace(self):
         return self
+
+    def get_root_dir(self):
+        return str(self.root)
 
     def get_run_dir(self, job_id):
         return str(self.root / job_id)
@@ -340,6 +344,26 @@ def test_a_site_on_other_base_weights_is_refused(tmp_path):
     fl_ctx.put(AppConstants.GLOBAL_MODEL, model, private=True, sticky=False)
     with pytest.raises(PFedSAMError, match="other base weights"):
         IncomingGuard().process(arrived(), fl_ctx)
+
+
+def test_a_site_that_nvflare_has_disabled_does_not_count_in_the_job_that_runs(tmp_path):
+    from nvflare.private.fed.server.client_manager import ClientManager
+
+    manager, guard, fl_ctx = ClientManager("server"), IncomingGuard(), context(tmp_path)
+    manager.set_disabled_clients_file(str(tmp_path / DISABLED_FILE))
+    guard.process(arrived(), fl_ctx)
+    manager.disable_client("site-1")
+    with pytest.raises(PFedSAMError, match="E20: the administrator has disabled site 'site-1'"):
+        guard.process(arrived(), fl_ctx)
+    guard.process(arrived(), context(tmp_path, peer="site-2"))
+    manager.enable_client("site-1")
+    guard.process(arrived(), fl_ctx)
+
+
+def test_a_list_of_disabled_sites_that_cannot_be_read_is_told_and_stops_no_job(tmp_path, caplog):
+    (tmp_path / DISABLED_FILE).write_text("{")
+    IncomingGuard().process(arrived(), context(tmp_path))
+    assert DISABLED_FILE in caplog.text
 
 
 def test_a_site_cannot_speak_in_the_name_of_another(tmp_path):

@@ -15,13 +15,14 @@ from nvflare.fuel.sec.authz import parse_policy_config
 from nvflare.security.security import COMMAND_CATEGORIES
 
 from pfedsam.deployment.allowed_classes import needed_classes
+from pfedsam.deployment.certificates import WARN_DAYS, of_kit
 from pfedsam.deployment.kits import AUTHORIZATION, FILTER, PRIVACY, RESOURCES, SHELL, is_server, outgoing
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.log_streaming import LOG_SENDERS
 from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings
 from pfedsam.storage.job_plan import CLIENT, SERVER
 
-#: A certificate that expires sooner is a problem.
+#: A certificate that ends sooner is a problem; before that it is a warning, see `WARN_DAYS`.
 _EXPIRES_SOON_DAYS = 30
 _LEAST_DISK_GIB, _LEAST_MEMORY_GIB = 5, 4
 _CONNECT_SECONDS = 5
@@ -147,19 +148,16 @@ def _others_may_read(path: Path) -> bool:
 
 
 def _check_certificate(kit: Path) -> Iterator[Finding]:
-    from datetime import datetime, timezone
-
-    from cryptography import x509
-
-    for path in [*sorted((kit / "startup").glob("*.crt")), kit / "startup" / "rootCA.pem"]:
-        try:
-            expires = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
-        except (OSError, ValueError) as error:
-            yield Finding("certificate", False, f"{path}: {error}")
-            continue
-        days = (expires - datetime.now(timezone.utc)).days
-        message = f"{path.name} expires {expires:%Y-%m-%d}, in {days} days"
-        yield Finding("certificate", days >= _EXPIRES_SOON_DAYS, message)
+    try:
+        found = of_kit(kit)
+    except PFedSAMError as error:
+        yield Finding("certificate", False, error.message)
+        return
+    for one in found:
+        message = f"{one.path.name} ends {one.words}"
+        if one.days < WARN_DAYS:
+            message += ": ask the project administrator for a renewed kit (`pfedsam certificates renew`)"
+        yield Finding("certificate", one.days >= _EXPIRES_SOON_DAYS, message, warning=one.days < WARN_DAYS)
 
 
 def _target(content: Any) -> tuple[str, int]:

@@ -34,6 +34,7 @@ from pfedsam.federated.boundary import (
     told_names,
     with_cases,
 )
+from pfedsam.federated.disabled import require_enabled
 from pfedsam.federated.plan import plan_of
 from pfedsam.federated.records import CHECKED, LEFT, RECEIVED_FILE, SENT_FILE, append_record
 from pfedsam.federated.settings import SITE_SETTINGS, site_settings
@@ -191,6 +192,7 @@ class IncomingGuard(Filter):
     def _rebuilt(self, shareable: Shareable, client: str, fl_ctx: FLContext) -> Shareable:
         task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
         _check_identity(shareable, client)
+        require_enabled(client, fl_ctx.get_engine().get_workspace().get_root_dir())
         passed = check_result(shareable, task, shared=plan_of(fl_ctx).shared(), code=ErrorCode.REFUSED_BY_GUARD)
         headers = check_headers(shareable, code=ErrorCode.REFUSED_BY_GUARD)
         contribution: dict[str, Any] = {}
