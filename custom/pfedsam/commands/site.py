@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pfedsam.commands.console import console
+from pfedsam.commands.rehearse import rehearse
 from pfedsam.errors import ErrorCode, PFedSAMError
 
 app = typer.Typer(
@@ -126,6 +127,9 @@ def _labels(text: str | None) -> Any:
         raise PFedSAMError(
             ErrorCode.SITE_SETTINGS, f"--labels is no JSON: {error}.", 'For example: {"1": "disc"}'
         ) from None
+
+
+app.command("rehearse")(rehearse)
 
 
 @app.command("check")

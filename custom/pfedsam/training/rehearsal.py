@@ -38,12 +38,7 @@ def rehearse(report: SiteReport, bundle: str, folder: str | Path, overrides: Map
         folder: the site folder.
         overrides: of the bundle, as in training.
     """
-    cases: dict[str, str] = {}
-    for section in _PARTS:
-        rows = [row for row in report.cases if row.section == section]
-        # the first whose foreground is seen, else the first
-        for row in sorted(rows, key=lambda row: row.foreground <= row.unseen)[:1]:
-            cases[section] = row.name
+    cases = first_cases(report)
     told = {"bundle": bundle, "folder": str(folder), "overrides": dict(overrides or {}), "cases": cases}
     try:
         done = subprocess.run(
@@ -65,6 +60,16 @@ def rehearse(report: SiteReport, bundle: str, folder: str | Path, overrides: Map
         report.add_error(PFedSAMError(error["code"], error["message"], error["remedy"]), error["case"])
 
 
+def first_cases(report: SiteReport) -> dict[str, str]:
+    """The case of each section that is tried: the first whose foreground is seen, else the first."""
+    cases: dict[str, str] = {}
+    for section in _PARTS:
+        rows = [row for row in report.cases if row.section == section]
+        for row in sorted(rows, key=lambda row: row.foreground <= row.unseen)[:1]:
+            cases[section] = row.name
+    return cases
+
+
 def _ended(cases: Mapping[str, str], how: str) -> dict[str, str]:
     names = " and ".join(f"'{name}'" for name in cases.values())
     remedy = "Look at these cases, and at the memory that is free; --quick leaves this step out."
@@ -76,12 +81,20 @@ def _ended(cases: Mapping[str, str], how: str) -> dict[str, str]:
     }
 
 
-def _load_all(told: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """What was loaded, in words, and what went wrong."""
+def load_first(told: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Load one case of each section in this process.
+
+    Args:
+        told: `bundle`, `folder` and `overrides` as in `rehearse`, `cases` of `first_cases`, and `label_map` where the
+            site's label values are not the bundle's.
+
+    Returns:
+        `loaded`: what was loaded, in words; `errors`: what went wrong, with `code`, `message`, `remedy` and `case`.
+    """
     found: dict[str, list[Any]] = {"loaded": [], "errors": []}
     for section, case in told["cases"].items():
         try:
-            batch = _first_batch(told["bundle"], told["folder"], _PARTS[section], case, told["overrides"])
+            batch = _first_batch(told, _PARTS[section], case)
             found["loaded"].append(f"{section}: {batch}")
         # a bundle's own transform may raise anything
         except Exception as error:
@@ -97,15 +110,17 @@ def _load_all(told: Mapping[str, Any]) -> dict[str, list[Any]]:
     return found
 
 
-def _first_batch(bundle: str, folder: str, part: str, case: str, overrides: Mapping[str, Any]) -> str:
+def _first_batch(told: Mapping[str, Any], part: str, case: str) -> str:
     """What comes first out of the data loader of one part of the training configuration, given one case, in words."""
     from monai.bundle import ConfigParser
 
-    root = find_bundle(bundle)
+    root = find_bundle(told["bundle"])
     parser = ConfigParser()
     parser.read_config(str(root / "configs" / "train.json"))
-    parser["bundle_root"], parser["dataset_dir"] = str(root), folder
-    for key, value in local_settings(overrides).items():
+    settings = {"bundle_root": str(root), "dataset_dir": told["folder"], **local_settings(told["overrides"])}
+    if told.get("label_map") is not None:
+        settings["label_map"] = told["label_map"]
+    for key, value in settings.items():
         parser[key] = value
     key = f"{part}#data_list"
     # by its number: a name may hold what a configuration takes for a reference
@@ -124,4 +139,4 @@ def _last_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_load_all(json.load(sys.stdin))))
+    print(json.dumps(load_first(json.load(sys.stdin))))
