@@ -11,7 +11,7 @@ from pfedsam.storage.job_plan import CLIENT, PLAN_ID, SERVER, component_of, plan
 
 _WAITS = re.compile(r"timeout|period|interval|wait_time|^min_clients$|^min_responses_required$")
 #: What `run_terms` takes from the plan, and what is promised of the sites.
-_OF_PLAN = ("federation", "bundle", "strategy", "overrides", "least_sites")
+_OF_PLAN = ("federation", "bundle", "strategy", "overrides", "least_sites", "missing_sites")
 #: The rounds and where they start; `run_terms` leaves them open.
 _OPEN = ("num_rounds", "start_round", "source_ckpt_file_full_name")
 

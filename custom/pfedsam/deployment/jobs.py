@@ -11,6 +11,8 @@ from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
+from nvflare.apis.job_def import JobMetaKey
+
 from pfedsam.bundles import folder
 from pfedsam.deployment.job_files import (
     MEAN,
@@ -25,10 +27,13 @@ from pfedsam.deployment.job_privacy import Privacy, add_filters, check_encryptio
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import when_whole
 from pfedsam.ownership import MARKER, require_sealed, seal
+from pfedsam.storage.global_model import round_of
 from pfedsam.storage.job_plan import CLIENT, PLAN_FILE, PLAN_ID, SERVER, component_of
 from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.strategy import Strategy
 
+#: Name of the global model that a job carries.
+CARRIED = "theta0.safetensors"
 #: A plan promises so many sites in each round, if the server waits for so many; see `pfedsam.federated.least_sites`.
 PROMISED = 3
 _LEAST_SITES = {"id": "least_sites", "path": "pfedsam.federated.least_sites.LeastSites"}
@@ -47,6 +52,8 @@ def export_job(
     plan: Mapping[str, Any] | None = None,
     server: Mapping[str, Any] | None = None,
     persistor: Mapping[str, Any] | None = None,
+    theta0: Path | None = None,
+    wait: float | None = None,
     privacy: Privacy | None = None,
     name: str | None = None,
     force: bool = False,
@@ -61,9 +68,12 @@ def export_job(
             libraries of `app/custom/requirements.txt` but not this package, or another version of it.
         plan: what the plan shall say, over what it says.
         server: top-level settings of the server's configuration, for example `num_rounds`; see
-            `pfedsam.deployment.job_files.SERVER_SETTINGS`. With `min_clients` the plan promises that no round has fewer
-            sites, up to `PROMISED`, unless `plan` says something else of `least_sites`.
+            `pfedsam.deployment.job_files.SERVER_SETTINGS`. `min_clients` also goes to meta.json: with fewer sites
+            NVFlare does not start the job, and the server stops it. The plan promises the sites that no round has
+            fewer, up to `PROMISED`, unless `plan` says something else of `least_sites`.
         persistor: arguments of the persistor to set.
+        theta0: a global model to begin with (`pfedsam init-global`, or that of a job); the job carries a copy.
+        wait: seconds that a round waits for the other sites when `min_clients` have answered.
         privacy: further filters, after ours at the sites and before the guard at the server.
         name: of the job, None for that of `source`.
         force: replace a job folder whosever it is, as in a run folder of ours; another folder is never replaced.
@@ -71,9 +81,12 @@ def export_job(
     Raises:
         PFedSAMError: E32 if the job shall be locked and carry code, or be encrypted where something else than the mean
             is taken, or if `source` and `out` lie in each other; E31 if TenSEAL is not installed; E16 or E18 if the
-            plan or a setting of the server is impossible; E24 if `out` is something else than an exported job.
+            plan or a setting of the server is impossible; E10 if `theta0` is no global model; E24 if `out` is something
+            else than an exported job.
     """
     check_settings(source, plan or {}, server or {})
+    if theta0 is not None:
+        round_of(theta0)
     if locked and byoc:
         raise PFedSAMError(
             ErrorCode.CONTRADICTION, "a locked job carries no code.", "--locked and --byoc exclude each other."
@@ -81,6 +94,7 @@ def export_job(
     if privacy and privacy.encrypt:
         check_encryption({**plan_settings(source), **(plan or {})})
     full_plan = {**plan_settings(source), **_promised(server or {}), **(plan or {})}
+    carried = {} if theta0 is None else {"theta0": CARRIED}
     with _job_folder(source, out, force) as path:
         shutil.copytree(source, path, ignore=shutil.ignore_patterns("__pycache__", MARKER))
         if locked:
@@ -93,13 +107,18 @@ def export_job(
             component_of(config, PLAN_ID).pop("args", None)  # of a job of before
             if side == SERVER:
                 _set_aggregator(config, full_plan)
-                _set_promise(config, full_plan)
+                _count_sites(config, full_plan)
                 config.update(server or {})
-                arguments_of(config, "persistor").update(persistor or {})
+                arguments_of(config, "persistor").update({**(persistor or {}), **carried})
+                _set_wait(config, wait)
             add_filters(config, side, privacy or Privacy())
             (path / "app" / "config" / side).write_text(_pretty(config))
-        meta = read_json(path / META)
-        (path / META).write_text(_pretty({**meta, "name": name} if name else meta))
+        if theta0 is not None:
+            # beside the configuration: a job that carries it there is still one without code
+            shutil.copy(theta0, path / "app" / "config" / CARRIED)
+        meta = {**read_json(path / META), **({"name": name} if name else {})}
+        meta |= {key: value for key, value in (server or {}).items() if key == JobMetaKey.MIN_CLIENTS.value}
+        (path / META).write_text(_pretty(meta))
     return out
 
 
@@ -152,12 +171,23 @@ def _promised(server: Mapping[str, Any]) -> dict[str, int]:
     return {"least_sites": min(PROMISED, int(server["min_clients"]))} if "min_clients" in server else {}
 
 
-def _set_promise(config: dict[str, Any], plan: Mapping[str, Any]) -> None:
-    """The component that keeps the plan's promise, in a job that was made without it."""
+def _set_wait(config: dict[str, Any], wait: float | None) -> None:
+    """How long each round waits, in the workflow that waits for `min_clients`."""
+    if wait is None:
+        return
+    rounds = [one for one in config["workflows"] if one.get("path", "").endswith(".ScatterAndGather")]
+    if not rounds:
+        raise PFedSAMError(ErrorCode.CONTRADICTION, "the job has no rounds to wait in.", "Leave out --wait.")
+    for workflow in rounds:
+        workflow["args"]["wait_time_after_min_received"] = wait
+
+
+def _count_sites(config: dict[str, Any], plan: Mapping[str, Any]) -> None:
+    """The component that keeps what the plan says of the sites, in a job that was made without it."""
     present = any(
         isinstance(component, dict) and component.get("id") == _LEAST_SITES["id"] for component in config["components"]
     )
-    if not present and plan.get("least_sites"):
+    if not present and (plan.get("least_sites") or plan.get("missing_sites")):
         config["components"].append(dict(_LEAST_SITES))
 
 

@@ -28,7 +28,8 @@ from pfedsam.storage.run_folder import claim_run, is_deployment
 #: What the marker of a deployment's folder says.
 RUNTIME = "poc"
 _GRACE_SECONDS = 10
-OUTCOME_VARIABLE = "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT"
+#: Seconds that a job waits, after its last workflow, for what its sites say of their end; NVFlare's own value is 900.
+OUTCOME_VARIABLE, OUTCOME_SECONDS = "NVFLARE_CLIENT_OUTCOME_WAIT_TIMEOUT", "60"
 #: Less memory for server and sites (`tests/benchmarks/bench_sites.py`). By default NVFlare allocates a chunk of
 #: 1 MiB, more than a payload, for each message that it sends, however small, and each array is asked for; with a
 #: download chunk of 0 they travel in the message itself. Window and interval keep NVFlare's proportions: 64 and 16
@@ -273,9 +274,8 @@ class Deployment:
             subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **how)
 
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
-        # a job ends so many seconds after its last workflow when a site is gone for good; NVFlare's own value is 900
         variables = {
-            OUTCOME_VARIABLE: "60",
+            OUTCOME_VARIABLE: OUTCOME_SECONDS,
             "HOME": str(self.root / "home"),
             "PYTHONWARNINGS": "ignore",
             "OMP_NUM_THREADS": self._threads(),

@@ -36,7 +36,8 @@ class PFedSAMRecipe(Recipe):
         strategy: name of a strategy, of an ablation, or path of a strategy file.
         name: of the job; by default the strategy's.
         rounds: of the federation.
-        min_clients: sites that a round waits for.
+        min_clients: sites without which the job does not start, no round counts and it stops.
+        missing_sites: what the server does when a site is missing in a round: warn, by default, or fail.
         federation: name that the sites' personal states are kept under.
         bundle: name of an installed bundle.
         overrides: listed ids of the bundle's configuration with literal values.
@@ -56,6 +57,7 @@ class PFedSAMRecipe(Recipe):
         name: str | None = None,
         rounds: int | None = None,
         min_clients: int | None = None,
+        missing_sites: str | None = None,
         federation: str | None = None,
         bundle: str | None = None,
         overrides: Mapping[str, Any] | None = None,
@@ -64,7 +66,7 @@ class PFedSAMRecipe(Recipe):
         byoc: bool = False,
     ) -> None:
         self.strategy, self.overrides = strategy, dict(overrides or {})
-        self.plan = _given(federation=federation, bundle=bundle)
+        self.plan = _given(federation=federation, bundle=bundle, missing_sites=missing_sites)
         self.server = _given(num_rounds=rounds, min_clients=min_clients)
         self.how: dict[str, Any] = {"privacy": privacy, "locked": locked, "byoc": byoc}
         with tempfile.TemporaryDirectory() as folder:

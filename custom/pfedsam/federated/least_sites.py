@@ -2,7 +2,8 @@
 
 The mean of two sites tells each of them the update of the other: `u2 = (w1 + w2) m - w1 u1, over w2`. Of three, each
 learns the sum of the other two only. So a site names the least number that it takes part with (`least_sites` in its
-settings), a job promises one in its plan, and the server stops a job whose round has fewer contributions.
+settings), a job promises one in its plan, and the server stops a job whose round has fewer contributions. It also stops
+a job whose round has fewer than the job's own `min_clients`, and names each site that was missing in a round.
 
 Some rules of the server (`aggregation`) tell more than a mean: the result of `krum` is one site's update, and a number
 of `median` or `trimmed_mean` may be that of one site. A site that names a least number refuses a plan in which fewer
@@ -14,6 +15,8 @@ hostile server can list sites that do not exist or take part itself; then no num
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey
@@ -23,7 +26,8 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 from pfedsam.errors import ErrorCode, PFedSAMError
-from pfedsam.federated.plan import Plan, plan_of
+from pfedsam.federated.plan import MISSING_SITES, Plan, plan_of
+from pfedsam.federated.records import SITES_FILE, append_record
 from pfedsam.federated.settings import SITE_SETTINGS
 from pfedsam.training.aggregation import values_behind
 from pfedsam.training.judgement import KEPT
@@ -73,19 +77,30 @@ def require_enough_sites(fl_ctx: FLContext, plan: Plan, least: int | None) -> No
 
 
 class LeastSites(FLComponent):
-    """At the server: stops the job when a round has contributions of fewer sites than the plan promises.
+    """At the server: names who took part in each round, and stops the job when too few did.
 
-    It counts what the aggregator has accepted, so a result that the guard has refused does not count. The job stops
-    before the mean becomes the global model: no site sees it.
+    It counts what the aggregator has accepted, so a result that the guard has refused does not count. A site is missing
+    if the job was handed to it and nothing of it counts. Each round leaves a line in the log and a record in
+    `SITES_FILE`. The job stops before the mean becomes the global model, so no site sees it, if a round has
+
+    * fewer sites than the plan promises (`least_sites`) or the job asks for (`min_clients` of its meta.json), or
+    * a missing site, and the plan says `fail` of `missing_sites`.
+
+    NVFlare alone closes a round with fewer than `min_clients`: it gives up waiting for sites whose connection is lost.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self._expected: set[str] = set()
         self._accepted: set[str] = set()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Count the sites of a round; stop the job if there are too few when it closes."""
-        if event_type in (EventType.START_RUN, AppEventType.ROUND_STARTED):
+        if event_type == EventType.START_RUN:
+            self._expected, self._accepted = set(), set()
+        elif event_type == AppEventType.ROUND_STARTED:
+            # a site that NVFlare no longer lists is missing, too
+            self._expected |= {client.name for client in fl_ctx.get_engine().get_clients()}
             self._accepted = set()
         elif event_type == AppEventType.AFTER_CONTRIBUTION_ACCEPT:
             peer = fl_ctx.get_peer_context()
@@ -95,14 +110,37 @@ class LeastSites(FLComponent):
             self._close(fl_ctx)
 
     def _close(self, fl_ctx: FLContext) -> None:
-        least = plan_of(fl_ctx).least_sites
-        if least is None or len(self._accepted) >= least:
-            return
-        problem = PFedSAMError(
-            ErrorCode.TOO_FEW_SITES,
-            f"round {fl_ctx.get_prop(AppConstants.CURRENT_ROUND)} has contributions of {sorted(self._accepted)} only, "
-            f"the plan promises at least {least} sites.",
-            "See in the log which sites failed or were refused, then resume the job (`pfedsam job resume`).",
-        )
-        self.logger.error(str(problem))
-        self.system_panic(str(problem), fl_ctx)
+        number, there = fl_ctx.get_prop(AppConstants.CURRENT_ROUND), sorted(self._accepted)
+        missing = sorted(self._expected - self._accepted)
+        run_dir = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
+        append_record(run_dir, SITES_FILE, {"round": number, "sites": there, "missing": missing})
+        line = f"round {number}: {len(there)} of {len(there) + len(missing)} sites took part: {', '.join(there)}"
+        if missing:
+            self.logger.warning(f"{line}; missing: {', '.join(missing)}")
+        else:
+            self.logger.info(line)
+        problem = _problem(number, there, missing, plan_of(fl_ctx), _asked_for(fl_ctx))
+        if problem is not None:
+            self.logger.error(str(problem))
+            self.system_panic(str(problem), fl_ctx)
+
+
+def _problem(number: int, there: list[str], missing: list[str], plan: Plan, asked: int) -> PFedSAMError | None:
+    """Why a round must not count, or None."""
+    if len(there) < (plan.least_sites or 0):
+        why = f"has contributions of {there} only, the plan promises at least {plan.least_sites} sites"
+    elif len(there) < asked:
+        why = f"has contributions of {there} only, the job asks for at least {asked} sites (min_clients)"
+    elif missing and plan.missing_sites == MISSING_SITES[1]:
+        why = f"is without {missing}, and the plan says of missing sites: {plan.missing_sites}"
+    else:
+        return None
+    remedy = "See in the log which sites failed or were refused, then resume the job (`pfedsam job resume`)."
+    return PFedSAMError(ErrorCode.TOO_FEW_SITES, f"round {number} {why}.", remedy)
+
+
+def _asked_for(fl_ctx: FLContext) -> int:
+    """The number of sites that NVFlare starts the job with at least, 0 if the job's metadata says none."""
+    meta = fl_ctx.get_prop(FLContextKey.JOB_META)
+    asked = meta.get(JobMetaKey.MIN_CLIENTS.value) if isinstance(meta, dict) else None
+    return asked if isinstance(asked, int) else 0

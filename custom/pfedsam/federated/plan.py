@@ -21,6 +21,9 @@ from pfedsam.parameters import COPY, Manifest, manifest
 from pfedsam.storage.job_plan import MAKE_JOB, PLAN_FILE, PLAN_ID
 from pfedsam.training.strategy import Strategy
 
+#: What the server does when a site is missing in a round: go on and name it, or stop the job. The first is the default.
+MISSING_SITES = ("warn", "fail")
+
 
 class Plan:
     """What a job trains and how.
@@ -38,6 +41,8 @@ class Plan:
             `pfedsam.training.aggregation`.
         least_sites: the server aggregates a round only if so many sites have contributed; None promises nothing. See
             `pfedsam.federated.least_sites`.
+        missing_sites: what the server does when a site that the job was handed to is missing in a round: one of
+            `MISSING_SITES`.
 
     Raises:
         PFedSAMError: E16 or E18, from `checked`, not from the constructor: a job with a wrong plan must be answered
@@ -52,6 +57,7 @@ class Plan:
         overrides: dict[str, Any] | None = None,
         most_cases: int | dict[str, int] | None = None,
         least_sites: int | None = None,
+        missing_sites: str = MISSING_SITES[0],
     ) -> None:
         self.federation = federation
         self.bundle = bundle
@@ -59,6 +65,7 @@ class Plan:
         self.overrides = overrides
         self.most_cases = most_cases
         self.least_sites = least_sites
+        self.missing_sites = missing_sites
         self._manifests: dict[str, Manifest] = {}
 
     def read(self, app: str | Path) -> None:
@@ -84,8 +91,8 @@ class Plan:
         """The strategy, after a check of all settings.
 
         Raises:
-            PFedSAMError: E16 for a wrong federation name, strategy or number of sites, E28 for an unknown bundle, E18
-                for an override.
+            PFedSAMError: E16 for a wrong federation name, strategy, number of sites or `missing_sites`, E28 for an
+                unknown bundle, E18 for an override.
         """
         if not isinstance(self.federation, str) or not self.federation.replace("-", "_").isidentifier():
             message = f"federation name {shown(self.federation)}"
@@ -100,6 +107,12 @@ class Plan:
         if self.least_sites is not None and (type(self.least_sites) is not int or self.least_sites < 1):
             raise PFedSAMError(
                 ErrorCode.WRONG_SETTING, f"least_sites is {shown(self.least_sites)}.", "Give a whole number from 1 on."
+            )
+        if self.missing_sites not in MISSING_SITES:
+            raise PFedSAMError(
+                ErrorCode.WRONG_SETTING,
+                f"missing_sites is {shown(self.missing_sites)}.",
+                f"One of {', '.join(MISSING_SITES)}.",
             )
         require_settings(self.bundle, self.overrides)
         return Strategy.of(self.strategy)

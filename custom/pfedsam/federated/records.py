@@ -14,6 +14,8 @@ from pfedsam.storage.run_folder import LEFT, SENT_FILE
 RECEIVED_FILE = "pfedsam_received.jsonl"
 #: Written by `aggregators.RobustAggregator` at the server: what became of each site's update, one record a round.
 ROUNDS_FILE = "pfedsam_rounds.jsonl"
+#: Written by `least_sites.LeastSites` at the server: who took part in a round and who was missing, one record a round.
+SITES_FILE = "pfedsam_sites.jsonl"
 #: Stages of a record in `SENT_FILE`: a result as the allow-list let it pass, the same after the filters behind it, and
 #: the scalars of the whole run, which go around the filters.
 CHECKED, SCALARS = "checked", "scalars"
@@ -27,4 +29,14 @@ def append_record(run_dir: Path, file_name: str, record: dict[str, Any]) -> None
     append_line(run_dir / file_name, {"time": time, **record})
 
 
-__all__ = ["CHECKED", "LEFT", "PROGRESS_LINE", "RECEIVED_FILE", "ROUNDS_FILE", "SCALARS", "SENT_FILE", "append_record"]
+__all__ = [
+    "CHECKED",
+    "LEFT",
+    "PROGRESS_LINE",
+    "RECEIVED_FILE",
+    "ROUNDS_FILE",
+    "SCALARS",
+    "SENT_FILE",
+    "SITES_FILE",
+    "append_record",
+]

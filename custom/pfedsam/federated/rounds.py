@@ -1,12 +1,13 @@
-"""What became of the sites' updates in a job, by the server's records: who counted for less than it claimed, when."""
+"""What became of the sites' updates in a job, by the server's records: who was missing or counted less, and when."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pfedsam.federated.records import RECEIVED_FILE, ROUNDS_FILE
+from pfedsam.federated.records import RECEIVED_FILE, ROUNDS_FILE, SITES_FILE
 from pfedsam.files import read_lines
 from pfedsam.training.judgement import JUDGING
 
@@ -19,9 +20,32 @@ def remarks(folders: Iterable[Path]) -> list[str]:
     """
     doubts: dict[tuple[str, str], list[int | None]] = {}
     for folder in folders:
-        for site, what, number in [*_judged(folder), *_refused(folder)]:
+        for site, what, number in [*_missing(folder), *_judged(folder), *_refused(folder)]:
             doubts.setdefault((site, what), []).append(number)
     return [f"{site}: {what}{_in_rounds(numbers)}" for (site, what), numbers in sorted(doubts.items())]
+
+
+def attendance(folders: Iterable[Path]) -> str:
+    """In how many of the rounds each site took part, for example `a 3 of 3 rounds, b 2 of 3 rounds`.
+
+    Args:
+        folders: run folders of the server, as in `remarks`.
+
+    Returns:
+        An empty text if there is no record of any round.
+    """
+    records = [record for folder in folders for record in read_lines(folder / SITES_FILE)]
+    # of a round that was done again, the last one counts
+    rounds = {record["round"]: record for record in records}
+    counts = Counter(site for record in rounds.values() for site in record["sites"])
+    sites = sorted({site for record in rounds.values() for site in (*record["sites"], *record["missing"])})
+    return ", ".join(f"{site} {counts[site]} of {len(rounds)} rounds" for site in sites)
+
+
+def _missing(folder: Path) -> Iterator[tuple[str, str, int | None]]:
+    for record in read_lines(folder / SITES_FILE):
+        for site in record["missing"]:
+            yield site, "it was missing", record["round"]
 
 
 def _judged(folder: Path) -> Iterator[tuple[str, str, int | None]]:
