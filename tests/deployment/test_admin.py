@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pfedsam.deployment.admin import CARRIED, resumed_job
+from pfedsam.deployment.admin import resumed_job
 from pfedsam.deployment.job_files import find_job, server_settings
-from pfedsam.deployment.jobs import export_job
+from pfedsam.deployment.jobs import CARRIED, export_job
 from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import TensorSpec
 from pfedsam.storage.global_model import round_of, write_global_model

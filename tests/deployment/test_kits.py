@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+from nvflare.fuel.sec.authz import AuthzContext, Person
+from nvflare.security.security import FLAuthorizer
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
@@ -216,6 +218,32 @@ def test_a_role_whose_rights_are_one_word_keeps_them_without_code_and_shell(kit:
     assert rights["view"] == rights["submit_job"] == given
     assert rights["byoc"] == rights["shell_commands"] == "none"
     assert all(one.fine for one in [*found(kit, "code in jobs"), *found(kit, "shell commands")])
+
+
+@pytest.mark.parametrize("name", ["server", "kit"])
+def test_who_may_look_sees_versions_and_who_may_download_a_job_sees_the_servers_log(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    """By NVFlare's own reading of the policy: its commands that are in no category are nobody's by default."""
+    authorizer = FLAuthorizer("coordination", content(request.getfixturevalue(name), AUTHORIZATION))
+    mine, others = Person("lead@a.org", "a", "lead"), Person("lead@b.org", "b", "lead")
+
+    def may(right: str, user: Person) -> bool:
+        return authorizer.authorize(AuthzContext(right, user, mine))[0]
+
+    everyone = [mine, others, *(Person("x", "x", role) for role in ("project_admin", "org_admin", "member"))]
+    assert all(may("report_version", user) for user in everyone)
+    # of a site nobody can ask for a log
+    at_server = name == "server"
+    assert [may("get_job_log", user) for user in everyone] == [at_server, False, at_server, False, False]
+    assert not any(may(right, user) for right in ("cat", "download_job_components") for user in everyone)
+
+
+def test_a_command_that_was_denied_by_name_stays_denied(kit: Path) -> None:
+    permissions = content(kit, AUTHORIZATION)["permissions"]
+    permissions["lead"] |= {"report_version": "none"}
+    change(kit, AUTHORIZATION, permissions=permissions)
+    assert again(kit) == {}
 
 
 def test_a_single_shell_command_is_taken_away_too(kit: Path) -> None:

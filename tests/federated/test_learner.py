@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import nvflare
 import pytest
 import torch
 from nvflare.apis.client import Client
@@ -19,6 +20,7 @@ from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.executors.model_learner_executor import ModelLearnerExecutor
 
+from pfedsam import __version__
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated import learner as module
 from pfedsam.federated import settings as settings_module
@@ -27,6 +29,7 @@ from pfedsam.federated.global_dice import fall
 from pfedsam.federated.learner import STARTED, PFedSAMLearner
 from pfedsam.federated.plan import Plan
 from pfedsam.federated.scalars import ListedScalars
+from pfedsam.federated.versions import VERSIONS_KEY, installed_versions
 from pfedsam.parameters import COPY, TensorSpec
 from pfedsam.storage.job_plan import CLIENT, PLAN_ID
 from pfedsam.storage.site_model import SiteModel, read
@@ -144,10 +147,18 @@ def executor() -> ModelLearnerExecutor:
     return made
 
 
-def run(made: ModelLearnerExecutor, fl_ctx: FLContext, task: str, number: int | None = None) -> Shareable:
+def run(
+    made: ModelLearnerExecutor,
+    fl_ctx: FLContext,
+    task: str,
+    number: int | None = None,
+    versions: str | None = installed_versions(),
+) -> Shareable:
     """The result of a task as NVFlare makes it of what the learner returns."""
-    theta = DXO(DataKind.WEIGHTS, data={A: np.zeros((2, 3), np.float32)}, meta={FINGERPRINT_KEY: FINGERPRINT})
-    data = theta.to_shareable()
+    told = {FINGERPRINT_KEY: FINGERPRINT, **({} if versions is None else {VERSIONS_KEY: versions})}
+    data = DXO(DataKind.WEIGHTS, data={A: np.zeros((2, 3), np.float32)}, meta=told).to_shareable()
+    # as NVFlare's client runner does
+    fl_ctx.set_prop(FLContextKey.TASK_DATA, data, private=True, sticky=False)
     if number is not None:
         data.set_header(AppConstants.CURRENT_ROUND, number)
     return made.execute(task, data, fl_ctx, Signal())
@@ -218,6 +229,30 @@ def test_what_the_site_says_of_its_data_reaches_the_training(ready: Path, monkey
     folder = ready / "prepared" / SITE
     assert given["prepared"] == folder and given["label_map"] == {"7": "lesion"}
     assert folder.stat().st_mode & 0o777 == 0o700 and given["least_validated"] == max(least, 10)
+
+
+# another version at the server ----------------------------------------------------------------------------------------
+
+OTHER = installed_versions().replace(__version__, "99.0")
+
+
+@pytest.mark.parametrize("versions", [OTHER, installed_versions().replace(nvflare.__version__, "2.7.0"), None])
+@pytest.mark.parametrize("task", ["train", "validate", "configure"])
+def test_a_site_of_another_version_refuses_before_it_reads_the_plan_or_data(
+    ready: Path, task: str, versions: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("plan_of", "require_trainable", "site_folder"):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("something else came first"))
+    reply = run(executor(), context(ready), task, 0, versions).get_return_code()
+    # NVFlare gives a failed `configure` a code of its own; the sentence stays in the site's log
+    assert reply == ("EXECUTION_EXCEPTION" if task == "configure" else "SITE_REFUSED:E22")
+    assert installed_versions() in caplog.text and (versions or "an earlier one") in caplog.text
+
+
+def test_a_job_of_another_version_stays_refused(ready: Path, curves: list[Any]) -> None:
+    made, fl_ctx = executor(), context(ready)
+    for versions in (OTHER, installed_versions()):
+        assert run(made, fl_ctx, "train", 0, versions).get_return_code() == "SITE_REFUSED:E22"
 
 
 # what leaves of the validation ----------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from pfedsam.federated.boundary import FINGERPRINT_KEY
 from pfedsam.federated.final_phase import FinalPersonalPhase
 from pfedsam.federated.persistor import BEST_GLOBAL_MODEL_FILE, GLOBAL_MODEL_FILE, SharedStatePersistor
 from pfedsam.federated.plan import Plan
+from pfedsam.federated.versions import VERSIONS_KEY, installed_versions
 from pfedsam.parameters import Roles, TensorSpec
 from pfedsam.storage.global_model import read_global_model, write_global_model
 from pfedsam.storage.job_plan import PLAN_ID, SERVER
@@ -94,7 +95,7 @@ def test_the_global_model_is_the_shared_part_of_the_network_with_its_fingerprint
     model = run.persistor.load(run.fl_ctx)
     weights = model[ModelLearnableKey.WEIGHTS]
     assert set(weights) == set(SHARED) and all(type(value) is np.ndarray for value in weights.values())
-    assert model[ModelLearnableKey.META] == {FINGERPRINT_KEY: FINGERPRINT}
+    assert model[ModelLearnableKey.META] == {FINGERPRINT_KEY: FINGERPRINT, VERSIONS_KEY: installed_versions()}
 
 
 def test_theta0_replaces_the_network(started, tmp_path, monkeypatch):
@@ -114,7 +115,7 @@ def test_a_missing_theta0_ends_the_job_with_a_sentence(started):
     assert run.panics and run.panics[0].startswith("E10")
 
 
-def test_the_fingerprint_survives_the_aggregation(started):
+def test_fingerprint_and_versions_survive_the_aggregation(started):
     run = started()
     model = run.persistor.load(run.fl_ctx)
     run.fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, model, private=True, sticky=True)
@@ -125,7 +126,7 @@ def test_the_fingerprint_survives_the_aggregation(started):
     assert FINGERPRINT_KEY not in updated[ModelLearnableKey.META]
     events(run.engine, run.fl_ctx, AppEventType.AFTER_SHAREABLE_TO_LEARNABLE)
     received = FLModelUtils.from_shareable(generator.learnable_to_shareable(updated, run.fl_ctx))
-    assert received.meta[FINGERPRINT_KEY] == FINGERPRINT
+    assert received.meta[FINGERPRINT_KEY] == FINGERPRINT and received.meta[VERSIONS_KEY] == installed_versions()
 
 
 def test_a_saved_model_is_found_again_and_can_be_gone_on_from(started, tmp_path):
@@ -148,8 +149,10 @@ def test_last_and_best_model_are_located_for_the_global_evaluation(started, tmp_
     run.persistor.save(model, run.fl_ctx)
     run.fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, model, private=True, sticky=True)
     run.persistor.handle_event(AppEventType.GLOBAL_BEST_MODEL_AVAILABLE, run.fl_ctx)
-    assert set(run.locator.get_model_names(run.fl_ctx)) == {GLOBAL_MODEL_FILE, BEST_GLOBAL_MODEL_FILE}
-    dxo = run.locator.locate_model(BEST_GLOBAL_MODEL_FILE, run.fl_ctx)
+    # NVFlare writes files of these names, which are no safetensors
+    assert set(run.locator.get_model_names(run.fl_ctx)) == {"global_model", "best_global_model"}
+    assert {GLOBAL_MODEL_FILE, BEST_GLOBAL_MODEL_FILE} <= {path.name for path in tmp_path.iterdir()}
+    dxo = run.locator.locate_model("best_global_model", run.fl_ctx)
     assert set(dxo.data) == set(SHARED) and dxo.meta[FINGERPRINT_KEY] == FINGERPRINT
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".pt", ".tmp")]
 
@@ -218,13 +221,14 @@ def test_constructor_arguments_can_be_exported():
 # --- the final personal phase ----------------------------------------------------------------------------------------
 
 
-def test_the_final_phase_sends_the_final_weights_and_their_fingerprint(started):
+def test_the_final_phase_sends_the_final_weights_their_fingerprint_and_the_versions(started):
     run = started()
     run.fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, run.persistor.load(run.fl_ctx), private=True, sticky=True)
     run.fl_ctx.set_prop(AppConstants.CURRENT_ROUND, 3, private=True, sticky=True)
     model = FLModelUtils.from_shareable(FinalPersonalPhase().create_task_data("configure", run.fl_ctx))
     assert set(model.params) == set(SHARED)
     assert model.meta[FINGERPRINT_KEY] == FINGERPRINT and model.current_round == 4
+    assert model.meta[VERSIONS_KEY] == installed_versions()
 
 
 def test_a_site_that_fails_the_final_phase_is_named_and_ends_nothing(started, caplog):

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from pfedsam.commands.console import (
-    Admin,
     Force,
     ModelBundle,
     Overrides,
@@ -84,8 +83,8 @@ def infer(
     """Segment images with a site's model. The label lies exactly on its image: same shape, affine, orientation.
 
     Value 0 is background, 1 the bundle's first class and so on. Results are named after the image,
-    <out>/<name>_<classes>: NIfTI of volumes, PNG of pictures (probabilities in 16 bits, 65535 is 1); two images that
-    would have one result are refused. A file that is there already, also a
+    <out>/<name>_<classes>: NIfTI of volumes, PNG of pictures, also of an X-ray in DICOM (probabilities in 16 bits,
+    65535 is 1); two images that would have one result are refused. A file that is there already, also a
     result of an earlier call, which somebody may have corrected, is replaced with --force only; an image that is given,
     never. What cannot be read is named at the end, the other images are done, and the exit code is 1. Research only,
     not for diagnostic use.
@@ -215,10 +214,12 @@ def export_model(
 
 @app.command(rich_help_panel=LOOK)
 def pull(
-    job: Annotated[str, typer.Argument(help="Id of a finished job.")],
+    job: Annotated[str, typer.Argument(help="Id of a finished job, or a global model that somebody handed over.")],
     state: Annotated[Path, typer.Argument(help="state.safetensors of this site.")],
     out: Annotated[Path, typer.Argument(help="File to write: the pair, for `pfedsam infer`.")],
-    admin: Admin,
+    admin: Annotated[
+        Path | None, typer.Option(help="Startup kit of an administrator; for a file that was handed over, none.")
+    ] = None,
     last: Annotated[bool, typer.Option("--last", help="The last global model instead of the best.")] = False,
     mix: Annotated[
         bool, typer.Option("--mix", help="Pair experts with a global model that they were not trained beside.")
@@ -227,23 +228,33 @@ def pull(
 ) -> None:
     """Fetch the best global model of a finished job and pair it with this site's experts.
 
+    The result of a job is for who submitted it, for an org_admin of the same organisation and for the project
+    administrator. Anybody else gives the file best_global_model.safetensors, which one of them hands over.
+
     Experts are only valid beside the global model that they were trained beside; that is checked. After a whole job
     this is the last one, which the state holds already.
     """
     import tempfile
 
-    require_free(out, force, keep=(state,))
+    handed_over = Path(job) if Path(job).is_file() else None
+    if handed_over is None and admin is None:
+        raise typer.BadParameter(f"'{job}' is no file: to fetch the model of a job, give a kit", param_hint="--admin")
+    require_free(out, force, keep=(state,) if handed_over is None else (state, handed_over))
     with console.status("fetching"):
         from pfedsam.deployment.admin import connect, fetch
         from pfedsam.inference.pair import pair
         from pfedsam.storage.site_model import write
 
         name = "global_model.safetensors" if last else "best_global_model.safetensors"
-        with tempfile.TemporaryDirectory(prefix="pfedsam-pull-") as scratch, connect(admin) as session:
-            file = fetch(session, job, Path(scratch)).file(name)
-            if file is None:
-                raise PFedSAMError(ErrorCode.DEPLOYMENT, f"job {job} has no {name}.", "Take --last, or another job.")
-            model = pair(file, state, mix)
+        if handed_over is not None or admin is None:
+            model = pair(Path(job), state, mix)
+        else:
+            with tempfile.TemporaryDirectory(prefix="pfedsam-pull-") as scratch, connect(admin) as session:
+                file = fetch(session, job, Path(scratch)).file(name)
+                if file is None:
+                    message = f"job {job} has no {name}."
+                    raise PFedSAMError(ErrorCode.DEPLOYMENT, message, "Take --last, or another job.")
+                model = pair(file, state, mix)
     write(out, model)
     console.print(f"{out}: use it with `pfedsam infer --model {out}`; it stays at this site", highlight=False)
 

@@ -7,11 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from pfedsam.commands.console import Admin, Force, Job, console, show_doubts
+from pfedsam.commands.console import Admin, Force, Job, Overrides, console, literals, show_doubts
+from pfedsam.commands.job_options import agreed, changed_strategy, given
+from pfedsam.commands.job_watch import watch_job
 from pfedsam.errors import ErrorCode, PFedSAMError
-from pfedsam.ranges import MOST_ROUNDS, MOST_SITES
+from pfedsam.ranges import MOST_ROUNDS, MOST_SECONDS, MOST_SITES
 
 app = typer.Typer(name="job", help="NVFlare jobs.", no_args_is_help=True)
+app.command("watch")(watch_job)
 
 
 @app.command("export")
@@ -23,14 +26,47 @@ def job_export(
         bool, typer.Option("--byoc", help="With our code in app/custom: for sites that allow code and lack ours.")
     ] = False,
     federation: Annotated[str | None, typer.Option(help="Name of the federation.")] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="Strategy, ablation or .json file in the place of the job's (`pfedsam compare --list`)."),
+    ] = None,
+    bundle: Annotated[str | None, typer.Option(help="Name of an installed bundle; by default the job's.")] = None,
+    set_: Overrides = None,
+    theta0: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="First global model (`pfedsam init-global`); the job carries it, for a server without weights.",
+        ),
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, max=MOST_ROUNDS)] = None,
-    min_clients: Annotated[int | None, typer.Option(min=1, max=MOST_SITES)] = None,
+    min_clients: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MOST_SITES, help="Sites without which the job does not start, no round counts and it stops."
+        ),
+    ] = None,
     least_sites: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=MOST_SITES,
             help="Promise to the sites: no round of fewer. By default --min-clients, at most 3.",
+        ),
+    ] = None,
+    wait: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=MOST_SECONDS,
+            help="Seconds that a round waits for the other sites after --min-clients: the longest local round.",
+        ),
+    ] = None,
+    missing_sites: Annotated[
+        str | None,
+        typer.Option(
+            help="If a site is missing in a round: warn (name it, go on; the default) or fail (stop the job)."
         ),
     ] = None,
     clip: Annotated[float | None, typer.Option(help="Clip each site's update to this L2 norm.")] = None,
@@ -66,23 +102,28 @@ def job_export(
         raise typer.BadParameter("noise needs --clip: it is a multiple of it", param_hint="--noise")
     if precision not in ("fp32", "fp16", "int8"):
         raise typer.BadParameter(f"'{precision}' is not fp32, fp16 or int8", param_hint="--precision")
+    source = find_job(job)
     # the plan promises to the sites what the server waits for
-    server = {"num_rounds": rounds, "min_clients": min_clients or server_settings(find_job(job))["min_clients"]}
-    plan: dict[str, Any] = {"federation": federation} if federation else {}
-    if aggregation is not None:
-        plan["strategy"] = {**plan_settings(find_job(job))["strategy"], "aggregation": aggregation}
-    if least_sites is not None:
-        plan["least_sites"] = least_sites
-    if most_cases:
-        plan["most_cases"] = _agreed(most_cases)
+    server = {"num_rounds": rounds, "min_clients": min_clients or server_settings(source)["min_clients"]}
+    told: dict[str, Any] = {
+        "federation": federation,
+        "bundle": bundle,
+        "least_sites": least_sites,
+        "missing_sites": missing_sites,
+        "most_cases": agreed(most_cases) if most_cases else None,
+    }
+    changed, name = changed_strategy(plan_settings(source), strategy, aggregation, literals(set_ or []))
     export_job(
-        find_job(job),
+        source,
         out,
         locked=locked,
         byoc=byoc,
-        plan=plan,
-        server={key: value for key, value in server.items() if value is not None},
+        plan={**given(told), **changed},
+        server=given(server),
+        theta0=theta0,
+        wait=wait,
         privacy=Privacy(clip, noise, precision, encrypt),
+        name=name,
         force=force,
     )
     console.print(f"{out} written" + (", locked: it carries no code" if locked else ", with our code" if byoc else ""))
@@ -100,21 +141,6 @@ def job_export(
         )
 
 
-def _agreed(words: list[str]) -> int | dict[str, int]:
-    """`40` or `site-1=40` texts as numbers of cases."""
-    pairs = [word.rpartition("=") for word in words]
-    if (
-        not all(number.isascii() and number.isdecimal() for _, _, number in pairs)
-        or len({bool(site) for site, _, _ in pairs}) > 1
-    ):
-        raise typer.BadParameter(f"{words} are not one number, or site=number each", param_hint="--most-cases")
-    if pairs[0][0]:
-        return {site: int(number) for site, _, number in pairs}
-    if len(pairs) > 1:
-        raise typer.BadParameter(f"{words} are more than one number for all", param_hint="--most-cases")
-    return int(pairs[0][2])
-
-
 @app.command("submit")
 def job_submit(
     job: Annotated[Path, typer.Argument(help="Job folder, see `pfedsam job export --locked`.")],
@@ -127,6 +153,7 @@ def job_submit(
         from pfedsam.deployment.admin import connect, submit
 
     with connect(admin) as session:
+        _compare_versions(session)
         _until_done(session, submit(session, job), out, wait)
 
 
@@ -149,12 +176,25 @@ def job_resume(
         from pfedsam.deployment.admin import connect, resume
 
     with connect(admin) as session:
+        _compare_versions(session)
         _until_done(session, resume(session, job, global_model, rounds), out, wait)
+
+
+def _compare_versions(session: Any) -> None:
+    """NVFlare's, here; pFedSAM's is compared at each site when the job starts."""
+    from pfedsam.deployment.site_versions import require_same_nvflare
+
+    with console.status("comparing versions"):
+        versions = require_same_nvflare(session)
+    if versions:
+        sites = len(versions) - ("server" in versions)
+        console.print(f"NVFlare {', '.join(sorted(set(versions.values())))}: the server and {sites} site(s)")
 
 
 def _until_done(session: Any, job_id: str, out: Path, wait: bool) -> None:
     from pfedsam.deployment.admin import fetch, follow
-    from pfedsam.federated.records import RECEIVED_FILE
+    from pfedsam.federated.records import RECEIVED_FILE, SITES_FILE
+    from pfedsam.federated.rounds import attendance
 
     console.print(f"job {job_id}", highlight=False)
     if not wait:
@@ -163,12 +203,39 @@ def _until_done(session: Any, job_id: str, out: Path, wait: bool) -> None:
         follow(session, job_id, shown.update)
         result = fetch(session, job_id, out)
     console.print(f"{result.status}; result: {result.folder}", highlight=False, soft_wrap=True)
+    if (sites := result.file(SITES_FILE)) is not None:
+        console.print(f"took part: {attendance([sites.parent])}", highlight=False, soft_wrap=True)
     if (received := result.file(RECEIVED_FILE)) is not None:
         show_doubts([received.parent])
     if not result.completed:
         raise PFedSAMError(
             ErrorCode.DEPLOYMENT, f"the job ended as {result.status}: {result.problem()}.", f"See {result.folder}."
         )
+
+
+@app.command("close")
+def job_close(
+    kit: Annotated[Path, typer.Option(help="Startup kit of the server, on this machine.")],
+    jobs: Annotated[list[str] | None, typer.Argument(metavar="JOB", help="Ids of lost jobs.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every lost job; it is no error if there is none.")] = False,
+) -> None:
+    """Close jobs that a lost server has left RUNNING, which NVFlare's console can neither abort nor delete.
+
+    A job that the server still runs is not touched. What the job has left can be downloaded afterwards.
+    """
+    from pfedsam.deployment.lost_jobs import CLOSED, close_jobs
+
+    if bool(jobs) == every:
+        raise typer.BadParameter("name jobs, or give --all", param_hint="JOB")
+    closed = close_jobs(kit, jobs or None)
+    for job in closed:
+        model = job.global_model()
+        left = f"its last global model, of round {model[1]}: {model[0]}" if model else "it has left no global model"
+        console.print(f"{job.job_id} {job.name}: {CLOSED}; {left}", highlight=False, soft_wrap=True)
+    if not closed:
+        console.print("no job is lost")
+    elif any(job.global_model() for job in closed):
+        console.print("next: pfedsam job resume", highlight=False)
 
 
 @app.command("make")

@@ -17,20 +17,26 @@ from nvflare.apis.dxo import DXO
 from nvflare.apis.job_def import JobMetaKey, RunStatus
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.utils.decomposers import flare_decomposers
+from nvflare.fuel.flare_api.api_spec import AuthorizationError, JobNotDone, JobNotFound
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 from nvflare.fuel.utils.fobs import fobs as serialiser
 
+from pfedsam.deployment.job_log import refusal
 from pfedsam.deployment.jobs import export_job
-from pfedsam.errors import ErrorCode, PFedSAMError
+from pfedsam.errors import REFUSED, ErrorCode, PFedSAMError
 from pfedsam.storage.global_model import round_of
 
+_BY_SITE = re.compile(rf"\b{REFUSED}:(E\d\d)\b")
 _OURS = re.compile(r"\bE\d\d\b")
 #: Tokens, signatures and keys; no path or host name has so long a part.
 _SECRET = re.compile(r"[A-Za-z0-9+_=-]{48,}")
 _LONGEST_REASON = 200
 NO_REASON = "no reason reached the server; a site may have refused to start it, see its error_log.txt"
-#: Name of the global model that a resumed job carries.
-CARRIED = "theta0.safetensors"
+#: What helps who may not download a job: NVFlare gives its result to whom it belongs.
+_HAND_OVER = (
+    "It is for who submitted the job, an org_admin of the same organisation, and the project administrator: let one of "
+    "them hand over the file best_global_model.safetensors of the result, and give `pfedsam pull` that file."
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,9 @@ class JobResult:
         lines = log.read_text(errors="replace").splitlines() if log else []
         errors = _errors(lines)
         own_errors = [line for line in errors if _OURS.search(line)]
-        return next(iter([*own_errors, *self.refusals, *errors]), NO_REASON)
+        first = next(iter([*own_errors, *self.refusals, *errors]), NO_REASON)
+        code = _BY_SITE.search(first)
+        return f"{first} ({refusal(code[1])})" if code else first
 
 
 def _errors(lines: Sequence[str]) -> list[str]:
@@ -156,7 +164,7 @@ def submit(session: Session, job: Path) -> str:
             raise PFedSAMError(
                 ErrorCode.DEPLOYMENT,
                 f"the server refuses the job: {error}.",
-                "See poc_workspace/README.md: who may submit.",
+                "See poc_workspace/joining.md, the console: which roles may submit.",
             ) from None
 
 
@@ -200,19 +208,44 @@ def follow(
 
 
 def fetch(session: Session, job_id: str, out: Path) -> JobResult:
-    """Download the result of a job to `out/<job id>`, and what was said of it."""
-    meta = session.get_job_meta(job_id)
+    """Download the result of a job to `out/<job id>`, and what was said of it.
+
+    Raises:
+        PFedSAMError: E22 if this administrator may not have it, there is no such job, or it has not ended.
+    """
+    with _answered(job_id):
+        meta = session.get_job_meta(job_id)
     status = str(meta.get(JobMetaKey.STATUS.value, ""))
     refusals = [line for line in meta.get(JobMetaKey.JOB_DEPLOY_DETAIL.value) or () if not str(line).endswith("OK")]
     out.mkdir(parents=True, exist_ok=True)
     target: Path | None = out / job_id
-    shutil.rmtree(out / job_id, ignore_errors=True)
-    try:
-        shutil.move(session.download_job_result(job_id), out / job_id)
-    except Exception:
-        # a job that never ran has no result
-        target = None
+    with _answered(job_id):
+        try:
+            result = session.download_job_result(job_id)
+            shutil.rmtree(out / job_id, ignore_errors=True)
+            shutil.move(result, out / job_id)
+        except (AuthorizationError, JobNotDone):
+            raise
+        except Exception:
+            # a job that never ran has no result
+            target = None
     return JobResult(job_id, status, target, tuple(str(line) for line in refusals))
+
+
+@contextmanager
+def _answered(job_id: str) -> Iterator[None]:
+    """What the server says of a job that it does not hand out, as an error of ours (E22)."""
+    try:
+        yield
+    except AuthorizationError:
+        message = f"not authorised: the server's policy does not give this administrator the result of job {job_id}."
+        raise PFedSAMError(ErrorCode.DEPLOYMENT, message, _HAND_OVER) from None
+    except JobNotDone:
+        message = f"job {job_id} has not ended."
+        raise PFedSAMError(ErrorCode.DEPLOYMENT, message, "`pfedsam job watch` follows it.") from None
+    except JobNotFound:
+        message = f"the server has no job {job_id}."
+        raise PFedSAMError(ErrorCode.DEPLOYMENT, message, "`list_jobs` in NVFlare's console names the jobs.") from None
 
 
 def resume(session: Session, job: Path, global_model: Path, rounds: int) -> str:
@@ -252,12 +285,4 @@ def resumed_job(job: Path, out: Path, global_model: Path, rounds: int) -> Path:
         raise PFedSAMError(
             ErrorCode.CONTRADICTION, f"{done} rounds are done, {rounds} were asked for.", "Ask for more rounds."
         )
-    export_job(
-        job,
-        out,
-        server={"num_rounds": rounds - done, "start_round": done},
-        persistor={"theta0": CARRIED},
-    )
-    # beside the configuration: a job that carries it there is still one without code
-    shutil.copy(global_model, out / "app" / "config" / CARRIED)
-    return out
+    return export_job(job, out, server={"num_rounds": rounds - done, "start_round": done}, theta0=global_model)

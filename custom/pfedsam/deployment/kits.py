@@ -35,6 +35,10 @@ SCOPE = "pfedsam"
 SHELL = tuple(name for name, category in COMMAND_CATEGORIES.items() if category == CommandCategory.SHELL_COMMANDS)
 #: What a role keeps whose rights are one word (or list) for all of them.
 _OPERATIONS = ("submit_job", "clone_job", "manage_job", "download_job", "view", "operate")
+#: Commands that NVFlare has in no category, so nobody has them whose rights are by category; each goes with a category.
+#: The first tells NVFlare's version. The second is asked of the server: its own log of a job, which is a part of what
+#: `download_job` fetches, and the sites' logs, which our kits do not send.
+_WITH_VIEW, _WITH_DOWNLOAD = "report_version", "get_job_log"
 _SILENT_SECONDS = 120
 _LONGEST_VALUE = 120
 
@@ -88,7 +92,7 @@ def init_kit(kit: Path, settings: SiteSettings, *, byoc: bool = False) -> list[P
     server, local = is_server(kit), kit / "local"
     files: dict[str, Any] = {
         RESOURCES: _resources(kit, server),
-        AUTHORIZATION: _authorization(local, byoc),
+        AUTHORIZATION: _authorization(local, byoc, server),
     }
     if not server:
         files[PRIVACY] = _privacy(_load(local / PRIVACY, {}))
@@ -149,8 +153,9 @@ def _with_storage(resources: dict[str, Any], kit: Path) -> dict[str, Any]:
     return resources
 
 
-def _authorization(local: Path, byoc: bool) -> dict[str, Any]:
+def _authorization(local: Path, byoc: bool, server: bool) -> dict[str, Any]:
     """Rights of each role: what is there, without code in jobs (or with it, as NVFlare's default gives it)."""
+    single = {_WITH_VIEW: "view"} | ({_WITH_DOWNLOAD: "download_job"} if server else {})
     default = _load(local / f"{AUTHORIZATION}.default", {"permissions": {}})
     policy = _load(local / AUTHORIZATION, default)
     permissions = {}
@@ -161,7 +166,8 @@ def _authorization(local: Path, byoc: bool) -> dict[str, Any]:
         closed = {"byoc": code if byoc else "none", "shell_commands": "none", "server-predeployed-flwr": "none"}
         # a single command may be named beside its category
         closed |= {name: "none" for name in SHELL if name in rights}
-        permissions[role] = {**rights, **closed}
+        beside = {command: rights[category] for command, category in single.items() if category in rights}
+        permissions[role] = {**beside, **rights, **closed}
     return {**policy, "permissions": permissions}
 
 

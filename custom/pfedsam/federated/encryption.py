@@ -34,9 +34,8 @@ from nvflare.app_common.app_event_type import AppEventType
 from safetensors.torch import save
 
 from pfedsam.errors import ErrorCode, PFedSAMError
-from pfedsam.federated.boundary import FINGERPRINT_KEY
 from pfedsam.federated.filters import IncomingGuard
-from pfedsam.federated.persistor import SharedStatePersistor
+from pfedsam.federated.persistor import SharedStatePersistor, model_metadata
 from pfedsam.federated.plan import plan_of
 from pfedsam.federated.privacy import holds_update
 from pfedsam.files import read_safetensors, write_atomically
@@ -162,7 +161,7 @@ class EncryptedStatePersistor(SharedStatePersistor):
         if metadata.get(SCHEMA) != ENCRYPTED_SCHEMA:
             return super()._get_model_from_location(location, fl_ctx)
         values = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-        return make_model_learnable(values, {FINGERPRINT_KEY: metadata[FINGERPRINT], **_encrypted(values)})
+        return make_model_learnable(values, {**model_metadata(metadata[FINGERPRINT]), **_encrypted(values)})
 
 
 def ciphertexts(data: Any, shared: Manifest, context: Any) -> dict[str, Any]:

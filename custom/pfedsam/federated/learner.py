@@ -34,6 +34,7 @@ from pfedsam.federated.settings import (
     site_folder,
     site_settings,
 )
+from pfedsam.federated.versions import require_same_versions
 from pfedsam.storage.job_plan import CLIENT
 from pfedsam.storage.state import SiteState, state_root
 from pfedsam.training.preparation import require_trainable
@@ -126,6 +127,7 @@ class PFedSAMLearner(ModelLearner):
         require_no_log_streaming(self.fl_ctx, app)
         require_literal(app, CLIENT)
         require_outgoing_filter(self.fl_ctx, FILTERED_TASKS)
+        require_same_versions(self.fl_ctx)
         plan = plan_of(self.fl_ctx)
         strategy, site = plan.checked(), site_settings(self.fl_ctx)
         require_agreed(plan.federation, site)

@@ -10,6 +10,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey, make_model_learnable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.model_desc import ModelDescriptor
 from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
 from nvflare.app_opt.pt.model_persistence_format_manager import PTModelPersistenceFormatManager
 from torch import Tensor
@@ -20,6 +21,7 @@ from pfedsam.federated.boundary import FINGERPRINT_KEY
 from pfedsam.federated.collection import leave_out_what_is_there
 from pfedsam.federated.literals import require_literal
 from pfedsam.federated.plan import Plan, plan_of
+from pfedsam.federated.versions import VERSIONS_KEY, installed_versions
 from pfedsam.parameters import Manifest, shared_state
 from pfedsam.storage.global_model import read_global_model, write_global_model
 from pfedsam.storage.job_plan import SERVER
@@ -93,26 +95,33 @@ class SharedStatePersistor(PTFileModelPersistor):
         self.persistence_manager = PTModelPersistenceFormatManager(
             {
                 PTModelPersistenceFormatManager.PERSISTENCE_KEY_MODEL: state,
-                PTModelPersistenceFormatManager.PERSISTENCE_KEY_META_PROPS: {FINGERPRINT_KEY: self._fingerprint},
+                PTModelPersistenceFormatManager.PERSISTENCE_KEY_META_PROPS: model_metadata(self._fingerprint),
             }
         )
         return self.persistence_manager.to_model_learnable(self.exclude_vars)
 
     def handle_event(self, event: str, fl_ctx: FLContext) -> None:
-        """Put the fingerprint back after each aggregation, when the model has got the aggregator's metadata."""
+        """Put the metadata back after each aggregation, when the model has got the aggregator's."""
         super().handle_event(event, fl_ctx)
         if event == AppEventType.AFTER_SHAREABLE_TO_LEARNABLE and self._fingerprint:
             self._round = int(fl_ctx.get_prop(AppConstants.CURRENT_ROUND, -1))
             model = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
             if isinstance(model, ModelLearnable):
                 meta = model.get(ModelLearnableKey.META) or {}
-                model[ModelLearnableKey.META] = {**meta, FINGERPRINT_KEY: self._fingerprint}
+                model[ModelLearnableKey.META] = {**meta, **model_metadata(self._fingerprint)}
 
     def save_model_file(self, save_path: str) -> None:
         """Write the current model, atomically (E12 if it does not fit the plan any more)."""
         saved = self.persistence_manager.to_persistence_dict()
         state = saved[PTModelPersistenceFormatManager.PERSISTENCE_KEY_MODEL]
         write_global_model(save_path, state, self._fingerprint, self._expected, self._round, self._about)
+
+    def get_model_inventory(self, fl_ctx: FLContext) -> dict[str, ModelDescriptor]:
+        """The models for the evaluation across sites, each by its file's name without the suffix.
+
+        NVFlare names files in a format of its own after them, which would pass for safetensors otherwise.
+        """
+        return {Path(name).stem: model for name, model in super().get_model_inventory(fl_ctx).items()}
 
     def _get_model_from_location(self, location: str, fl_ctx: FLContext) -> ModelLearnable | None:
         try:
@@ -121,7 +130,7 @@ class SharedStatePersistor(PTFileModelPersistor):
             self.logger.error(str(error))
             return None
         return make_model_learnable(
-            {name: tensor.numpy() for name, tensor in state.items()}, {FINGERPRINT_KEY: fingerprint}
+            {name: tensor.numpy() for name, tensor in state.items()}, model_metadata(fingerprint)
         )
 
     def _theta0(self, plan: Plan, fl_ctx: FLContext) -> tuple[dict[str, Tensor], str]:
@@ -132,3 +141,8 @@ class SharedStatePersistor(PTFileModelPersistor):
                 return read_global_model(next((p for p in places if p.is_file()), places[-1]), self._expected)
         network = network_of(plan.bundle, plan.overrides)
         return shared_state(network, plan.checked().roles), network.base_fingerprint
+
+
+def model_metadata(fingerprint: str) -> dict[str, str]:
+    """What a site is told of the global model beside its tensors."""
+    return {FINGERPRINT_KEY: fingerprint, VERSIONS_KEY: installed_versions()}
