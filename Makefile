@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo poc test test-slow lint cases lgg bench bench-speed bench-framework bench-lgg bench-phantom bench-nuclei bench-style wheel clean
+.PHONY: demo install gallery poc test test-slow lint cases lgg bench bench-speed bench-framework bench-lgg bench-phantom bench-nuclei bench-style wheel clean
 
 demo: $(STAMP)
 	$(BIN)/pfedsam demo
+
+# The command alone, as .venv/bin/pfedsam, for data of your own
+install: $(STAMP)
 
 # Server and two hospitals as real processes with mutual TLS on this machine
 poc: $(STAMP)
@@ -70,7 +73,7 @@ bench-phantom: $(STAMP)
 # anew, into a file of its own: make bench-style NUCLEI=<folder> STYLE_RECORDS=runs/bench-style/runs.jsonl
 NUCLEI_RECORDS ?= tests/benchmarks/results/nuclei.jsonl
 STYLE_RECORDS ?= tests/benchmarks/results/nuclei-style.jsonl
-DIFFERENT := local_only,fedavg_lora,fedavg_lora_ft,longer_ft,longer_ft_chosen,copy_and_experts,pfedsam
+DIFFERENT := local_only,fedavg_lora,fedavg_lora_ft,longer_ft,longer_ft_chosen,copy_and_experts,one_expert_chosen,pfedsam
 NUCLEI_COMPARE = PFEDSAM_BUNDLES=runs/bench-bundles $(BIN)/pfedsam compare --bundle nuclei --strategies $(DIFFERENT) --seeds $(SEEDS) \
 	--reference longer_ft --aggregation mean --rounds 6 --validate-every 6 \
 	--set image_size=96 --set adapted_blocks=2 --set batch_size=4 --set augmentations=2
@@ -84,6 +87,13 @@ bench-style: runs/bench-nuclei-data
 	test -d runs/bench-style-data || $(BIN)/python tests/benchmarks/style.py runs/bench-nuclei-data runs/bench-style-data \
 		--site fluo696=dilate:4 --site fluo256=erode:2 --site tissue_lilac=dilate:4
 	$(NUCLEI_COMPARE) runs/bench-style-data --out runs/bench-style --records $(STYLE_RECORDS) $(if $(filter tests/%,$(STYLE_RECORDS)),--table)
+
+# Pictures of the page custom/gallery, from a demo run and the records of bench-phantom (apt install chromium nodejs npm)
+gallery: $(STAMP)
+	test -f runs/demo/results.json || $(BIN)/pfedsam demo
+	mkdir -p runs/gallery
+	COLUMNS=120 $(MAKE) -s bench-phantom > runs/gallery/table.txt || test -s runs/gallery/table.txt
+	$(BIN)/python custom/gallery/pictures.py --run runs/demo --table runs/gallery/table.txt
 
 # Steps, predictions and starts beside peers and an earlier commit, about 10 minutes with nothing else running
 bench-speed: $(STAMP)

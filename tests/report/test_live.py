@@ -6,9 +6,11 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -269,3 +271,20 @@ def test_many_points_have_one_marker_a_line() -> None:
     points = [Point(site, "global", number, 0.5) for site in sites for number in range(20)]
     drawn = curves(Training("run", "running", "", 19, 40, sites, points))
     assert len(re.findall(r'class="c\d full"', drawn)) == drawn.count("<polyline") == len(sites)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "what", ["begun", "running", "finished", "stopped", "failed", "comparison", "comparison failed"]
+)
+def test_in_a_real_browser(what: str, tmp_path: Path, in_browser: Callable[[Path], dict[str, Any]]) -> None:
+    if what.startswith("comparison"):
+        comparison(
+            tmp_path, **({"failed": {"other, seed 0": "E09"}, "state": "failed"} if what.endswith("failed") else {})
+        )
+    else:
+        rounds, state = {"begun": 0, "finished": ROUNDS}.get(what, 2), "running" if what == "begun" else what
+        simulation(tmp_path, rounds, what == "finished", state, "E07" if what == "failed" else "")
+    # a page that is loaded again every few seconds would go away under the browser's checks
+    write_page(tmp_path, kept=False)
+    assert in_browser(tmp_path / LIVE_FILE)["keys"]["in_order"]

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pfedsam.data.picture import Picture
-from pfedsam.evaluation.panels import difference, planes_of
+from pfedsam.evaluation.difference import difference
+from pfedsam.evaluation.panels import planes_of
 from pfedsam.evaluation.pictures import DIFFERENCE, case_figure, case_picture, class_style
 from pfedsam.evaluation.site import CasePrediction, CaseScore, SiteEvaluation
 

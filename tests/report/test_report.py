@@ -8,9 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -486,24 +488,10 @@ def test_a_run_that_trained_has_all_its_figures_and_pictures(trained_run: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["run", "trained_run"])
-def test_in_a_real_browser(source: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """Needs Debian's chromium, node and npm (`apt install chromium nodejs npm`)."""
-    browser = shutil.which("chromium")
-    if not (browser and shutil.which("npm")):
-        pytest.skip("chromium or npm is not installed: apt install chromium nodejs npm")
+def test_in_a_real_browser(
+    source: str, request: pytest.FixtureRequest, in_browser: Callable[[Path], dict[str, Any]]
+) -> None:
     page = write_report(request.getfixturevalue(source))
     assert page.stat().st_size < 10e6
-    subprocess.run(["npm", "install", "--silent", "axe-core@4", "puppeteer-core@24"], cwd=tmp_path, check=True)
-    script = Path(__file__).with_name("browser.js")
-    shutil.copy(script, tmp_path)
-    done = subprocess.run(
-        ["node", "browser.js", browser, page], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    found = json.loads(done.stdout)
-    assert found["errors"] == found["requests"] == []
+    found = in_browser(page)
     assert found["keys"] == {"in_order": True, "outlined": True, "opened": True, "enlarged": True}
-    assert len(found["views"]) == 4
-    for view in found["views"]:
-        assert view["broken"] == 0
-        assert not view["wider_than_the_window"], view["name"]
-        assert [one for one in view["violations"] if one["impact"] in ("serious", "critical")] == []

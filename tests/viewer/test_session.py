@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -11,13 +12,16 @@ import pytest
 import torch
 from image_files import head, series
 from PIL import Image
+from typer.testing import CliRunner
 
+from pfedsam.cli import app
 from pfedsam.data.reader import load_picture
 from pfedsam.errors import PFedSAMError
+from pfedsam.evaluation.difference import difference as areas_of
 from pfedsam.evaluation.metrics import case_metrics
 from pfedsam.inference.predict import Predictor
 from pfedsam.viewer.grid import Grid
-from pfedsam.viewer.masks import FOUND, MISSED, WRONG, Classes, Mask, dice_of, difference
+from pfedsam.viewer.masks import AREAS, Classes, Mask, dice_of, difference
 from pfedsam.viewer.session import Session
 from pfedsam.viewer.subjects import subjects_of
 
@@ -63,7 +67,11 @@ def test_a_difference_has_what_was_found_missed_and_wrong() -> None:
         return Mask(row, np.stack([row == 1, row == 2]))
 
     found, truth = mask(0, 1, 0, 1, 1, 2), mask(0, 1, 2, 0, 2, 2)
-    assert difference(found, truth).ravel().tolist() == [0, FOUND, MISSED, WRONG, WRONG, FOUND]
+    expected = ["", "found", "missed", "wrong", "wrong", "found"]
+    assert difference(found, truth).ravel().tolist() == [AREAS.get(name, 0) for name in expected]
+    # the report has the same areas
+    for name, area in areas_of(truth.channels, found.channels).items():
+        assert area.ravel().tolist() == [one == name for one in expected]
     assert dice_of(mask(0, 0), mask(0, 0)) == [1.0, 1.0] and dice_of(mask(0, 1), mask(0, 0)) == [0.0, 1.0]
 
 
@@ -182,3 +190,63 @@ def test_a_large_picture_is_saved_in_its_own_size(tmp_path: Path) -> None:
     drawn[0, -1, 0] = 1
     rows = np.asarray(Image.open(session.save(0, "empty", drawn.tobytes("F"))))
     assert rows.shape == (30, 50) and rows[:3, :3].all() and rows.sum() == 9
+
+
+#: Values of a site that exchange the bundle's: without the map they would be read the wrong way round, in silence.
+SITES_OWN = {"1": "cup", "2": "disc", "7": "disc"}
+
+
+@pytest.fixture
+def other_values(eyes: Path, tmp_path: Path) -> Path:
+    """The site of pictures with values of its own in its label."""
+    shutil.copytree(eyes, tmp_path / "own")
+    label = tmp_path / "own" / "labels" / "eye.png"
+    Image.fromarray(np.array([0, 2, 1], np.uint8)[np.asarray(Image.open(label))]).save(label)
+    return tmp_path / "own"
+
+
+def test_a_sites_own_label_values_are_read_as_its_settings_say(eyes: Path, eye_model: Path, other_values: Path) -> None:
+    subjects = subjects_of(other_values, eye_model)
+    told = Session(subjects, label_map=SITES_OWN)
+    plain = session_of(eyes, eye_model)
+    assert told.mask(0, "truth") == plain.mask(0, "truth") != Session(subjects).mask(0, "truth")
+    assert told.found(0, "truth") == plain.found(0, "truth")
+    with pytest.raises(PFedSAMError) as caught:
+        Session(subjects, label_map={"1": "lens"}).about(0)
+    assert caught.value.code == "E01" and "lens" in str(caught.value)
+
+
+def test_a_correction_has_the_values_of_its_site(eye_model: Path, other_values: Path) -> None:
+    session = Session(subjects_of(other_values / "images" / "eye.png", eye_model), label_map=SITES_OWN)
+    drawing = np.zeros(session.about(0)["shape"], np.uint8)
+    drawing[3:6, 3:6], drawing[10:12, 10:12] = 1, 2
+    path = session.save(0, "empty", drawing.tobytes(order="F"))
+    saved = load_picture(path, label=True).values
+    # disc is 2 or 7 here, cup 1; the smallest is written
+    assert [int((saved == value).sum()) for value in (1, 2, 7)] == [4, 9, 0]
+    again = Session(subjects_of(other_values / "images" / "eye.png", eye_model, path), label_map=SITES_OWN)
+    assert [np.count_nonzero(values(again.mask(0, "truth")) == number) for number in (1, 2)] == [9, 4]
+
+
+def test_a_class_without_a_value_of_the_site_is_not_saved(eye_model: Path, other_values: Path) -> None:
+    image = other_values / "images" / "tiny.png"
+    session = Session(subjects_of(image, eye_model), label_map={"2": "disc", "300": "cup"})
+    drawing = np.full(session.about(0)["shape"], 2, np.uint8).tobytes()
+    with pytest.raises(PFedSAMError) as caught:
+        session.save(0, "empty", drawing)
+    assert caught.value.code == "E01" and "cup" in str(caught.value)
+    assert not (other_values / "labels" / "tiny.png").exists()
+
+
+def test_view_takes_the_label_values_of_a_kit(eye_model: Path, other_values: Path, tmp_path: Path) -> None:
+    kit, image = tmp_path / "kit", other_values / "images" / "eye.png"
+
+    def told() -> str:
+        done = CliRunner().invoke(app, ["view", str(image), "--model", str(eye_model), "--kit", str(kit)])
+        assert isinstance(done.exception, PFedSAMError) and done.exception.code == "E01"
+        return str(done.exception)
+
+    assert str(kit / "local" / "pfedsam.json") in told()
+    (kit / "local").mkdir(parents=True)
+    (kit / "local" / "pfedsam.json").write_text(json.dumps({"labels": {"1": "lens"}}))
+    assert "lens" in told()

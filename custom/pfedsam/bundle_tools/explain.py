@@ -30,7 +30,9 @@ def explained(root: Path) -> list[str]:
     view = training.get("field_of_view_mm")
     steps = [_described(step) for step in training["train"]["random_transforms"]]
     label = ", ".join(f"{number} {name}" for number, name in enumerate(["background", *training["class_names"]]))
-    kind = "pictures (PNG, JPG, TIFF, BMP)" if is_rgb(root) else "volumes (NIfTI, DICOM), slice by slice"
+    kind = (
+        "pictures (PNG, JPG, TIFF, BMP, X-rays in DICOM)" if is_rgb(root) else "volumes (NIfTI, DICOM), slice by slice"
+    )
     seen = f"; {view:g} mm of each slice are seen" if view else ""
     lines = [
         f"images: {kind}: {told['image_classes']}{seen}",

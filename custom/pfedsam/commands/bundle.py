@@ -48,9 +48,13 @@ def new_bundle(
     console.print(f"{path}", highlight=False, soft_wrap=True)
     for line in explained(path):
         console.print(line, highlight=False, soft_wrap=True)
-    console.print("\nNext, with a site folder of yours:")
+    console.print("\nNext, with <data>/<site>/images and <data>/<site>/labels of yours:", highlight=False)
     console.print(
-        f"  pfedsam validate <site> --bundle {name}\n  pfedsam simulate <data> --bundle {name}", soft_wrap=True
+        f"  pfedsam split <data>                            # fewer than about 30 patients a site: an even split\n"
+        f"  pfedsam validate <data>/<site> --bundle {name}\n"
+        f"  pfedsam simulate <data> --bundle {name} --out runs/{name}",
+        highlight=False,
+        soft_wrap=True,
     )
     if root != own_bundles():
         console.print(f"So that pfedsam finds it: export PFEDSAM_BUNDLES={root.resolve()}", soft_wrap=True)
@@ -72,6 +76,30 @@ def _mirrored(names: list[str], nested: bool) -> bool:
         return typer.confirm("Do classes mirror each other left to right, as left and right lung?", default=False)
     console.print("classes are taken not to mirror each other left to right (else: --mirrored)", soft_wrap=True)
     return False
+
+
+@app.command("bundle-weights", rich_help_panel=DATA)
+def bundle_weights(
+    folder: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="A global model, a site's model or the folder of a run; of a site's model the shared part alone. By "
+            "default the base weights, not trained for the task."
+        ),
+    ] = None,
+) -> None:
+    """Write a bundle's models/model.pt, the weights that MONAI's model zoo asks for. Nothing personal is in it.
+
+    Example: pfedsam bundle-weights bundles/brain_lesion_mri --model runs/mine
+    """
+    with console.status("building the network"):
+        quiet_libraries()
+        from pfedsam.bundle_tools.weights import make_weights
+
+        path = make_weights(folder, model)
+    of = f"the global model of {model}" if model else "the base weights, not trained for the task"
+    console.print(f"{path}: {of}", highlight=False, soft_wrap=True)
 
 
 @app.command("verify-bundle", rich_help_panel=DATA)

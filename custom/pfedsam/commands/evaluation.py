@@ -64,15 +64,19 @@ def report(
 ) -> None:
     """One self-contained page about a run: tables, curves, pictures, warnings. It names sites, never cases.
 
+    It tells what each site serves, and whether personalisation pays there; the terminal shows this too.
     The run's own report.html is written anew; another file that is there already is replaced with --force only.
     """
     if out is not None and out.resolve() != (run / "report.html").resolve():
         require_free(out, force, keep=[run / "results.json", *([compare] if compare else [])])
     with console.status("writing the report"):
         quiet_libraries()
-        from pfedsam.report.page import write_report
+        from pfedsam.report.page import served_lines, write_report
 
         path = write_report(run, out, compare, pictures=pictures)
+        lines = served_lines(run)
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
     console.print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB; open it in a browser)")
 
 

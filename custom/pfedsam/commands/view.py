@@ -31,6 +31,9 @@ def view(
     data: Annotated[
         Path | None, typer.Option(help="Of a run folder: the folder with its site folders, if it does not say.")
     ] = None,
+    kit: Annotated[
+        Path | None, typer.Option(help="The site's startup kit: its settings say what the values of its labels mean.")
+    ] = None,
     bundle: ModelBundle = None,
     checkpoint: Annotated[
         str | None,
@@ -49,11 +52,13 @@ def view(
     overrides = literals(set_ or [])
     quiet_libraries()
     with console.status("loading libraries"):
+        label_map = None if kit is None else _label_map(kit)
         from pfedsam.viewer.server import ViewerServer
         from pfedsam.viewer.session import Session
         from pfedsam.viewer.subjects import subjects_of
 
-        session = Session(subjects_of(what, model, labels, site, data), bundle, overrides, checkpoint)
+        subjects = subjects_of(what, model, labels, site, data)
+        session = Session(subjects, bundle, overrides, checkpoint, label_map=label_map)
         if len(session.subjects) == 1:
             # what is wrong with the one image is told here, not in the page alone
             session.about(0)
@@ -70,3 +75,13 @@ def view(
             server.serve_forever()
         except KeyboardInterrupt:
             console.print("\nThe viewer is closed. What was saved is in the site folder; nothing else was written.")
+
+
+def _label_map(kit: Path) -> dict[str, str] | None:
+    """What a site's label values mean, by its own settings."""
+    from pfedsam.federated.settings import SITE_SETTINGS, read_settings
+
+    path = kit / "local" / SITE_SETTINGS
+    if not path.is_file():
+        raise PFedSAMError(ErrorCode.SITE_SETTINGS, f"there is no {path}.", "Make the kit ready: `pfedsam site init`.")
+    return read_settings(path).labels

@@ -19,11 +19,12 @@ class Picture:
     Attributes:
         values: numbers as the file means them (scaled, in the unit of the modality): `(x, y, z)` of a volume,
             `(x, y)` of a grey picture, `(x, y, 3)` of a colour picture (8 bits). All are finite.
-        kind: `volume` (NIfTI, DICOM, TIFF of several pages) or `picture`.
+        kind: `volume` (NIfTI, DICOM slices, TIFF of several pages) or `picture`.
         source: the file, or the folder of a DICOM series.
         affine: voxel indices to millimetres, right, anterior, superior; None where the file says nothing of space.
         stored_shape: of the values in the file, where it differs: a label is written in it.
         white: the value of white in a picture, None if its format has none (32-bit integers, floating point).
+        pixel_size: of a picture that lies nowhere in space: millimetres along x and y, None if they are not known.
         notes: what a person should know of how it was read, in sentences.
     """
 
@@ -33,6 +34,7 @@ class Picture:
     affine: NDArray[np.float64] | None = None
     stored_shape: tuple[int, ...] = ()
     white: float | None = None
+    pixel_size: tuple[float, float] | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -62,8 +64,10 @@ class Picture:
 
     @property
     def spacing(self) -> tuple[float, ...] | None:
-        """Millimetres between neighbours along each axis."""
-        return None if self.affine is None else tuple(float(n) for n in np.linalg.norm(self.affine[:3, :3], axis=0))
+        """Millimetres between neighbours along each axis; None where the file does not say."""
+        if self.affine is None:
+            return self.pixel_size
+        return tuple(float(n) for n in np.linalg.norm(self.affine[:3, :3], axis=0))
 
     def grey(self) -> NDArray[Any]:
         """Values of one channel; colours by their luma (ITU-R BT.601), as Pillow has it."""

@@ -40,7 +40,7 @@ from pfedsam.data.reader import load_picture
 from pfedsam.data.sections import FOLDS
 from pfedsam.data.site_folder import files_by_name
 from pfedsam.data.splitting import write_datalist
-from pfedsam.data.suffixes import case_name, suffix_of, visible
+from pfedsam.data.suffixes import DICOM, case_name, suffix_of, visible
 from pfedsam.errors import ErrorCode, PFedSAMError, few
 
 _MASK_FOLDERS = ("labels", "masks")
@@ -136,7 +136,7 @@ def _write(pair: Pair, out: Path, kind: Kind) -> None:
     if pair.image.is_dir():
         shutil.copytree(pair.image, images / pair.case)
     else:
-        shutil.copy(pair.image, images / f"{pair.case}{suffix_of(pair.image)}")
+        shutil.copy(pair.image, images / f"{pair.case}{suffix_of(pair.image) or DICOM[0]}")
     if image.kind == "picture":
         _write_picture(values, labels / f"{pair.case}.png", pair.mask)
     else:

@@ -12,6 +12,8 @@ SUFFIXES: tuple[str, ...] = (*NIFTI, *FLAT, *DICOM)
 
 #: Bytes before the mark of a DICOM file, and the mark.
 _PREAMBLE, _DICOM_MARK = 128, b"DICM"
+#: The table of contents of a DICOM medium: it has the mark, and is no image.
+_CONTENTS = "DICOMDIR"
 
 
 def suffix_of(path: Path) -> str | None:
@@ -20,13 +22,24 @@ def suffix_of(path: Path) -> str | None:
 
 
 def case_name(path: Path) -> str | None:
-    """The case that a file, or a folder of DICOM slices, belongs to: its name without suffix; None if it is none."""
+    """The case that a file, or a folder of DICOM slices, belongs to: its name without suffix; None if it is none.
+
+    A DICOM file as archives export it, `IM000001` or a UID, has no suffix: its whole name is the case's.
+    """
     if path.name.startswith("."):
         return None
     if path.is_dir():
         return path.name if any(item.is_file() for item in visible(path)) else None
     end = suffix_of(path)
-    return path.name[: -len(end)] if end else None
+    if end:
+        return path.name[: -len(end)]
+    return path.name if _without_suffix(path.name) and path.is_file() and is_dicom(path) else None
+
+
+def _without_suffix(name: str) -> bool:
+    """Whether a name ends without a suffix, or as a UID does in a number."""
+    _, dot, end = name.rpartition(".")
+    return (not dot or end.isdigit()) and name.upper() != _CONTENTS
 
 
 def is_dicom(path: Path) -> bool:

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pfedsam.data.picture import Picture
+from pfedsam.evaluation.difference import Mask, difference
 from pfedsam.evaluation.site import CasePrediction, SiteEvaluation
-
-Mask = NDArray[np.bool_]
 
 #: Slices of a volume that are shown.
 SLICES = 3
@@ -27,7 +26,7 @@ class Panel:
         name: `image`, `truth`, a model, or a model and `difference`.
         title: in words, with the Dice of the whole case.
         classes: `(C, x, y)`, to be outlined; none in the panel of the image.
-        difference: areas `(x, y)` by name, see `difference`; none in other panels.
+        difference: areas `(x, y)` by name, see `pfedsam.evaluation.difference`; none in other panels.
         note: what is to be said of this plane.
     """
 
@@ -36,21 +35,6 @@ class Panel:
     classes: Mask | None = None
     difference: Mapping[str, Mask] = field(default_factory=dict)
     note: str = ""
-
-
-def difference(label: Mask, prediction: Mask) -> dict[str, Mask]:
-    """Where a model is right and wrong.
-
-    Args:
-        label: of each class, `(C, ...)`.
-        prediction: the same.
-
-    Returns:
-        Areas without the axis of the classes: `found` where both have the same classes, `missed` where only the truth
-        has one, `wrong` where the model has one and the truth none or another.
-    """
-    there, told, same = label.any(0), prediction.any(0), (label == prediction).all(0)
-    return {"found": told & same, "missed": there & ~told, "wrong": told & ~same}
 
 
 def planes_of(shown: CasePrediction) -> list[int]:

@@ -22,7 +22,8 @@ from PIL import Image
 from pfedsam.data.colours import CLASS_COLOURS
 from pfedsam.data.intensity import WINDOW
 from pfedsam.data.picture import Picture
-from pfedsam.evaluation.panels import Mask, Panel, heading, panels_of, plane_name, planes_of, words_of
+from pfedsam.evaluation.difference import Mask
+from pfedsam.evaluation.panels import Panel, heading, panels_of, plane_name, planes_of, words_of
 from pfedsam.evaluation.site import SiteEvaluation
 from pfedsam.files import write_atomically
 

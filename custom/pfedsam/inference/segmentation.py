@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydicom.sr.coding import Code
 from pydicom.valuerep import DSfloat
 
-from pfedsam.data.formats.dicom import Frame, named, slices_of
+from pfedsam.data.formats.dicom import Frame, named, slices_of, without_place
 from pfedsam.data.suffixes import FLAT, NIFTI, is_dicom
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import when_whole
@@ -59,14 +59,18 @@ def check_series(sources: Sequence[Path]) -> None:
     A series that cannot be read is left to the one who reads it.
 
     Raises:
-        PFedSAMError: E05 naming each series and its missing attributes.
+        PFedSAMError: E05 naming each series and its missing attributes, E32 for a picture, which has no slices.
     """
     problems = []
     for source in sources:
         try:
-            frames = slices_of(source)
+            flat = without_place(source)
+            frames = [] if flat else slices_of(source)
         except PFedSAMError:
             continue
+        if flat:
+            message = f"{source} is a picture without a place in the patient, and --dicom-seg is for slices."
+            raise PFedSAMError(ErrorCode.CONTRADICTION, message, "Leave it out: the mask of a picture is a PNG.")
         absent = {word for frame in frames for word in TYPE_1 if frame.data.get(word) in (None, "")}
         if absent:
             problems.append(f"{source} lacks {', '.join(named(word) for word in TYPE_1 if word in absent)}")

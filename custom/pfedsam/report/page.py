@@ -30,6 +30,7 @@ from pfedsam.evaluation.site import MODELS
 from pfedsam.files import write_atomically
 from pfedsam.parameters import Roles
 from pfedsam.report.plots import plots
+from pfedsam.report.serving import SiteServing, advice, servings
 from pfedsam.report.warnings import FEW_CASES, gain_of, warnings_of, worse_than_alone
 from pfedsam.storage.job_plan import SERVER, plan_arguments
 from pfedsam.storage.run_folder import RUN, SENT_FILE, bytes_by_round, starts
@@ -70,6 +71,8 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
     alone = worse_than_alone(results, compare, 1 if pictures else FEW_CASES) if compare else []
     plan, rounds = _plan(run)
     curves = read_curves(run)
+    served = servings(run, results, plan, 1 if pictures else FEW_CASES)
+    pays = advice(served, results)
     if not pictures:
         results, curves = _without_few(results), _of_many(curves, run)
     about = results.get("about", {})
@@ -91,6 +94,8 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
         plots=plots(curves, results, _sent(run, results["sites"]), cases=pictures),
         pictures=_pictures(run, results) if pictures else {},
         warnings=[*warnings_of(results, curves, classes, settings, rounds), *alone],
+        served=served,
+        pays=pays,
         compared=compare is not None,
         shown=pictures,
         gain=gain_of,
@@ -99,6 +104,13 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
     out = out or run / "report.html"
     write_atomically(out, page.encode())
     return out
+
+
+def served_lines(run: Path) -> list[str]:
+    """What each site serves, and whether personalisation pays, for the terminal; see `pfedsam.report.serving`."""
+    results, (plan, _) = _read_results(run / "results.json"), _plan(run)
+    told: list[SiteServing] = servings(run, results, plan)
+    return [*(one.line for one in told), *advice(told, results)]
 
 
 def _read_results(path: Path) -> dict[str, Any]:

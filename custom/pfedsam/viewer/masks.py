@@ -14,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pfedsam.bundles import class_names, find_bundle, is_rgb, literals_of
-from pfedsam.data.labels import black_and_white, found_values
+from pfedsam.data.labels import black_and_white, class_numbers, found_values
 from pfedsam.data.picture import Picture
-from pfedsam.errors import ErrorCode, PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError, few
+from pfedsam.evaluation.difference import difference as areas_of
 
-#: Values of a difference.
-FOUND, MISSED, WRONG = 1, 2, 3
+#: Values of a difference, by the name of the area.
+AREAS = {"found": 1, "missed": 2, "wrong": 3}
+#: The largest value that a saved label holds: a picture's is a PNG of 8 bits.
+_LARGEST = 255
 #: Classes of a label without a model: more are no segmentation that a person looks at.
 MOST_CLASSES = 32
 
@@ -32,20 +35,45 @@ class Classes:
         names: of the classes; value n of a mask is the n-th.
         values: for each class the numbers that belong to it: of nested classes several.
         colour: whether the bundle takes colour pictures.
+        label_map: what the values of the site's label files mean, see `pfedsam.data.transforms.ClassChannelsd`; None
+            if they are the class numbers. Masks here hold class numbers all the same.
     """
 
     names: tuple[str, ...]
     values: tuple[tuple[int, ...], ...]
     colour: bool = False
+    label_map: Mapping[str, str] | None = None
 
     @classmethod
-    def of_bundle(cls, bundle: str, settings: Mapping[str, Any]) -> Classes:
-        """The classes of an installed bundle."""
+    def of_bundle(cls, bundle: str, settings: Mapping[str, Any], label_map: Mapping[str, str] | None = None) -> Classes:
+        """The classes of an installed bundle.
+
+        Raises:
+            PFedSAMError: E01 for a label map that names another class.
+        """
         folder = find_bundle(bundle)
         names = tuple(class_names(folder))
         told = literals_of(bundle, settings).get("class_values")
         values = told if isinstance(told, list) else [[number] for number in range(1, len(names) + 1)]
-        return cls(names, tuple(tuple(numbers) for numbers in values), is_rgb(folder))
+        class_numbers(names, label_map)
+        return cls(names, tuple(tuple(numbers) for numbers in values), is_rgb(folder), label_map)
+
+    def stored(self, numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Class numbers as the site's own label values, the smallest of each class: the way back of `read_truth`.
+
+        Raises:
+            PFedSAMError: E01 for a class that the site has no value for, or none that a label of 8 bits holds.
+        """
+        if self.label_map is None:
+            return numbers
+        known = sorted(class_numbers(self.names, self.label_map).items(), reverse=True)
+        value_of = {number: value for value, number in known if value <= _LARGEST}
+        lacking = [self.names[number - 1] for number in found_values(numbers) if number not in value_of]
+        if lacking:
+            message = f"the site's label map has no value up to {_LARGEST} for {few(lacking)}."
+            raise PFedSAMError(ErrorCode.SITE_SETTINGS, message, "Add it to 'labels' in local/pfedsam.json.")
+        table = np.array([value_of.get(number, 0) for number in range(len(self.names) + 1)], dtype=np.uint8)
+        return table[numbers]
 
 
 @dataclass(frozen=True)
@@ -83,7 +111,7 @@ def read_truth(image: Picture, label: Path, classes: Classes) -> Mask:
     from pfedsam.data.transforms import ClassChannelsd, class_map
 
     items = ReadImaged(("image", "label"), labels="label", colour=classes.colour)({"image": image, "label": label})
-    channels = ClassChannelsd("label", classes.values, classes.names)(items)["label"]
+    channels = ClassChannelsd("label", classes.values, classes.names, classes.label_map)(items)["label"]
     shape = image.volume_shape
     numbers = class_map(torch.as_tensor(channels)).numpy().reshape(shape)
     return Mask(numbers, np.asarray(channels, dtype=bool).reshape(-1, *shape))
@@ -115,13 +143,10 @@ def read_values(image: Picture, label: Path) -> tuple[Mask, Classes]:
 
 
 def difference(found: Mask, truth: Mask) -> NDArray[np.uint8]:
-    """`(x, y, z)`: `FOUND` where both have the same class, `MISSED` where only the truth has one, `WRONG` where the
-    model has one and the truth none or another.
-    """
+    """`(x, y, z)`: 0, or the number in `AREAS` of what a place is, see `pfedsam.evaluation.difference`."""
     result = np.zeros(truth.numbers.shape, dtype=np.uint8)
-    result[(truth.numbers > 0) & (found.numbers == 0)] = MISSED
-    result[(found.numbers > 0) & (found.numbers != truth.numbers)] = WRONG
-    result[(found.numbers > 0) & (found.numbers == truth.numbers)] = FOUND
+    for name, area in areas_of(truth.channels, found.channels).items():
+        result[area] = AREAS[name]
     return result
 
 

@@ -55,6 +55,7 @@ class Session:
         overrides: of the bundle; by default what a model was trained with.
         checkpoint: path of the base weights; by default the bundle's.
         most: see `pfedsam.viewer.grid.MOST`.
+        label_map: what the label values of the site mean, see `pfedsam.viewer.masks.Classes`; for images with a model.
     """
 
     def __init__(
@@ -64,10 +65,11 @@ class Session:
         overrides: Mapping[str, Any] | None = None,
         checkpoint: str | None = None,
         most: int = MOST,
+        label_map: Mapping[str, str] | None = None,
     ) -> None:
         self.subjects = list(subjects)
         self._told = bundle, dict(overrides or {})
-        self._checkpoint, self._most = checkpoint, most
+        self._checkpoint, self._most, self._label_map = checkpoint, most, label_map
         self._opened: OrderedDict[int, _Opened] = OrderedDict()
         self._predictors: dict[tuple[Path, str], Predictor] = {}
         self._settings_of: dict[Path, tuple[str, dict[str, Any]]] = {}
@@ -166,7 +168,7 @@ class Session:
         return opened.grid.nifti(opened.masks[BOX].numbers, labels=True)
 
     def save(self, number: int, start: str, drawing: bytes) -> Path:
-        """Keep a drawing as the label of its image; see `pfedsam.viewer.corrections`.
+        """Keep a drawing as the label of its image, in the site's own values; see `pfedsam.viewer.corrections`.
 
         Args:
             number: of the image.
@@ -174,7 +176,8 @@ class Session:
             drawing: one byte a voxel, 0 or a class number, in the grid that is shown, x first.
 
         Raises:
-            PFedSAMError: E16 for a drawing of another size or with a value that is no class; E02 and E24 see there.
+            PFedSAMError: E16 for a drawing of another size or with a value that is no class; E01 for a class that the
+                site has no value for; E02 and E24 see there.
         """
         opened = self._open(number)
         values, shape = np.frombuffer(drawing, dtype=np.uint8), opened.grid.shown_shape
@@ -185,7 +188,7 @@ class Session:
             raise PFedSAMError(ErrorCode.WRONG_SETTING, message, "Load the page again.")
         began = self._mask(number, start).numbers
         label = opened.grid.drawn(values.reshape(shape, order="F"), began)
-        return save_correction(label, opened.image)
+        return save_correction(opened.classes.stored(label), opened.image)
 
     def bytes_of_drawing(self, number: int) -> int:
         """Size of a drawing of an image."""
@@ -248,7 +251,7 @@ class Session:
         image = load_picture(subject.image)
         grid = Grid.of(image, self._most)
         if subject.model is not None:
-            classes = Classes.of_bundle(*self._settings(subject.model))
+            classes = Classes.of_bundle(*self._settings(subject.model), self._label_map)
             truth = None if subject.label is None else read_truth(image, subject.label, classes)
             return _Opened(image, grid, classes, truth)
         if subject.label is None:
