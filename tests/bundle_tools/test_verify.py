@@ -14,15 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from pfedsam.bundle_tools.new import new_bundle
 from pfedsam.bundle_tools.verify import CHECKS, Bundle, tiny_site, verify_bundle
+from pfedsam.bundle_tools.weights import make_weights
 from pfedsam.bundles import BUNDLES_VARIABLE, folder, installed_bundles
 from pfedsam.cli import app
 from pfedsam.errors import PFedSAMError
 from pfedsam.inference.predict import Predictor
 from pfedsam.parameters import shared_state
+from pfedsam.storage.bundle_weights import WEIGHTS
 from pfedsam.storage.site_model import read, write
 from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.site import SiteTrainer
@@ -54,7 +57,9 @@ def test_a_shipped_bundle_passes_every_check_from_any_directory(
     root: Path, schema: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = list(verify_bundle(Bundle(root, schema)))
+    copy = shutil.copytree(root, tmp_path / root.name)
+    make_weights(copy)
+    found = list(verify_bundle(Bundle(copy, schema)))
     assert [check.name for check in found] == list(CHECKS)
     assert [check for check in found if not check.passed] == []
 
@@ -62,7 +67,14 @@ def test_a_shipped_bundle_passes_every_check_from_any_directory(
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the user's, small enough to be broken many times."""
-    return new_bundle("kidney_mri", ["kidney", "tumour"], "mri", tmp_path_factory.mktemp("own"))
+    return with_a_file_of_weights(new_bundle("kidney_mri", ["kidney", "tumour"], "mri", tmp_path_factory.mktemp("own")))
+
+
+def with_a_file_of_weights(root: Path) -> Path:
+    """For checks that look at names of files only."""
+    (root / WEIGHTS).parent.mkdir()
+    (root / WEIGHTS).touch()
+    return root
 
 
 def edit(root: Path, name: str, change: Callable[[Any], None]) -> None:
@@ -74,7 +86,7 @@ def edit(root: Path, name: str, change: Callable[[Any], None]) -> None:
 
 BREAKS: dict[str, Callable[[Path], None]] = {
     "files": lambda root: (root / "LICENSE").unlink(),
-    "metadata": lambda root: edit(root, "metadata.json", lambda c: c.update(version="0.2.0")),
+    "metadata": lambda root: edit(root, "metadata.json", lambda c: c.update(version="9.9.9")),
     "settings": lambda root: edit(root, "train.json", lambda c: c.update(top_k=9)),
     "left and right": lambda root: edit(
         root, "train.json", lambda c: c.update(class_names=["left_kidney", "right_kidney"])
@@ -104,6 +116,7 @@ def test_a_check_goes_red_on_a_broken_bundle(
     sizes: dict[str, Any] = {"spatial_shape": [64, 64]}
     edit(root, "metadata.json", lambda c: c["network_data_format"]["inputs"]["image"].update(sizes))
     edit(root, "metadata.json", lambda c: c["network_data_format"]["outputs"]["pred"].update(sizes))
+    make_weights(root)
     # only this check: the others are dealt with by their own case
     monkeypatch.setattr("pfedsam.bundle_tools.verify.CHECKS", {name: CHECKS[name]})
     (before,) = verify_bundle(Bundle(root, schema))
@@ -120,9 +133,21 @@ def test_the_command_prints_a_line_for_each_check_and_fails_on_a_broken_bundle(
     fine = CliRunner().invoke(app, ["verify-bundle", str(own), "--schema", str(schema)])
     assert (fine.exit_code, fine.output.startswith("ok")) == (0, True)
     broken = shutil.copytree(own, tmp_path / "broken")
-    (broken / "LICENSE").unlink()
+    (broken / WEIGHTS).unlink()
     red = CliRunner().invoke(app, ["verify-bundle", str(broken), "--schema", str(schema)])
-    assert red.exit_code == 1 and "FAILED" in red.output and "LICENSE" in red.output
+    assert red.exit_code == 1 and "FAILED" in red.output and "pfedsam bundle-weights" in red.output
+
+
+def test_a_configuration_may_be_yaml_as_in_the_zoo(
+    own: Path, tmp_path: Path, schema: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(own, tmp_path / "yaml")
+    path = root / "configs" / "inference.json"
+    path.with_suffix(".yaml").write_text(yaml.safe_dump(json.loads(path.read_text())))
+    path.unlink()
+    names = ("files", "properties of inference")
+    monkeypatch.setattr("pfedsam.bundle_tools.verify.CHECKS", {name: CHECKS[name] for name in names})
+    assert [check for check in verify_bundle(Bundle(root, schema)) if not check.passed] == []
 
 
 @pytest.mark.parametrize(
@@ -134,7 +159,7 @@ def test_a_new_bundle_passes_and_trains_in_a_federation_and_infers(
     modality: Any, nested: bool, values: list, tmp_path: Path, schema: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(BUNDLES_VARIABLE, str(tmp_path / "own"))
-    root = new_bundle("my_task", ["outer", "inner"], modality, tmp_path / "own", nested)
+    root = with_a_file_of_weights(new_bundle("my_task", ["outer", "inner"], modality, tmp_path / "own", nested))
     assert json.loads((root / "configs" / "train.json").read_text())["class_values"] == values
     assert installed_bundles()["my_task"] == root
     cheap = ("files", "metadata", *(name for name in CHECKS if name.startswith("properties")), "runs on tiny data")

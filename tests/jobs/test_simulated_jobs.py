@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nvflare.fuel.utils import fobs
+from safetensors.torch import load_file
 from scenarios import LOCKED_CLASSES, TROUBLES
 from simulated import BUNDLE, FEDERATION, SOURCE, Job, Run
 
@@ -34,6 +35,15 @@ def test_a_run_ends_with_a_global_model_and_a_pair_at_each_site(clean_run: Run) 
         assert 0 <= info["val_dice_personal"] <= 1
         assert read(folder / "previous.safetensors").info["round"] == 0
     assert "2 of 2 sites done" in clean_run.server_log()
+
+
+def test_whatever_is_called_safetensors_is_one(clean_run: Run) -> None:
+    """NVFlare's own files of the evaluation across sites are in a format of its own."""
+    server = clean_run.workspace / "server"
+    named = [path for path in server.rglob("*") if path.is_file() and ".safetensors" in path.name]
+    assert "global_model.safetensors" in {path.name for path in named}
+    assert all(load_file(path) for path in named)
+    assert [path for path in server.rglob("SRV_*") if path.is_file()], "nothing was evaluated"
 
 
 def test_a_run_writes_nothing_into_the_home_folder(clean_run: Run) -> None:

@@ -174,7 +174,7 @@ def test_what_is_a_sites_own_is_trained_once_more_at_the_end(name: str) -> None:
     strategy = find_strategy(name).checked()
     alone = name in SERVERLESS
     (epochs,) = [phase.epochs for phase in strategy.final] or [0]
-    longer = name.startswith(("longer_ft", "copy_and_experts"))
+    longer = name.startswith(("longer_ft", "copy_and_experts", "one_expert_chosen"))
     assert epochs == ((12 if longer else 4) if strategy.keeps or alone else 0)
     assert {phase.anneal for phase in strategy.final} <= {"cosine"}
 

@@ -21,6 +21,7 @@ Modality = Literal["mri", "grey", "rgb"]
 TEMPLATES: dict[str, str] = {"mri": "brain_lesion_mri", "grey": "fundus_disc_cup", "rgb": "fundus_disc_cup"}
 #: In place of the scaling of colours: what is white in an X-ray differs from device to device.
 _GREY_WINDOW = {"_target_": "pfedsam.data.transforms.IntensityWindowd", "keys": "image", "lower": 0.5, "upper": 99.5}
+_UNCHANGED = ("LICENSE", "configs/logging.conf")
 _CONFIGS = ("train.json", "inference.json", "evaluate.json", "multi_gpu_train.json")
 
 
@@ -52,7 +53,8 @@ def new_bundle(
     source = folder("bundles") / TEMPLATES[modality]
     (target / "configs").mkdir(parents=True)
     (target / "docs").mkdir()
-    shutil.copy(source / "LICENSE", target / "LICENSE")
+    for file in _UNCHANGED:
+        shutil.copy(source / file, target / file)
     last = len(classes)
     values = [list(range(n, last + 1)) if nested else [n] for n in range(1, last + 1)]
     for config in _CONFIGS:

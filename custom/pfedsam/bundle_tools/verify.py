@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pfedsam.bundle_tools.mirroring import mirrors, name_sides
-from pfedsam.data.splitting import write_datalist
+from pfedsam.bundle_tools.tiny import tiny_site
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.settings import require_literals, require_together
+from pfedsam.storage.bundle_weights import WEIGHTS
 
-CONFIGS = ("train.json", "evaluate.json", "inference.json")
-FILES = ("LICENSE", "docs/README.md", "configs/metadata.json", *(f"configs/{name}" for name in CONFIGS))
+CONFIGS = ("train", "evaluate", "inference")
+#: What a configuration's name may end with, as in MONAI's model zoo.
+SUFFIXES = (".json", ".yaml", ".yml")
+#: The zoo's checks ask for the license, the metadata and the weights, its unit tests for the logging configuration.
+FILES = ("LICENSE", "docs/README.md", "configs/metadata.json", "configs/logging.conf", str(WEIGHTS))
+#: What the zoo calls the network and, where a bundle has it, the network as TorchScript.
+NETWORK, SCRIPTED = "network_def", Path("models", "model.ts")
 #: Largest difference of outputs between the network and its export.
 TOLERANCE = 1e-4
 #: Settings of a run on tiny data, where a bundle has them.
@@ -31,7 +34,6 @@ TINY: dict[str, Any] = {
     "batch_size": 2,
     "augmentations": 1,
 }
-_TINY_CASES = 6
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,23 @@ class Bundle:
         return str(self.root / "configs" / "metadata.json")
 
     def config(self, *names: str) -> list[str]:
-        """Paths of configurations."""
-        return [str(self.root / "configs" / name) for name in names]
+        """Paths of configurations, whatever their suffix; of JSON where there is none."""
+        return [str(self._config(name)) for name in names]
+
+    def content(self, name: str) -> dict[str, Any]:
+        """What a configuration says."""
+        from monai.bundle import ConfigParser
+
+        content: dict[str, Any] = ConfigParser.load_config_file(self._config(name))
+        return content
+
+    def _config(self, name: str) -> Path:
+        paths = [self.root / "configs" / f"{name}{suffix}" for suffix in SUFFIXES]
+        return next((path for path in paths if path.is_file()), paths[0])
 
     def known(self, *names: str) -> set[str]:
         """Top-level ids of configurations."""
-        return {key for path in self.config(*names) for key in json.loads(Path(path).read_text())}
+        return {key for name in names for key in self.content(name)}
 
     def workflow(self, kind: str, *names: str, **settings: Any) -> Any:
         """A workflow of the bundle, not started."""
@@ -107,9 +120,11 @@ def verify_bundle(bundle: Bundle) -> Iterator[Check]:
 
 
 def _files(bundle: Bundle, scratch: Path) -> str:
-    missing = [name for name in FILES if not (bundle.root / name).is_file()]
-    _require(not missing, f"missing: {missing}")
-    return f"{len(FILES)} files"
+    paths = [bundle.root / name for name in FILES] + [Path(path) for path in bundle.config(*CONFIGS)]
+    missing = [str(path.relative_to(bundle.root)) for path in paths if not path.is_file()]
+    made = f"; `pfedsam bundle-weights {bundle.root}` makes {WEIGHTS}" if str(WEIGHTS) in missing else ""
+    _require(not missing, f"missing: {missing}{made}")
+    return f"{len(paths)} files"
 
 
 def _metadata(bundle: Bundle, scratch: Path) -> str:
@@ -125,8 +140,7 @@ def _metadata(bundle: Bundle, scratch: Path) -> str:
 
 
 def _settings(bundle: Bundle, scratch: Path) -> str:
-    (path,) = bundle.config("train.json")
-    content = json.loads(Path(path).read_text())
+    (path,), content = bundle.config("train"), bundle.content("train")
     checked = require_literals(content, path)
     require_together({name: content[name] for name in checked}, bundle.root.name)
     return f"{len(checked)} settings in their ranges"
@@ -134,13 +148,17 @@ def _settings(bundle: Bundle, scratch: Path) -> str:
 
 def _sides(bundle: Bundle, scratch: Path) -> str:
     """Classes that mirror each other by their names are not mixed up by a mirrored training image."""
-    content = json.loads(Path(*bundle.config("train.json")).read_text())
+    content = bundle.content("train")
     pairs = name_sides(content.get("class_names", []))
     _require(not (pairs and mirrors(content)), f"{pairs} mirror each other, and training images are mirrored")
     return "no two classes mirror each other" if not pairs else f"{pairs}: training images are not mirrored"
 
 
 def _network(bundle: Bundle, scratch: Path) -> str:
+    from monai.bundle import verify_net_in_out
+
+    (config,) = bundle.config("inference")
+    verify_net_in_out(net_id=NETWORK, meta_file=bundle.meta_file, config_file=config, bundle_root=str(bundle.root))
     network, image, expected = _network_and_input(bundle)
     shape = tuple(network(image).shape[1:])
     _require(shape == expected, f"metadata say output {expected}, the network gives {shape}")
@@ -148,15 +166,15 @@ def _network(bundle: Bundle, scratch: Path) -> str:
 
 
 def _train(bundle: Bundle, scratch: Path) -> str:
-    return _properties(bundle, scratch, "train", "train.json")
+    return _properties(bundle, scratch, "train", "train")
 
 
 def _evaluate(bundle: Bundle, scratch: Path) -> str:
-    return _properties(bundle, scratch, "train", "train.json", "evaluate.json")
+    return _properties(bundle, scratch, "train", "train", "evaluate")
 
 
 def _inference(bundle: Bundle, scratch: Path) -> str:
-    return _properties(bundle, scratch, "inference", "inference.json")
+    return _properties(bundle, scratch, "inference", "inference")
 
 
 def _properties(bundle: Bundle, scratch: Path, kind: str, *names: str) -> str:
@@ -171,15 +189,26 @@ def _properties(bundle: Bundle, scratch: Path, kind: str, *names: str) -> str:
 
 
 def _export(bundle: Bundle, scratch: Path) -> str:
+    """MONAI's `ckpt_export` of the weights, as the zoo calls it, and the outputs beside the network's own."""
     import torch
+    from monai.bundle import ckpt_export
 
+    weights, path = bundle.root / WEIGHTS, scratch / "exported.ts"
+    (config,) = bundle.config("inference")
+    ckpt_export(
+        net_id=NETWORK,
+        filepath=str(path),
+        ckpt_file=str(weights),
+        meta_file=bundle.meta_file,
+        config_file=config,
+        bundle_root=str(bundle.root),
+    )
+    if (bundle.root / SCRIPTED).is_file():
+        torch.jit.load(str(bundle.root / SCRIPTED))
     network, image, _ = _network_and_input(bundle)
-    path = scratch / "exported.ts"
-    with warnings.catch_warnings():
-        # constants of the image size: the export is for one size
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        torch.jit.trace(network, image, check_trace=False).save(str(path))
-    difference = float((torch.jit.load(str(path))(image) - network(image)).abs().max())
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    with torch.no_grad():
+        difference = float((torch.jit.load(str(path), map_location="cpu")(image) - network(image)).abs().max())
     _require(difference <= TOLERANCE, f"TorchScript differs by {difference:.1e}")
     return f"TorchScript differs by {difference:.1e}"
 
@@ -189,7 +218,7 @@ def _runs(bundle: Bundle, scratch: Path) -> str:
     data, out = _data(bundle, scratch), scratch / "out"
     # outputs of an earlier bundle in the same process must not be taken for this one's
     shutil.rmtree(out, ignore_errors=True)
-    steps = {"train": ("train.json",), "evaluate": ("train.json", "evaluate.json"), "inference": ("inference.json",)}
+    steps = {"train": ("train",), "evaluate": ("train", "evaluate"), "inference": ("inference",)}
     for step, names in steps.items():
         known = bundle.known(*names)
         settings = {key: value for key, value in TINY.items() if key in known}
@@ -229,11 +258,11 @@ def _network_and_input(bundle: Bundle) -> tuple[Any, Any, tuple[int, ...]]:
 
     torch.manual_seed(0)
     parser = ConfigParser()
-    parser.read_config(bundle.config("inference.json"))
+    parser.read_config(bundle.config("inference"))
     parser["bundle_root"] = str(bundle.root)
     form = json.loads(Path(bundle.meta_file).read_text())["network_data_format"]
     given, wanted = form["inputs"]["image"], form["outputs"]["pred"]
-    network = parser.get_parsed_content("network_def").eval()
+    network = parser.get_parsed_content(NETWORK).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     image = torch.rand(2, given["num_channels"], *given["spatial_shape"])
@@ -246,44 +275,6 @@ def _data(bundle: Bundle, scratch: Path) -> Path:
         rgb = form["inputs"]["image"]["format"] == "RGB"
         bundle.data = tiny_site(scratch / "site", form["outputs"]["pred"]["num_channels"], rgb)
     return bundle.data
-
-
-def tiny_site(out: Path, classes: int, rgb: bool, cases: int = _TINY_CASES, seed: int = 0) -> Path:
-    """Write a site folder of tiny images, and its split: bright balls inside each other, class n the n-th from outside.
-
-    Args:
-        out: the site folder.
-        classes: number of label values beside 0.
-        rgb: colour pictures (PNG); else volumes (NIfTI).
-        cases: number of images, at least 3.
-        seed: same seed, same images.
-    """
-    import nibabel
-    from PIL import Image
-
-    random = np.random.default_rng(seed)
-    for kind in ("images", "labels"):
-        (out / kind).mkdir(parents=True, exist_ok=True)
-    shape = (48, 40) if rgb else (48, 40, 6)
-    for case in range(cases):
-        centre = [size * random.uniform(0.4, 0.6) for size in shape]
-        grids = np.meshgrid(
-            *[(np.arange(n) - c) / (0.35 * n) for n, c in zip(shape, centre, strict=True)], indexing="ij"
-        )
-        distance = np.sqrt(sum(grid**2 for grid in grids))
-        label = sum((distance < 1 - n / (classes + 1)).astype(np.uint8) for n in range(classes))
-        values = 40 + 60 * label + random.normal(0, 6, shape)
-        name = f"tiny{case}"
-        if rgb:
-            colour = np.stack([values, 0.7 * values, 0.4 * values], axis=-1).clip(0, 255).astype(np.uint8)
-            Image.fromarray(np.swapaxes(colour, 0, 1)).save(out / "images" / f"{name}.png")
-            Image.fromarray(np.swapaxes(label, 0, 1)).save(out / "labels" / f"{name}.png")
-        else:
-            affine = np.diag([4.0, 4.0, 5.0, 1.0])
-            nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), affine), out / "images" / f"{name}.nii.gz")
-            nibabel.save(nibabel.Nifti1Image(label, affine), out / "labels" / f"{name}.nii.gz")
-    write_datalist(out)
-    return out
 
 
 def _require(fine: bool, problem: str) -> None:

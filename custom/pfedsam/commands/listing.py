@@ -51,6 +51,11 @@ COMMANDS = {
         DATA,
         "Make a MONAI bundle for your own task: configuration only, ready to train, federate and infer.",
     ),
+    "bundle-weights": Listed(
+        "bundle",
+        DATA,
+        "Write a bundle's models/model.pt, the weights that MONAI's model zoo asks for. Nothing personal is in it.",
+    ),
     "verify-bundle": Listed(
         "bundle", DATA, "Check a bundle offline as MONAI's model zoo does: one line a check; exit code 1 if one fails."
     ),
@@ -103,6 +108,11 @@ COMMANDS = {
         LOOK,
         "Look at images in a browser: truth, both models, differences, probabilities; correct and save masks.",
     ),
+    "label-server": Listed(
+        "label",
+        LOOK,
+        "Serve a site's model to 3D Slicer with MONAI Label: segment, with a box, correct, submit the label.",
+    ),
     "export-model": Listed(
         "inference",
         LOOK,
@@ -120,6 +130,7 @@ COMMANDS = {
     "job": Listed("job", OPERATE, "NVFlare jobs."),
     "poc": Listed("poc", OPERATE, "A federation of real processes with mutual TLS on this machine."),
     "site": Listed("site", OPERATE, "A startup kit made ready for a hospital, and checked."),
+    "certificates": Listed("certificates", OPERATE, "When a federation's certificates end, and their renewal."),
     "audit": Listed(
         "audit",
         OPERATE,

@@ -13,8 +13,12 @@ from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import write_like
 from pfedsam.storage.job_plan import CLIENT, SERVER
 
-#: Classes of a server that no packaged job names: for the plain mean, and in jobs of before there were other rules.
+#: Receives what sites send for TensorBoard, too. At a site it could send scalars to any address that a job names.
+MLFLOW = "nvflare.app_opt.tracking.mlflow.mlflow_receiver.MLflowReceiver"
+#: Classes of a server that no packaged job names: for the plain mean, in jobs of before there were other rules, and the
+#: tracker that a job may have instead of TensorBoard's.
 _OTHER_SERVER = (
+    MLFLOW,
     MEAN["path"],
     "nvflare.app_common.widgets.intime_model_selector.IntimeModelSelector",
     "pfedsam.federated.aggregators.ProductAggregator",

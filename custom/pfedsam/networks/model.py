@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from pfedsam.networks.backbones import build_parts, get_backbone
 from pfedsam.networks.moe import LMoE
 from pfedsam.networks.prompts import box_tokens
+from pfedsam.networks.scripting import Scriptable
 from pfedsam.parameters import ADDED, group_of, tensors, update_digest
 
 
@@ -112,6 +113,10 @@ class SegmentAnything(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits of a batch of images."""
         return self.head(self.trunk(images))
+
+    def __prepare_scriptable__(self) -> Scriptable:
+        """What `torch.jit.script` takes in place of the network."""
+        return Scriptable(self)
 
     def expert_layers(self) -> dict[str, LMoE]:
         """The mixtures by name."""
