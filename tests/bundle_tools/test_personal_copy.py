@@ -114,19 +114,23 @@ def test_a_bundle_with_the_two_lines_of_before_gives_the_personal_model_too(
     monkeypatch.setenv(BUNDLES_VARIABLE, str(tmp_path / "own"))
     config = new_bundle("my_task", ["lesion"], "mri", tmp_path / "own") / "configs" / "inference.json"
     content = json.loads(config.read_text())
-    config.write_text(json.dumps({**content, "initialize": list(LOAD_MODEL_BEFORE)}))
+    imports = [*content["imports"], "$from pfedsam.site_model import read as read_model"]
+    config.write_text(json.dumps({**content, "imports": imports, "initialize": list(LOAD_MODEL_BEFORE)}))
     image = nifti(tmp_path / "scan.nii.gz", head((32, 28, 5)), np.diag([4.0, 4.0, 5.0, 1.0]))
     same_as_its_sides("my_task", image, models("my_task", tmp_path))
 
 
-@pytest.mark.parametrize("name", ["inference.json", "evaluate.json"])
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("inference.json", "$load_model(@network, @model_file, @experts_on)"), ("evaluate.json", LOAD_MODEL)],
+)
 @pytest.mark.parametrize("bundle", [*BUNDLES, "new mri", "new rgb"])
-def test_a_configuration_loads_a_model_by_the_one_line(bundle: str, name: str, tmp_path: Path) -> None:
+def test_a_configuration_loads_a_model_by_the_one_line(bundle: str, name: str, line: str, tmp_path: Path) -> None:
     root = folder("bundles") / bundle
     if bundle.startswith("new"):
         root = new_bundle("new", ["a"], "rgb" if bundle == "new rgb" else "mri", tmp_path)
     text = (root / "configs" / name).read_text()
-    assert LOAD_MODEL in json.loads(text)["initialize"]
+    assert line in json.loads(text)["initialize"]
     assert not any(line in text for line in LOAD_MODEL_BEFORE)
 
 
