@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -67,3 +67,45 @@ def renew(
     )
     if before is not None:
         console.print(f"the file before: {before}, which holds private keys", highlight=False, soft_wrap=True)
+
+
+Folder = Annotated[
+    Path, typer.Argument(exists=True, file_okay=False, help="With rootCA.key; or <workspace>/<project> of `provision`.")
+]
+
+
+@app.command("authority")
+def authority(project: Project, out: Annotated[Path, typer.Argument(help="Folder to write; keep it offline.")]) -> None:
+    """Write the folder with which `nvflare cert approve` signs, for a federation that `nvflare provision` has made.
+
+    From then on no private key of a site needs to be made by the project administrator.
+    """
+    from pfedsam.deployment.authority import PROFILE, fingerprint, make_authority
+
+    root = make_authority(project, out)
+    # rich would write an emoji for the bytes :AB: of a fingerprint
+    how: dict[str, Any] = {"highlight": False, "soft_wrap": True, "emoji": False, "markup": False}
+    console.print(f"{root.path}: ends {root.words}; fingerprint {fingerprint(root.path)}", **how)
+    console.print(f"next: nvflare cert approve -c {out} --profile {out / PROFILE} <request zip>", **how)
+
+
+@app.command("root")
+def root_anew(
+    folder: Folder,
+    days: Annotated[int | None, typer.Option(min=1, help="That it is valid; as the one before, if not given.")] = None,
+) -> None:
+    """Make the root certificate anew with the same key: nobody stops, all other certificates stay good.
+
+    It takes access away from nobody; `renew --root` does.
+    """
+    from pfedsam.deployment.authority import renew_root
+
+    root = renew_root(folder, days)
+    console.print(
+        f"{root.path}: ends {root.words}; the file before is kept as .before", highlight=False, soft_wrap=True
+    )
+    console.print(
+        "next: send rootCA.pem to all; each one, when it suits: pfedsam site renew <kit> rootCA.pem, and a restart",
+        highlight=False,
+        soft_wrap=True,
+    )

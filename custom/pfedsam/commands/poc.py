@@ -9,7 +9,7 @@ import typer
 
 from pfedsam.commands.console import Force, Fresh, Job, Overrides, console, literals, quiet_libraries, show_doubts
 from pfedsam.commands.interrupts import command_again, ends_in_order
-from pfedsam.commands.poc_results import News, show_results
+from pfedsam.commands.poc_results import News, show_proof, show_results
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.ranges import MOST_ROUNDS
 from pfedsam.storage.run_folder import move_aside
@@ -57,7 +57,10 @@ def run(
     force: Force = False,
     set_: Overrides = None,
 ) -> None:
-    """Everything from provisioning to the table. In the end, also after Ctrl-C or an error, nothing is left running."""
+    """Everything from provisioning to the table, and what it has proved.
+
+    In the end, also after Ctrl-C or an error, nothing is left running.
+    """
     settings = _settings(set_, data is None)
     _check(job, settings)
     with ends_in_order(f"To start again: {command_again()}"):
@@ -72,6 +75,7 @@ def run(
         finally:
             _down(deployment)
         show_results(deployment, FEDERATION, sites, job, settings)
+        show_proof(deployment)
 
 
 @app.command("up")

@@ -148,6 +148,26 @@ def check(kit: Kit) -> None:
     raise typer.Exit(0 if all(finding.fine for finding in findings) else 1)
 
 
+@app.command("renew")
+def renew(
+    kit: Kit,
+    new: Annotated[
+        Path,
+        typer.Argument(exists=True, help="Kit with the new certificate (`nvflare package`), or a new rootCA.pem."),
+    ],
+) -> None:
+    """Put a new certificate or root into a kit that is in use: settings and policy stay, files before are kept.
+
+    Refused, and nothing is written, if it is somebody else's, ends no later, or does not fit.
+    """
+    from pfedsam.deployment.kit_renewal import renew_kit
+
+    lines = renew_kit(kit, new)
+    _say(*(lines or [f"{kit}: all as it was, the kit's own root lasts longer"]), sep="\n")
+    if lines:
+        _say(f"Start it again between two jobs, then: pfedsam site check {kit}")
+
+
 @app.command("clean")
 def clean(
     kit: Kit,

@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_IMODE, S_IRUSR, S_IRWXG, S_IRWXO, S_IWUSR
 from typing import Any
 
 from nvflare.security.security import COMMAND_CATEGORIES, CommandCategory
@@ -39,6 +40,8 @@ _OPERATIONS = ("submit_job", "clone_job", "manage_job", "download_job", "view", 
 #: The first tells NVFlare's version. The second is asked of the server: its own log of a job, which is a part of what
 #: `download_job` fetches, and the sites' logs, which our kits do not send.
 _WITH_VIEW, _WITH_DOWNLOAD = "report_version", "get_job_log"
+#: What only the owner may read: private keys, and the contexts of `--encrypt`, which hold one.
+_SECRETS = ("*.key", "*.tenseal")
 _SILENT_SECONDS = 120
 _LONGEST_VALUE = 120
 
@@ -82,7 +85,7 @@ def init_kit(kit: Path, settings: SiteSettings, *, byoc: bool = False) -> list[P
         byoc: let jobs carry code. Such code runs with the rights of the site's process: no filter stops it.
 
     Returns:
-        The files, with what changed in each.
+        The files, with what changed in each; also private keys that others could read, whose mode is 0600 now.
 
     Raises:
         PFedSAMError: E01 if it is no startup kit, a file that is there cannot be read, or the settings name a
@@ -108,7 +111,20 @@ def init_kit(kit: Path, settings: SiteSettings, *, byoc: bool = False) -> list[P
                 f"Some of {list(GROUPS)}.",
             )
         files[SITE_SETTINGS] = new_settings.model_dump(mode="json", exclude_unset=True)
-    return [_write(local / name, content) for name, content in files.items()]
+    return [*_close_secrets(kit), *(_write(local / name, content) for name, content in files.items())]
+
+
+def open_secrets(kit: Path) -> list[Path]:
+    """Private keys of a kit that others than the owner may read; copied kits often lose their modes."""
+    paths = (path for pattern in _SECRETS for path in sorted((kit / "startup").glob(pattern)))
+    return [path for path in paths if path.stat().st_mode & (S_IRWXG | S_IRWXO)]
+
+
+def _close_secrets(kit: Path) -> Iterator[PolicyFile]:
+    for path in open_secrets(kit):
+        before = S_IMODE(path.stat().st_mode)
+        path.chmod(S_IRUSR | S_IWUSR)
+        yield PolicyFile(path, (f"mode: {before:04o} -> 0600",))
 
 
 def outgoing(scope: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -191,7 +207,7 @@ def _write(path: Path, content: Any) -> PolicyFile:
         if before is None:
             write_like(path, text, path.parent)
         elif changes:
-            write_like(_free(path.with_name(path.name + ".before")), path.read_bytes(), path)
+            keep_before(path)
             write_like(path, text, path)
     except OSError as error:
         remedy = "Free some disk space, or see whose folder it is; then call it again."
@@ -199,6 +215,15 @@ def _write(path: Path, content: Any) -> PolicyFile:
             ErrorCode.SITE_SETTINGS, f"{path} could not be written: {error}; it is as before.", remedy
         ) from None
     return PolicyFile(path, None if before is None else changes)
+
+
+def keep_before(path: Path) -> None:
+    """Keep a file that is to be changed as `<name>.before`, later ones as `<name>.before-2` and so on, with its mode.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    write_like(_free(path.with_name(path.name + ".before")), path.read_bytes(), path)
 
 
 def _free(path: Path) -> Path:

@@ -16,7 +16,8 @@ from nvflare.security.security import COMMAND_CATEGORIES
 
 from pfedsam.deployment.allowed_classes import needed_classes
 from pfedsam.deployment.certificates import WARN_DAYS, of_kit
-from pfedsam.deployment.kits import AUTHORIZATION, FILTER, PRIVACY, RESOURCES, SHELL, is_server, outgoing
+from pfedsam.deployment.kit_renewal import pair_problem
+from pfedsam.deployment.kits import AUTHORIZATION, FILTER, PRIVACY, RESOURCES, SHELL, is_server, open_secrets, outgoing
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.log_streaming import LOG_SENDERS
 from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings
@@ -57,6 +58,7 @@ def check_kit(kit: Path) -> Iterator[Finding]:
     yield from _check_policy(kit, server)
     yield from _check_access("kit", kit, _of_kit(kit))
     yield from _check_certificate(kit)
+    yield from _check_keys(kit)
     yield from _check_machine(kit)
     yield _check_port(kit) if server else _check_reachable(kit)
     if not server:
@@ -158,6 +160,15 @@ def _check_certificate(kit: Path) -> Iterator[Finding]:
         if one.days < WARN_DAYS:
             message += ": ask the project administrator for a renewed kit (`pfedsam certificates renew`)"
         yield Finding("certificate", one.days >= _EXPIRES_SOON_DAYS, message, warning=one.days < WARN_DAYS)
+
+
+def _check_keys(kit: Path) -> Iterator[Finding]:
+    """Whether key, certificate and root belong together, and only the owner can read what is secret."""
+    if problem := pair_problem(kit):
+        yield Finding("certificate", False, problem)
+    readable = " ".join(shlex.quote(str(path)) for path in open_secrets(kit))
+    told = f"others than the owner can read it: chmod 600 {readable}" if readable else "for the owner only to read"
+    yield Finding("private key", not readable, told)
 
 
 def _target(content: Any) -> tuple[str, int]:
