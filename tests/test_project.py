@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -78,11 +79,25 @@ def test_a_job_says_its_plan_once():
 
 
 def test_a_wheel_holds_bundles_and_jobs_and_finds_them_from_another_directory(tmp_path: Path):
-    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    source = tmp_path / "source"
+    for part in ("custom", "bundles", "jobs"):
+        shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    # a bundle that was run leaves results of patients and a model in its folder, which are nobody else's
+    left = ("eval/patient.nii.gz", "eval/model.safetensors", "models/model.pt")
+    for name in left:
+        file = source / "bundles" / "prostate_mri" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"left")
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(source)]
     subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
     wheel = next(tmp_path.glob("pfedsam-*.whl"))
     with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
         archive.extractall(tmp_path / "site")
+    assert not [name for name in names if name.endswith(left)]
+    assert "pfedsam/bundles/prostate_mri/configs/train.json" in names
     # isolated from the source tree: -S leaves out the editable install, the libraries are added by hand
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path / 'site')!r}]; "

@@ -119,8 +119,8 @@ def _single(values: NDArray[Any], source: Path) -> NDArray[np.float32]:
 def in_c_order(values: NDArray[Any]) -> NDArray[Any]:
     """An array whose last axis is next to each other in memory; the same one if it is so already.
 
-    NIfTI files have it the other way round. In two steps, each of which moves whole lines of the processor's cache, a
-    volume takes a quarter of the time of one: two axes of which the slices are the first, then those of a slice.
+    NIfTI files have it the other way round. A volume is turned in two steps, each of which moves whole lines of the
+    processor's cache: the slices against all others, then the axes of a slice.
     """
     volume = values[0] if values.ndim == 4 and len(values) == 1 else values
     flags, turns = volume.flags, volume.ndim == 3 and volume.dtype in _TURNED

@@ -20,12 +20,12 @@ from cryptography.x509.oid import NameOID
 from nvflare.lighter.utils import Identity, generate_cert, serialize_cert
 from nvflare.tool.cert.fingerprint import cert_fingerprint_sha256
 
-from pfedsam.deployment.certificates import ROOT, Certificate, certificate, state_file
+from pfedsam.deployment.certificates import ROOT, ROOT_FILE, Certificate, certificate, state_file
 from pfedsam.deployment.kits import keep_before
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import read_object, write_atomically
 
-ROOT_FILE, ROOT_KEY, AUTHORITY_FILE, PROFILE = "rootCA.pem", "rootCA.key", "ca.json", "profile.yml"
+ROOT_KEY, AUTHORITY_FILE, PROFILE = "rootCA.key", "ca.json", "profile.yml"
 _BACKUP = "Take it from the backup."
 
 

@@ -22,7 +22,7 @@ from pfedsam.files import read_object, write_atomically
 STATE_FILE = Path("state") / "cert.json"
 #: A certificate that ends sooner should be renewed: so many days lie between the first warning and the end.
 WARN_DAYS = 60
-ROOT = "root"
+ROOT, ROOT_FILE = "root", "rootCA.pem"
 _BACKUP = "Take it from the backup of the workspace."
 _ROOT_KEYS = ("root_cert", "root_pri_key")
 
@@ -62,7 +62,7 @@ def of_kit(kit: Path) -> list[Certificate]:
         PFedSAMError: E01 naming the file that is missing or holds no certificate.
     """
     startup = kit / "startup"
-    paths = [*sorted(startup.glob("*.crt")), startup / "rootCA.pem"]
+    paths = [*sorted(startup.glob("*.crt")), startup / ROOT_FILE]
     return [certificate(path, ROOT if path.suffix == ".pem" else path.stem) for path in paths]
 
 

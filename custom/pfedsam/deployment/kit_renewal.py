@@ -11,11 +11,10 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
+from pfedsam.deployment.certificates import ROOT_FILE
 from pfedsam.deployment.kits import keep_before
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import write_like
-
-ROOT_FILE = "rootCA.pem"
 
 
 @dataclass(frozen=True)
