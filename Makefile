@@ -49,7 +49,7 @@ lgg: $(STAMP)
 		--set positives_per_case=4 --set negatives_per_case=2 $(LGG_SETTINGS)
 
 # Tables of tests/benchmarks. Runs that are in the records are not repeated; stopped, it goes on.
-STRATEGIES := pfedsam,without_interpolation,one_adapter,fedavg_lora,fedavg_lora_ft,fedavg_lora_ft_interpolated,local_only,ensemble_local,centralised,feddpa,fedprox,fedrep,ditto,fedmsa,fedsam,all_of_sam_shared,narrow_lora,equal_rates
+STRATEGIES := pfedsam_chosen,pfedsam,without_interpolation,one_adapter,fedavg_lora,fedavg_lora_ft,fedavg_lora_ft_interpolated,local_only,ensemble_local,centralised,feddpa,fedprox,fedrep,ditto,fedmsa,fedsam,all_of_sam_shared,narrow_lora,equal_rates
 SEEDS ?= 0,1,2
 bench-lgg: $(STAMP)
 	@test -n "$(LGG)" || { echo "say where the data is: make bench-lgg LGG=<folder>"; exit 2; }
@@ -64,7 +64,7 @@ PHANTOM_RECORDS ?= tests/benchmarks/results/phantom.jsonl
 bench-phantom: $(STAMP)
 	test -d runs/bench-phantom-data || $(BIN)/pfedsam phantom runs/bench-phantom-data --cases 9 --slices 12
 	$(BIN)/pfedsam compare runs/bench-phantom-data --out runs/bench-phantom \
-		--records $(PHANTOM_RECORDS) --strategies local_only,fedavg_lora,pfedsam,without_interpolation --seeds 0 \
+		--records $(PHANTOM_RECORDS) --strategies local_only,fedavg_lora,pfedsam,without_interpolation,pfedsam_chosen --seeds $(SEEDS) \
 		--aggregation mean --rounds 4 --set image_size=64 --set batch_size=2 --set augmentations=1 --set adapted_blocks=1 \
 		--set positives_per_case=4 --set negatives_per_case=2 $(if $(filter tests/%,$(PHANTOM_RECORDS)),--table)
 
@@ -73,7 +73,7 @@ bench-phantom: $(STAMP)
 # anew, into a file of its own: make bench-style NUCLEI=<folder> STYLE_RECORDS=runs/bench-style/runs.jsonl
 NUCLEI_RECORDS ?= tests/benchmarks/results/nuclei.jsonl
 STYLE_RECORDS ?= tests/benchmarks/results/nuclei-style.jsonl
-DIFFERENT := local_only,fedavg_lora,fedavg_lora_ft,longer_ft,longer_ft_chosen,copy_and_experts,one_expert_chosen,pfedsam
+DIFFERENT := local_only,fedavg_lora,fedavg_lora_ft,longer_ft,longer_ft_chosen,copy_and_experts,pfedsam,pfedsam_chosen
 NUCLEI_COMPARE = PFEDSAM_BUNDLES=runs/bench-bundles $(BIN)/pfedsam compare --bundle nuclei --strategies $(DIFFERENT) --seeds $(SEEDS) \
 	--reference longer_ft --aggregation mean --rounds 6 --validate-every 6 \
 	--set image_size=96 --set adapted_blocks=2 --set batch_size=4 --set augmentations=2

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from pfedsam import defaults
 from pfedsam.bundles import folder, network_of
 from pfedsam.cli import app
 from pfedsam.deployment.job_files import plan_settings
@@ -26,7 +27,7 @@ TINY = {"backbone": "vit_test", "image_size": 64}
 SERVERLESS = {"centralised", "local_only", "ensemble_local"}
 ALL = {
     *SERVERLESS, "fedsam", "fedmsa", "fedavg_lora", "fedavg_lora_ft", "fedprox", "fedln", "fedrep", "ditto", "feddpa",
-    "fedsa", "ffa_lora", "pfedsam",
+    "fedsa", "ffa_lora", "pfedsam", "pfedsam_chosen",
 }  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -45,7 +46,7 @@ def groups(names) -> set[str]:
     return {group_of(name) for name in names}
 
 
-def test_there_are_fifteen() -> None:
+def test_there_are_sixteen() -> None:
     assert set(strategy_names()) == ALL
     assert {name for name in ALL if find_strategy(name).kind != "federated"} == SERVERLESS
 
@@ -63,6 +64,7 @@ TRAVELS = [
     ("fedsa", {"lora_a", "decoder_subset"}, {"lora_b"}),
     ("ffa_lora", {"lora_b", "decoder_subset"}, set()),
     ("pfedsam", SUBSET, {"experts"}),
+    ("pfedsam_chosen", SUBSET, {"experts"}),
 ]
 
 
@@ -136,6 +138,17 @@ def test_without_lmoe_is_pfedsam_with_a_copy_instead_of_experts() -> None:
     assert other.has_copy and not other.personal
 
 
+def test_the_default_is_a_copy_with_one_expert_of_which_a_site_keeps_what_is_better() -> None:
+    assert defaults.STRATEGY == "pfedsam_chosen" and defaults.STRATEGY in defaults.STRATEGIES
+    chosen, whole = find_strategy(defaults.STRATEGY), find_strategy("copy_and_experts")
+    assert chosen.overrides == {"experts": 1} and not whole.overrides
+    serving = chosen.checked().serving
+    assert serving is not None and not serving.folds and max(serving.epochs) == chosen.checked().final[0].epochs
+    assert serving == find_strategy("longer_ft_chosen").checked().serving
+    same = {"name": "", "serving": None}
+    assert chosen.checked().model_copy(update=same) == whole.checked().model_copy(update=same)
+
+
 def test_the_order_of_the_phases_is_that_of_a_strategy_in_which_it_matters() -> None:
     mutual, other = find_strategy("distil_mutual").checked(), find_strategy("global_first").checked()
     assert [phase.name for phase in mutual.phases] == ["local", "global"]
@@ -174,7 +187,7 @@ def test_what_is_a_sites_own_is_trained_once_more_at_the_end(name: str) -> None:
     strategy = find_strategy(name).checked()
     alone = name in SERVERLESS
     (epochs,) = [phase.epochs for phase in strategy.final] or [0]
-    longer = name.startswith(("longer_ft", "copy_and_experts", "one_expert_chosen"))
+    longer = name.startswith(("longer_ft", "copy_and_experts", "pfedsam_chosen"))
     assert epochs == ((12 if longer else 4) if strategy.keeps or alone else 0)
     assert {phase.anneal for phase in strategy.final} <= {"cosine"}
 

@@ -52,7 +52,7 @@ def simulate(
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     validate_every: int | None = None,
-    job: str = "pfedsam",
+    job: str = defaults.STRATEGY,
     federation: str = "simulation",
     fresh: bool = False,
     force: bool = False,
@@ -108,7 +108,7 @@ def simulate(
 def planned_simulation(
     data: Path,
     out: Path,
-    job: str = "pfedsam",
+    job: str = defaults.STRATEGY,
     strategy: str | None = None,
     federation: str = "simulation",
     bundle: str | None = None,

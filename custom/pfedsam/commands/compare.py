@@ -55,7 +55,7 @@ def compare(
         str | None,
         typer.Option(help="Rule of the server for strategies that name none, for example mean; see jobs/README.md."),
     ] = None,
-    reference: Annotated[str, typer.Option(help="Strategy that the others are tested against.")] = "pfedsam",
+    reference: Annotated[str, typer.Option(help="Strategy that the others are tested against.")] = defaults.STRATEGY,
     records: Annotated[Path | None, typer.Option(help="File of the records; by default <out>/runs.jsonl.")] = None,
     table_only: Annotated[bool, typer.Option("--table", help="Run nothing, show the records that are there.")] = False,
     fresh: Annotated[

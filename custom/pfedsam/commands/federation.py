@@ -36,7 +36,7 @@ from pfedsam.storage.run_folder import RUN, is_simulation, starts
 app = typer.Typer()
 
 #: The demo is as small as it can be and still show the effect in minutes on two cores.
-DEMO_JOB = "pfedsam"
+DEMO_JOB = defaults.STRATEGY
 DEMO_CASES = 9
 DEMO_SHAPE = (96, 96, 8)
 DEMO_ROUNDS = 3
@@ -49,10 +49,6 @@ DEMO_OVERRIDES: dict[str, Any] = {
     "negatives_per_case": 1,
     "cache_limit_gb": 1,
 }
-#: The final phase lasts longer than the job's, because so few rounds leave the most shifted site with nothing, and the
-#: site keeps what it has fitted (`interpolation` of the strategy).
-DEMO_FINAL = {"epochs": 6, "learning_rate": 0.004}
-DEMO_INTERPOLATION = 1.0
 
 #: A site's line of progress before it trains in a round; the number of rounds that the global model has seen.
 _GLOBAL_DICE = re.compile(r"round (\d+): global Dice (\d\.\d+)")
@@ -65,7 +61,7 @@ def simulate(
         Path | None,
         typer.Option(help="Run folder; a run that was stopped goes on in it. By default runs/simulation-<time>."),
     ] = None,
-    job: Job = "pfedsam",
+    job: Job = defaults.STRATEGY,
     strategy: Annotated[
         str | None, typer.Option(help="Strategy, ablation or .json file, not the job's (`pfedsam compare --list`).")
     ] = None,
@@ -134,7 +130,6 @@ def demo(
 
 
 def _demo(process: Any, out: Path, seed: int, image_size: int, amp: bool | None, fresh: bool) -> None:
-    from pfedsam.deployment.job_files import find_job, plan_settings
     from pfedsam.deployment.simulation import Simulation
     from pfedsam.deployment.simulation_starts import require_same_run
 
@@ -143,9 +138,7 @@ def _demo(process: Any, out: Path, seed: int, image_size: int, amp: bool | None,
         from pfedsam.training.precision import bfloat16_pays
     reduced = bfloat16_pays() if amp is None else amp
     overrides = {"seed": seed, "image_size": image_size, "amp": reduced, **DEMO_OVERRIDES}
-    final = [phase | DEMO_FINAL for phase in plan_settings(find_job(DEMO_JOB))["strategy"]["final"]]
-    strategy = {"final": final, "interpolation": DEMO_INTERPOLATION}
-    simulation = Simulation(data, out, DEMO_JOB, "phantom-demo", None, DEMO_ROUNDS, overrides, strategy)
+    simulation = Simulation(data, out, DEMO_JOB, "phantom-demo", None, DEMO_ROUNDS, overrides)
     if not fresh:
         require_same_run(simulation, data=False)  # before the phantom of another seed replaces its data
     make_phantom(data, 4, DEMO_CASES, DEMO_SHAPE, seed, force=True)

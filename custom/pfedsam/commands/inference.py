@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pfedsam import defaults
 from pfedsam.commands.console import (
     Force,
     ModelBundle,
@@ -270,7 +271,7 @@ def personalize(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the model, table and pictures.")] = Path("runs/personalize"),
     bundle: ModelBundle = None,
-    strategy: Annotated[str, typer.Option(help="Its final phase is what is trained.")] = "pfedsam",
+    strategy: Annotated[str, typer.Option(help="Its final phase is what is trained.")] = defaults.STRATEGY,
     cases: Annotated[
         int,
         typer.Option(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pfedsam import defaults
 from pfedsam.commands.console import Admin, Force, Job, Overrides, console, literals, show_doubts
 from pfedsam.commands.job_options import agreed, changed_strategy, given
 from pfedsam.commands.job_watch import watch_job
@@ -256,7 +257,7 @@ def job_make(
 @app.command("allow")
 def job_allow(
     workspace: Annotated[Path, typer.Argument(help="Startup kit of a site or a server.")],
-    job: Job = "pfedsam",
+    job: Job = defaults.STRATEGY,
     simulator: Annotated[
         bool, typer.Option("--simulator", help="WORKSPACE is that of `nvflare simulator`; it is made if need be.")
     ] = False,

@@ -58,7 +58,7 @@ def models_download(
 @app.command("describe", rich_help_panel=LOOK)
 def describe_bundle(
     bundle: Annotated[str, typer.Argument(help="Name of an installed bundle.")] = defaults.BUNDLE,
-    job: Job = "pfedsam",
+    job: Job = defaults.STRATEGY,
     set_: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -88,7 +88,7 @@ def describe_bundle(
 @app.command("init-global", rich_help_panel=OPERATE)
 def init_global(
     out: Annotated[Path, typer.Argument(help="File to write (safetensors).")],
-    job: Job = "pfedsam",
+    job: Job = defaults.STRATEGY,
     set_: Overrides = None,
     checkpoint: Annotated[
         str | None, typer.Option(envvar="PFEDSAM_CHECKPOINT", help="Path of the base weights; by default the bundle's.")

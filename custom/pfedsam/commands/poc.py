@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pfedsam import defaults
 from pfedsam.commands.console import Force, Fresh, Job, Overrides, console, literals, quiet_libraries, show_doubts
 from pfedsam.commands.interrupts import command_again, ends_in_order
 from pfedsam.commands.poc_results import News, show_proof, show_results
@@ -51,7 +52,7 @@ def run(
     project: Project = PROJECT,
     port: Port = None,
     data: Data = None,
-    job: Job = "pfedsam",
+    job: Job = defaults.STRATEGY,
     rounds: Annotated[int, typer.Option(min=1, max=MOST_ROUNDS)] = ROUNDS,
     fresh: Fresh = False,
     force: Force = False,
@@ -93,7 +94,7 @@ def up(
 @app.command("submit")
 def submit(
     runtime: Runtime = RUNTIME,
-    job: Job = "pfedsam",
+    job: Job = defaults.STRATEGY,
     rounds: Annotated[int, typer.Option(min=1, max=MOST_ROUNDS)] = ROUNDS,
     fresh: Fresh = False,
     set_: Overrides = None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from pfedsam import defaults
 from pfedsam.commands.console import Overrides, bar, console, literals
 from pfedsam.commands.interrupts import ends_in_order
 from pfedsam.errors import ErrorCode, PFedSAMError
@@ -30,7 +31,7 @@ def rehearse(
     site: Annotated[Path, typer.Argument(help="Startup kit after `site init`, or a site folder of data.")],
     job: Annotated[
         str, typer.Option(help="Job folder that the administrator will submit, or the name of a packaged job.")
-    ] = "pfedsam",
+    ] = defaults.STRATEGY,
     bundle: Annotated[str | None, typer.Option(help="Of a packaged job: another installed bundle.")] = None,
     cases: Annotated[int, typer.Option(min=0, help="Training cases of the small round; 0 takes all.")] = 4,
     labels: Annotated[str | None, typer.Option(help='What label values mean, without a kit: {"1": "disc"}')] = None,

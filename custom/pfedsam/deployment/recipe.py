@@ -23,6 +23,7 @@ from nvflare.job_config.api import FedJob
 from nvflare.job_config.fed_job_config import FedJobConfig
 from nvflare.recipe.spec import Recipe
 
+from pfedsam import defaults
 from pfedsam.deployment.job_files import plan_settings, server_settings
 from pfedsam.deployment.job_privacy import Privacy
 from pfedsam.deployment.jobs import export_job, make_job
@@ -52,7 +53,7 @@ class PFedSAMRecipe(Recipe):
 
     def __init__(
         self,
-        strategy: str = "pfedsam",
+        strategy: str = defaults.STRATEGY,
         *,
         name: str | None = None,
         rounds: int | None = None,

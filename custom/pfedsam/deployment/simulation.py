@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pfedsam import defaults
 from pfedsam.bundles import settings_of
 from pfedsam.comparison.expected import rounds_done, simulated_events
 from pfedsam.data.site_folder import site_names
@@ -39,7 +40,7 @@ class Simulation:
 
     data: Path
     out: Path
-    job: str = "pfedsam"
+    job: str = defaults.STRATEGY
     federation: str = "simulation"
     bundle: str | None = None
     rounds: int | None = None

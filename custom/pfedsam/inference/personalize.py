@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pfedsam import defaults
 from pfedsam.data.checks import check_site
 from pfedsam.data.expected import expected_by
 from pfedsam.data.site_report import require_valid
@@ -22,7 +23,7 @@ def fit_personal(
     site: Path,
     start: GlobalStart,
     out: Path,
-    strategy: str = "pfedsam",
+    strategy: str = defaults.STRATEGY,
     overrides: Mapping[str, Any] | None = None,
     cases: int | None = None,
     checkpoint: str | None = None,
