@@ -204,7 +204,8 @@ def test_state_is_listed_exported_and_deleted(run: Path, tmp_path: Path):
 def test_one_site_that_fails_is_one_line_and_exit_code_1(data: Path, tmp_path: Path):
     broken = tmp_path / "data"
     write_phantom(broken, sites=2, cases=4, shape=(48, 48, 8))
-    next((broken / "site-2" / "labels").iterdir()).unlink()
+    label = next((broken / "site-2" / "labels").iterdir())
+    label.rename(label.with_name("other.nii.gz"))
     done = pfedsam("simulate", str(broken), "--out", str(tmp_path / "run"), "--rounds", "1", *TINY, home=tmp_path)
     assert done.returncode == 1
     assert "site-2" in done.stderr and "E03" in done.stderr and "Traceback" not in done.stderr

@@ -22,7 +22,8 @@ from pfedsam.cli import app
 from pfedsam.errors import ErrorCode
 from pfedsam.settings import all_settings
 from pfedsam.training.catalogue import ablation_names, strategy_names
-from pfedsam.training.strategy import Distillation, Phase, Serving, Strategy
+from pfedsam.training.extra_losses import Distillation, PseudoLabels, Smoothness
+from pfedsam.training.strategy import Phase, Serving, Strategy
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "custom" / "pfedsam"
@@ -140,10 +141,11 @@ def settings_table() -> str:
 
 
 def strategy_tables() -> str:
-    """Every setting of a strategy, of its phases and of their distillation; the words are those of the docstrings."""
+    """Every setting of a strategy, of its phases and of what they add to the loss, in the words of the docstrings."""
     parts = []
     kinds = ((Strategy, "`strategy`"), (Serving, "`serving`"), (Phase, "a phase"))
-    for kind, where in (*kinds, (Distillation, "`distillation` of a phase")):
+    added = ((Distillation, "distillation"), (PseudoLabels, "pseudo"), (Smoothness, "smooth"))
+    for kind, where in (*kinds, *((kind, f"`{key}` of a phase") for kind, key in added)):
         told = inspect.getdoc(kind).split("Attributes:\n")[1]  # type: ignore[union-attr]
         found = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", told, re.MULTILINE | re.DOTALL)
         words = {name: " ".join(re.sub(r"\s*\[ours\]", "", text).split()) for name, text in found}

@@ -30,8 +30,9 @@ from pfedsam.data.slices import SliceDataset
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.networks.sam import build_network
 from pfedsam.parameters import Roles, set_trainable
+from pfedsam.training.extra_losses import Distillation
 from pfedsam.training.feature_cache import FeatureCache
-from pfedsam.training.strategy import Distillation, Phase
+from pfedsam.training.strategy import Phase
 from pfedsam.training.trainer import PhaseTrainer
 
 RESULTS = Path(__file__).parent / "results" / "cache.json"

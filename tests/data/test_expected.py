@@ -18,7 +18,7 @@ from pfedsam.errors import PFedSAMError
 def test_the_bundle_says_what_is_expected_and_overrides_change_it() -> None:
     assert expected_by("prostate_mri")["labels"] == [0, 1]
     assert expected_by("fundus_disc_cup") == {
-        **{"labels": [0, 1, 2], "seed": 0, "folds": 3, "colour": True, "field_of_view": None}
+        **{"labels": [0, 1, 2], "unknown": [], "seed": 0, "folds": 3, "colour": True, "field_of_view": None}
     }
     changed = expected_by("brain_lesion_mri", {"seed": 2, "folds": 5, "field_of_view_mm": 120.0})
     assert (changed["seed"], changed["folds"], changed["field_of_view"]) == (2, 5, 120.0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as some
 
 from pfedsam.data.listed_split import listed_split
 from pfedsam.data.sections import section_by_key
-from pfedsam.data.site_folder import Case, read_site
+from pfedsam.data.site_folder import Case, labelled_cases, read_site
 from pfedsam.data.sites import SECTIONS, datalist, read_split, result_name, site_images, split_site, write_split
 from pfedsam.errors import PFedSAMError
 
@@ -78,12 +78,20 @@ def test_a_missing_or_empty_folder_is_refused_with_the_expected_layout(tmp_path)
         read_site(tmp_path)
 
 
-def test_a_missing_label_is_refused_with_the_files_looked_for(tmp_path):
+def test_a_label_that_may_be_misnamed_is_refused_with_the_files_looked_for(tmp_path):
     site = make_site(tmp_path / "site")
-    (site / "labels" / "case-2.nii.gz").unlink()
-    with refused("E03", "case-2", "case-2.nii.gz", "case-2.png", "labels"):
-        read_site(site)
-    assert [case.name for case in read_site(site, require_labels=False) if case.label is None] == ["case-2"]
+    (site / "labels" / "case-2.nii.gz").rename(site / "labels" / "case-2b.nii.gz")
+    assert [case.name for case in read_site(site) if case.label is None] == ["case-2"]
+    with refused("E03", "case-2", "case-2.nii.gz", "case-2.png", "labels", "case-2b.nii.gz"):
+        labelled_cases(site, read_site(site))
+
+
+def test_a_site_without_any_label_is_refused(tmp_path):
+    site = make_site(tmp_path / "site")
+    for label in (site / "labels").iterdir():
+        label.unlink()
+    with refused("E03", "case-0"):
+        labelled_cases(site, read_site(site))
 
 
 def test_two_images_of_one_case_are_refused(tmp_path):
@@ -250,7 +258,7 @@ def test_a_listed_case_without_label_is_refused(tmp_path):
     (site / "labels" / "case-0.nii.gz").unlink()
     write_datalist(site, {"training": ["case-1"], "validation": ["case-2"]})
     assert datalist(site, "training")
-    write_datalist(site, {"training": ["case-0"], "validation": ["case-2"]})
+    write_datalist(site, {"training": ["case-1"], "validation": ["case-0"]})
     with refused("E03", "case-0"):
         datalist(site, "validation")
 

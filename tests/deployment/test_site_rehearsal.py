@@ -210,7 +210,7 @@ def rehearse(*words: object) -> tuple[int, str]:
 def test_data_that_are_wrong_end_it_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     site = tiny_site(tmp_path / "hospital", 1, rgb=False)
-    (site / "labels" / "tiny1.nii.gz").unlink()
+    (site / "labels" / "tiny1.nii.gz").rename(site / "labels" / "other.nii.gz")
     code, text = rehearse(site, "--report", tmp_path / "r.json")
     assert code == 1 and "E03" in text and "NOT verified" in text and "tiny1" in text
     evidence = (tmp_path / "r.json").read_text()

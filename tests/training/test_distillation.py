@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, kl_divergence
 
 from pfedsam.training.distillation import QualityGate, TeacherLogits, bernoulli_kl, distillation_loss, worth
-from pfedsam.training.strategy import Distillation
+from pfedsam.training.extra_losses import Distillation
 
 torch.set_num_threads(1)
 

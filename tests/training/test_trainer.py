@@ -20,8 +20,9 @@ from pfedsam.errors import PFedSAMError, first_of_ours
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.networks.sam import build_network
 from pfedsam.parameters import Roles, group_of, manifest, shared_state, tensors
+from pfedsam.training.extra_losses import Distillation
 from pfedsam.training.feature_cache import FeatureCache
-from pfedsam.training.strategy import Distillation, Phase
+from pfedsam.training.strategy import Phase
 from pfedsam.training.trainer import PhaseTrainer
 
 torch.set_num_threads(1)

@@ -103,7 +103,7 @@ class Desk:
 
     def cases(self) -> list[dict[str, Any]]:
         """The site's NIfTI volumes by name; `labelled` says whether there is a label."""
-        cases = [case for case in read_site(self.site, require_labels=False) if _is_nifti(case.image)]
+        cases = [case for case in read_site(self.site) if _is_nifti(case.image)]
         return [
             {"id": case.name, "path": str(case.image.resolve()), "labelled": case.label is not None} for case in cases
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from pfedsam.data.intensity import NO_WINDOW, window_is_empty
 from pfedsam.data.labels import black_and_white, found_values
 from pfedsam.data.picture import Picture
 from pfedsam.data.reader import load_picture
-from pfedsam.data.site_folder import Case, no_label
+from pfedsam.data.site_folder import Case
 from pfedsam.data.site_report import CaseRow, SiteReport
 from pfedsam.errors import ErrorCode, PFedSAMError, few
 
@@ -26,16 +26,19 @@ _AS_SLICE = (
 )
 
 
-def check_case(report: SiteReport, case: Case, labels: Sequence[int]) -> tuple[Picture, Picture] | None:
+def check_case(
+    report: SiteReport, case: Case, labels: Sequence[int], unknown: Collection[int] = ()
+) -> tuple[Picture, Picture] | None:
     """Check a case and add what is found to the report; nothing is raised for bad data.
 
     Args:
         report: of the case alone, with its row, which is filled.
         case: with its label, or without.
         labels: values that the label may hold.
+        unknown: values that it may hold where nobody knows what is there.
 
     Returns:
-        The image and the label as they were read, None if one of them could not be.
+        The image and the label as they were read, None if one of them could not be, or there is no label.
     """
     (row,) = report.cases
     image = _load(report, case, case.image)
@@ -48,7 +51,6 @@ def check_case(report: SiteReport, case: Case, labels: Sequence[int]) -> tuple[P
         content.update(np.ascontiguousarray(image.values.T).data.cast("B"))
         report.contents[case.name] = content.hexdigest()
     if case.label is None:
-        report.add_error(no_label(Path(report.folder), case), case.name)
         return None
     label = _load(report, case, case.label, label=True)
     if label is None:
@@ -56,7 +58,7 @@ def check_case(report: SiteReport, case: Case, labels: Sequence[int]) -> tuple[P
     turned = label if image is None else turned_onto(image, label)
     if turned is not label:
         report.remark("the label is stored in another order of the axes, and is turned as its image", case.name)
-    positive = _check_label(report, row, case, turned, labels)
+    positive = _check_label(report, row, case, turned, labels, unknown)
     if image is None:
         return None
     _check_pair(report, row, case, image, turned, positive)
@@ -110,11 +112,11 @@ def _check_fit(report: SiteReport, case: Case, image: Picture) -> None:
 
 
 def _check_label(
-    report: SiteReport, row: CaseRow, case: Case, label: Picture, labels: Sequence[int]
+    report: SiteReport, row: CaseRow, case: Case, label: Picture, labels: Sequence[int], unknown: Collection[int]
 ) -> NDArray[np.bool_]:
-    """Returns where the label is not background."""
-    values, found = label.values, found_values(label.values)
-    white = black_and_white(found, labels)
+    """Returns where the label is neither background nor unknown."""
+    values, found, known = label.values, found_values(label.values), [*labels, *unknown]
+    white = black_and_white(found, known)
     if white is not None:
         found = [value // white for value in found]
         report.add(
@@ -124,7 +126,7 @@ def _check_label(
             f"label '{case.label}' holds 0 and {white}: {white} is read as 1.",
         )
     row.label_values = tuple(float(value) for value in found[:256])
-    wrong = [value for value in found if value not in labels]
+    wrong = [value for value in found if value not in known]
     if wrong:
         text = f"label '{case.label}' holds {few(map(str, wrong))}, expected only {list(labels)}."
         report.add(
@@ -134,7 +136,9 @@ def _check_label(
             text,
             "Correct the label, or map its values to the bundle's.",
         )
-    positive = values > 0
+    nobody_knows = np.isin(values, list(unknown)) if unknown and not white else np.zeros(1, dtype=bool)
+    row.unknown = float(nobody_knows.mean())
+    positive = (values > 0) & ~nobody_knows
     row.foreground = int(np.count_nonzero(positive))
     if positive.ndim == 3:
         row.empty_slices = float(1 - positive.any(axis=(0, 1)).mean())

@@ -19,7 +19,7 @@ from pfedsam.errors import few
 _COLOURS: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 #: Columns of the table. Where it is too wide it becomes two, of the file and of its content.
 _OF_FILE = ("case", "section", "shape", "spacing mm", "axes", "type")
-_OF_CONTENT = ("labels", "foreground", "empty", "range")
+_OF_CONTENT = ("labels", "foreground", "unknown", "empty", "range")
 #: They have a column also where all cases have one value.
 _ALWAYS = ("case", "section", "foreground")
 #: Files, cases and numbers in a sentence: findings that differ in nothing else are told in one line.
@@ -71,6 +71,7 @@ def _cells(row: CaseRow) -> dict[str, str]:
         "type": row.dtype or "-",
         "labels": " ".join(f"{value:g}" for value in row.label_values[:6]) or "-",
         "foreground": str(row.foreground),
+        "unknown": f"{row.unknown:.0%}" if row.unknown else "-",
         "empty": "-" if row.empty_slices is None else f"{row.empty_slices:.0%}",
         "range": f"{row.intensity[0]:.4g} .. {row.intensity[1]:.4g}" if row.intensity else "-",
     }

@@ -6,19 +6,21 @@ A report names cases, files and patients, so it stays at the site; only the code
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pfedsam.data.case_checks import check_case
+from pfedsam.data.datalist_file import unknown_value, wrong
 from pfedsam.data.field_of_view import told
 from pfedsam.data.known_checks import KnownChecks
 from pfedsam.data.listed_split import emptied, listed_split
 from pfedsam.data.picture import Picture
-from pfedsam.data.site_folder import LAYOUT, Case, Split, read_site
+from pfedsam.data.sections import SECTIONS, UNLABELLED
+from pfedsam.data.site_folder import LAYOUT, Case, Split, misnamed, no_label, read_site, stray_labels
 from pfedsam.data.site_report import CaseRow, SiteReport
-from pfedsam.data.sites import split_site
+from pfedsam.data.sites import split_site, without_label
 from pfedsam.data.suffixes import SUFFIXES, case_name, visible
 from pfedsam.errors import ErrorCode, PFedSAMError, few
 
@@ -32,6 +34,7 @@ def check_site(
     folder: str | Path,
     labels: Sequence[int] = (0, 1),
     *,
+    unknown: Sequence[int] = (),
     minimum_cases: int = 3,
     seed: int = 0,
     folds: int = 3,
@@ -46,6 +49,7 @@ def check_site(
     Args:
         folder: site folder.
         labels: values that a label may hold.
+        unknown: those of them that say that nobody knows; what the site's `datalist.json` names is added.
         minimum_cases: fewest cases with a label.
         seed: fold of the split, and draw where there is no datalist.
         folds: number of folds.
@@ -59,18 +63,19 @@ def check_site(
     report = SiteReport(str(folder), colour=colour, field_of_view=field_of_view)
     _check_files(report, folder)
     try:
-        cases = read_site(folder, require_labels=False)
+        cases = read_site(folder)
     except PFedSAMError as error:
         report.add_error(error)
         return report
     cases, section_of = _check_split(report, folder, cases, seed, folds)
-    checks = KnownChecks(known, [list(labels), colour, field_of_view])
+    open_values = _open_values(report, folder, labels, unknown)
+    checks = KnownChecks(known, [list(labels), open_values, colour, field_of_view])
     for number, case in enumerate(cases, 1):
         section = section_of.get(case.name, "")
         part = checks.find(case)
         if part is None:
             part = SiteReport(report.folder, cases=[CaseRow(case.name)], colour=colour, field_of_view=field_of_view)
-            pictures = check_case(part, case, labels)
+            pictures = check_case(part, case, labels, open_values)
             if visit is not None and pictures is not None and part.ok:
                 visit(case, section, *pictures)
         checks.keep(case, part)
@@ -80,6 +85,7 @@ def check_site(
             progress(number, len(cases))
     checks.save()
     _add_remarks(report)
+    _add_unlabelled(report, folder, cases, section_of)
     complete = sum(case.label is not None for case in cases)
     if complete < minimum_cases and not any(finding.code == ErrorCode.TOO_FEW_CASES for finding in report.findings):
         report.add(
@@ -98,7 +104,6 @@ def _check_files(report: SiteReport, folder: Path) -> None:
     """Warn of files that no case uses."""
     if not (folder / "images").is_dir():
         return
-    names = {case_name(path) for path in (folder / "images").iterdir()}
     for path in visible(folder / "images"):
         if case_name(path) is None:
             expected = "Convert it to one of " + ", ".join(SUFFIXES) + "."
@@ -113,11 +118,10 @@ def _check_files(report: SiteReport, folder: Path) -> None:
             f"site folder '{folder}': there is no folder '{folder / 'labels'}'.",
             LAYOUT,
         )
-    for path in visible(folder / "labels"):
-        name = case_name(path)
-        if name not in names or name is None:
-            text = f"label '{path}' belongs to no image and is ignored."
-            report.add(ErrorCode.SITE_DATA, "warning", name or "", text, "Name it as its image, or take it away.")
+    for path in stray_labels(folder):
+        text = f"label '{path}' belongs to no image and is ignored."
+        name = case_name(path) or ""
+        report.add(ErrorCode.SITE_DATA, "warning", name, text, "Name it as its image, or take it away.")
 
 
 def _check_split(
@@ -132,7 +136,7 @@ def _check_split(
             for problem in problems or emptied(folder, split):
                 report.add_error(problem)
         else:
-            split = split_site(cases, seed, folds)
+            split = split_site([case for case in cases if case.label is not None] or cases, seed, folds)
     except PFedSAMError as error:
         report.add_error(error)
     section_of: dict[str, str] = {}
@@ -141,13 +145,47 @@ def _check_split(
         for case in members:
             section_of.setdefault(case.name, section)
             by_name[case.name] = case
-    unused = [case.name for case in cases if case.name not in section_of] if section_of else []
+    for case in without_label(list(by_name.values()), split):
+        section_of[case.name] = UNLABELLED
+    unused = [case.name for case in cases if case.name not in section_of and case.label] if section_of else []
     if unused:
         text = f"'{folder / 'datalist.json'}' leaves out {len(unused)} case(s): {few(unused)}."
         report.add(
             ErrorCode.WRONG_SPLIT, "warning", "", text, f"Add them with `pfedsam split {folder}` if they shall be used."
         )
     return sorted(by_name.values(), key=lambda case: case.name), section_of
+
+
+def _open_values(report: SiteReport, folder: Path, labels: Sequence[int], unknown: Sequence[int]) -> list[int]:
+    """The label values of voxels of which nobody knows what they are."""
+    try:
+        own = unknown_value(folder)
+    except PFedSAMError:  # told by the split
+        own = None
+    if own in set(labels) - set(unknown):
+        report.add_error(wrong(folder, f"the label value {own} is unknown and a class", "Take another value."))
+    return sorted({*unknown, *([] if own is None else [own])})
+
+
+def _add_unlabelled(report: SiteReport, folder: Path, cases: Sequence[Case], section_of: Mapping[str, str]) -> None:
+    """Cases without a label: an error where they may be misnamed, or are to be measured on; else told of."""
+    without = [case for case in cases if case.label is None]
+    if not without or len(without) == len(cases):
+        for case in without:
+            report.add_error(no_label(folder, case), case.name)
+        return
+    if strays := stray_labels(folder):
+        report.add_error(misnamed(folder, without[0], strays), without[0].name)
+        return
+    for case in without:
+        if section_of.get(case.name, UNLABELLED) not in (UNLABELLED, SECTIONS[0]):
+            report.add_error(no_label(folder, case), case.name)
+    names = [case.name for case in without if section_of.get(case.name) == UNLABELLED]
+    others = len(without) - len(names)
+    also = f"; {others} more of patients in validation or test are left out" if others else ""
+    text = f"{len(without)} of {len(cases)} cases have no label ({few(case.name for case in without)}){also}."
+    remedy = "A strategy with pseudo-labels trains on them, others do not. Add the labels if there are some."
+    report.add(ErrorCode.MISSING_LABEL, "warning", "", text, remedy)
 
 
 def _add_remarks(report: SiteReport) -> None:

@@ -7,10 +7,11 @@ It is JSON with these keys:
     folds                        instead of them a list of such sections, one a fold: seed s takes fold s modulo their
                                  number. All folds list the same cases.
     patients                     optional, case name to patient; alone it leaves the split to the seed
+    unknown                      optional, the label value of voxels of which nobody has said what they are (scribbles)
     absent                       written by `pfedsam split`: entries of the sections whose files are not there now
     shares                       written by `pfedsam split`: how new patients are shared out to the sections
 
-A patient is never in two sections.
+A patient is never in two sections. A case without a label needs no entry, and is in no section but `training`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pfedsam.data.labels import UNKNOWN_NAME
 from pfedsam.data.sections import SECTIONS
-from pfedsam.errors import ErrorCode, PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError, shown
 
 DATALIST = "datalist.json"
+#: Value of a label of 16 bits.
+_LARGEST = 65535
 
 
 def read_content(folder: Path) -> dict[str, Any]:
@@ -39,13 +43,21 @@ def read_content(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise wrong(folder, f"it is not readable JSON ({str(error).splitlines()[0]})") from None
-    keys = (*SECTIONS, "folds", "patients")
+    keys = (*SECTIONS, "folds", "patients", UNKNOWN_NAME)
     if not isinstance(content, dict) or not any(key in content for key in keys):
         raise wrong(folder, f"it has none of the keys {list(keys)}")
     if not isinstance(content.get("patients", {}), dict):
         raise wrong(folder, "'patients' does not map case names to patients")
+    unknown = content.get(UNKNOWN_NAME, 1)
+    if type(unknown) is not int or not 0 < unknown <= _LARGEST:
+        raise wrong(folder, f"'{UNKNOWN_NAME}' is {shown(unknown)}, expected a label value from 1 to {_LARGEST}")
     _check_folds(folder, content)
     return content
+
+
+def unknown_value(folder: Path) -> int | None:
+    """The label value that a site's `datalist.json` calls unknown, None if it names none (E08 if the file is wrong)."""
+    return read_content(folder).get(UNKNOWN_NAME)
 
 
 def _check_folds(folder: Path, content: Mapping[str, Any]) -> None:

@@ -1,4 +1,8 @@
-"""What the values of a label mean: whole numbers, black and white. Check, prepare and training share it."""
+"""What the values of a label mean: whole numbers, black and white, unknown. Check, prepare and training share it.
+
+A label may leave voxels open (scribbles, points, boxes, blocks): a value that the site names says that nobody knows
+what is there. A case without a label is open everywhere.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,12 @@ ROUNDING = 1e-2
 _PART = 1 << 15
 #: Foreground where a mask was stored as black and white, in 8 and in 16 bits.
 WHITES = (255, 65535)
+#: Name in a label map of the value of voxels of which nobody knows what they are.
+UNKNOWN_NAME = "unknown"
+#: Its number, in the place of a class; and the value of an image that has no label: no file of labels holds it.
+UNKNOWN = int(np.iinfo(np.int16).min)
+#: In the channels `(C, ...)` of a label, beside 0 and 1: all channels of a voxel hold it or none.
+OPEN = 2
 
 
 def as_label(picture: Picture) -> Picture:
@@ -94,19 +104,47 @@ def class_numbers(names: Sequence[str], label_map: Mapping[str, str] | None = No
 
     Args:
         names: of the classes.
-        label_map: name of a class or `background` by value; None for values that are the class numbers.
+        label_map: name of a class, `background` or `unknown` by value; None for values that are the class numbers.
+
+    Returns:
+        Class number, or `UNKNOWN`, by value.
 
     Raises:
         PFedSAMError: E01 for a value that is no number or a name that is no class.
     """
-    known = ["background", *names]
+    numbers = {name: number for number, name in enumerate(["background", *names])}
     if label_map is None:
-        return {number: number for number in range(len(known))}
+        return {number: number for number in numbers.values()}
+    numbers = {UNKNOWN_NAME: UNKNOWN} | numbers  # a class may have that name
     found = {0: 0}
     for value, name in label_map.items():
-        if name not in known or not str(value).isdigit():
-            raise PFedSAMError(
-                ErrorCode.SITE_SETTINGS, f"the label map says {value!r}: {name!r}.", f"Value: one of {known}."
-            )
-        found[int(value)] = known.index(name)
+        if name not in numbers or not str(value).isdigit():
+            remedy = f"Value: one of {list(numbers)}."
+            raise PFedSAMError(ErrorCode.SITE_SETTINGS, f"the label map says {value!r}: {name!r}.", remedy)
+        found[int(value)] = numbers[name]
     return found
+
+
+def with_unknown(
+    label_map: Mapping[str, str] | None, names: Sequence[str], unknown: int | None
+) -> Mapping[str, str] | None:
+    """A label map that also says which value is unknown.
+
+    Args:
+        label_map: see `class_numbers`.
+        names: of the classes.
+        unknown: the value that the site names in its `datalist.json`, None for none.
+
+    Raises:
+        PFedSAMError: E08 if the value is one of the classes.
+    """
+    if unknown is None:
+        return label_map
+    told = {str(number): name for number, name in enumerate(names, 1)} if label_map is None else dict(label_map)
+    if told.get(str(unknown), UNKNOWN_NAME) != UNKNOWN_NAME:
+        raise PFedSAMError(
+            ErrorCode.WRONG_SPLIT,
+            f"datalist.json says that the label value {unknown} is unknown, and it is '{told[str(unknown)]}'.",
+            "Take a value that is no class, for example 254.",
+        )
+    return told | {str(unknown): UNKNOWN_NAME}

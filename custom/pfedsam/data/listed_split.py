@@ -33,7 +33,7 @@ def listed_split(
     if not parts:
         return None
     named = any(_has_names(part) for part in parts.values())
-    known = {case.name: case for case in read_site(folder, require_labels=False)} if named else {}
+    known = {case.name: case for case in read_site(folder)} if named else {}
     listing = _Listing(folder, content, known, files_by_name(folder / "labels", "labels"))
     read = [listing.read(part, told) for told, part in parts.items()]
     problems = [*(problem for _, found in read for problem in found), *_differing(folder, parts)]

@@ -16,6 +16,7 @@ from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys, ensure_tuple
 from numpy.typing import NDArray
 
 from pfedsam.data.geometry import turned_onto
+from pfedsam.data.labels import UNKNOWN
 from pfedsam.data.picture import Picture
 from pfedsam.data.reader import load_picture
 from pfedsam.errors import ErrorCode, PFedSAMError
@@ -34,7 +35,8 @@ class ReadImaged(MapTransform):
     picture is read as grey. With `colour` all are pictures: images `(3, x, y)` from 0 to 255, labels `(1, x, y)`.
 
     An image and its label lie on each other, voxel by voxel: a file that says nothing of space lies where the other
-    does, and a label that is stored in another order of the axes is turned as its image.
+    does, and a label that is stored in another order of the axes is turned as its image. An item without a label gets
+    one that is unknown everywhere.
 
     Args:
         keys: of the items to read: paths, or `pfedsam.data.reader.Picture`.
@@ -54,10 +56,16 @@ class ReadImaged(MapTransform):
                 pictures are expected, or numbers that single precision does not hold.
         """
         items = dict(data)
-        read = {key: self._picture(items[key], key in self.labels) for key in self.key_iterator(items)}
+        images = set(self.keys) - self.labels
+        missing = [key for key in self.keys if images and key in self.labels and key not in items]
+        items |= dict.fromkeys(missing)
+        read = {
+            key: self._picture(items[key], key in self.labels) for key in self.key_iterator(items) if key not in missing
+        }
         image = next((one for key, one in read.items() if key not in self.labels), None)
         if image is not None:
             read |= {key: turned_onto(image, one) for key, one in read.items() if key in self.labels}
+            read |= {key: _unknown(image) for key in missing}
         _check_shapes(list(read.values()))
         nowhere = _of_pixels(read.values()) if self.colour else np.eye(4)
         affine = next((one.affine for one in read.values() if one.affine is not None), nowhere)
@@ -90,6 +98,11 @@ class ReadImaged(MapTransform):
         if picture.kind == "picture" and not self.colour:
             values = values[..., None]
         return in_c_order(values) if label else _single(values, picture.source)
+
+
+def _unknown(image: Picture) -> Picture:
+    """The label of an image that has none."""
+    return replace(image, values=np.full(image.shape, UNKNOWN, dtype=np.int16))
 
 
 def _colours(picture: Picture) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pfedsam.data.kept_volumes import KeptVolumes
+from pfedsam.data.labels import OPEN
 from pfedsam.data.volume_file import LABELLED, StoredVolume, append, compact
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class PreparedVolumes(Dataset[dict[str, Any]]):
         return self.volumes[number].depth
 
     def labelled(self, number: int) -> list[bool]:
-        """Which slices of a volume have a label."""
+        """Which slices of a volume have a label: a voxel of a class in it."""
         return self.volumes[number].labelled
 
     def _volume(self, item: Mapping[str, Any]) -> _Volume:
@@ -142,7 +143,17 @@ def prepared(item: Mapping[str, Any], transform: Callable[[Any], Any]) -> dict[s
     """What a transform makes of an item, without what it passes on, and which slices have a label."""
     volume = transform(dict(item))
     made = {key: value for key, value in volume.items() if isinstance(value, Tensor) or value is not item.get(key)}
-    return {**made, LABELLED: made["label"].flatten(0, -2).any(dim=0).tolist() if "label" in made else []}
+    return {**made, LABELLED: _labelled(made.get("label"))}
+
+
+def _labelled(label: Tensor | None) -> list[bool]:
+    """Which slices hold a class."""
+    if label is None:
+        return []
+    found = label > 0
+    if bool((label == OPEN).any()):
+        found &= label != OPEN
+    return found.flatten(0, -2).any(dim=0).tolist()
 
 
 def stored_part(transform: Callable[[Any], Any]) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:

@@ -17,6 +17,8 @@ from typing import TypeVar
 from pfedsam.errors import ErrorCode, PFedSAMError
 
 SECTIONS: tuple[str, ...] = ("training", "validation", "test")
+#: Beside the sections: cases without a label that may be trained on.
+UNLABELLED = "unlabelled"
 FOLDS, VALIDATION_FRACTION = 3, 0.2
 #: Key of the HMAC. It is public and fixed: another key would move every patient of every site.
 KEY = b"pfedsam: section of a patient"

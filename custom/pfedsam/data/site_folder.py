@@ -1,7 +1,8 @@
 """A site folder, the one input format, and the cases in it.
 
     <site>/images/<case>.nii.gz | .nii | .png | .jpg | .jpeg | .tif | .tiff | .bmp | .dcm   or a folder of DICOM slices
-    <site>/labels/<case>                                               the same case name and formats, integer labels
+    <site>/labels/<case>                                               the same case name and formats, integer labels;
+                                                                       a case without one is unlabelled
     <site>/datalist.json                                               optional
 
 What `datalist.json` holds: `pfedsam.data.datalist_file`. How cases are split: `pfedsam.data.sites`.
@@ -9,12 +10,13 @@ What `datalist.json` holds: `pfedsam.data.datalist_file`. How cases are split: `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pfedsam.data.datalist_file import read_content
 from pfedsam.data.suffixes import SUFFIXES, case_name, visible
-from pfedsam.errors import ErrorCode, PFedSAMError
+from pfedsam.errors import ErrorCode, PFedSAMError, few
 
 LAYOUT = f"Expected <site>/images/<case> and <site>/labels/<case>, each {'|'.join(SUFFIXES)} or a DICOM folder."
 
@@ -29,7 +31,7 @@ class Case:
     Args:
         name: file name without suffix; the same for image and label.
         image: image file, or folder of DICOM slices.
-        label: label file, or None if there is none.
+        label: label file, or None for an unlabelled case.
         patient: whose image it is; the case name where nothing else is known.
     """
 
@@ -58,16 +60,15 @@ def sites_in(data: Path) -> list[Path]:
     return [data / name for name in names]
 
 
-def read_site(folder: str | Path, require_labels: bool = True) -> list[Case]:
-    """The cases of a site folder, sorted by name.
+def read_site(folder: str | Path) -> list[Case]:
+    """The cases of a site folder, sorted by name, with a label and without.
 
     Args:
         folder: site folder.
-        require_labels: whether a case without a label is an error.
 
     Raises:
-        PFedSAMError: E02 if the folder or its images are missing, E03 for a case without a label, E08 for a
-            `datalist.json` that is not readable, E09 if two images or two labels have one case name.
+        PFedSAMError: E02 if the folder or its images are missing, E08 for a `datalist.json` that is not readable, E09
+            if two images or two labels have one case name.
     """
     folder = Path(folder)
     images = folder / "images"
@@ -82,10 +83,37 @@ def read_site(folder: str | Path, require_labels: bool = True) -> list[Case]:
     }
     if not cases:
         raise PFedSAMError(ErrorCode.SITE_FOLDER, f"site folder '{folder}': there is no image in '{images}'.", LAYOUT)
-    if require_labels:
-        for case in cases.values():
-            require_label(folder, case)
     return sorted(cases.values(), key=lambda case: case.name)
+
+
+def labelled_cases(folder: Path, cases: Sequence[Case]) -> list[Case]:
+    """Those of a site's cases that have a label.
+
+    Raises:
+        PFedSAMError: E03 if none has one, or if labels have names of no case: they may be those that are missing.
+    """
+    found = [case for case in cases if case.label is not None]
+    without = next((case for case in cases if case.label is None), None)
+    if without is not None:
+        strays = stray_labels(folder)
+        if strays:
+            raise misnamed(folder, without, strays)
+        if not found:
+            raise no_label(folder, without)
+    return found
+
+
+def stray_labels(folder: Path) -> list[Path]:
+    """What is in a site's folder of labels and belongs to no image."""
+    names = {case_name(path) for path in visible(folder / "images")} - {None}
+    return [path for path in visible(folder / "labels") if case_name(path) not in names]
+
+
+def misnamed(folder: Path, case: Case, strays: Sequence[Path]) -> PFedSAMError:
+    """The error of a case without a label beside labels without a case."""
+    error = no_label(folder, case)
+    what = f"{error.message[:-1]}, where {few(path.name for path in strays)} belong(s) to no image."
+    return PFedSAMError(error.code, what, "Name each label as its image; take away what belongs to none.")
 
 
 def files_by_name(folder: Path, kind: str) -> dict[str, Path]:

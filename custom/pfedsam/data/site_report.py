@@ -44,7 +44,8 @@ class CaseRow:
         orientation: axis codes, for example `RAS`, or "".
         dtype: data type of the image file.
         label_values: values of the label, after 0/255 is mapped.
-        foreground: label voxels above 0.
+        foreground: label voxels above 0, without those that are unknown.
+        unknown: share of the label of which nobody knows what is there.
         unseen: how many of them lie outside the bundle's field of view.
         empty_slices: share of the slices (last axis) without foreground, or None for a 2-D image.
         intensity: least and greatest finite value of the image, or None.
@@ -58,6 +59,7 @@ class CaseRow:
     dtype: str = ""
     label_values: tuple[float, ...] = ()
     foreground: int = 0
+    unknown: float = 0.0
     unseen: int = 0
     empty_slices: float | None = None
     intensity: tuple[float, float] | None = None

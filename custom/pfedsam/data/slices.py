@@ -60,13 +60,13 @@ class SliceChannelsd(MapTransform):
 
 
 class SliceDataset(Dataset[Any]):
-    """Slices of labelled volumes; item `slice * variants + variant`.
+    """Slices of volumes; item `slice * variants + variant`.
 
     A variant is one pre-drawn augmentation. It is a function of `(seed, item)`, so features of its frozen trunk can be
     cached and a run can be repeated. With one variant there is no augmentation.
 
     Args:
-        data: items with `image` and `label` paths (see `pfedsam.data.sites.datalist`).
+        data: items with `image` and `label` paths, unlabelled ones without the second (`pfedsam.data.sites.datalist`).
         transform: of a volume, deterministic: gives `image` `(1, H, W, D)` and `label` `(C, H, W, D)`.
         augment: of a slice, random: MONAI dictionary transforms on `image` `(3, H, W)` and `label` `(C, H, W)`.
         variants: number K of pre-drawn augmentations of each slice.
@@ -92,15 +92,19 @@ class SliceDataset(Dataset[Any]):
         self.augment, self.grey, self.seed = augment, grey, seed
         self.variants = variants if augment is not None else 1
         self.slices: list[tuple[int, int]] = []
-        #: For each volume: indices into `slices` with and without a label.
+        #: For each labelled volume: indices into `slices` with and without a label; an unlabelled one has neither.
         self.positive: list[list[int]] = []
         self.negative: list[list[int]] = []
-        for number in range(len(self.volumes)):
-            has_label = self.volumes.labelled(number)
-            first = len(self.slices)
+        #: For each volume: indices into `slices` of an unlabelled one.
+        self.unlabelled: list[list[int]] = []
+        for number, item in enumerate(data):
+            has_label, first = self.volumes.labelled(number), len(self.slices)
+            every = range(first, first + len(has_label))
             self.slices += [(number, z) for z in range(len(has_label))]
-            self.positive.append([first + z for z, found in enumerate(has_label) if found])
-            self.negative.append([first + z for z, found in enumerate(has_label) if not found])
+            told = "label" in item
+            self.positive.append([one for one, found in zip(every, has_label, strict=True) if told and found])
+            self.negative.append([one for one, found in zip(every, has_label, strict=True) if told and not found])
+            self.unlabelled.append([] if told else list(every))
         if not any(self.positive):
             raise PFedSAMError(
                 ErrorCode.TOO_FEW_CASES, "no training case has a labelled slice.", "Check the split and the labels."
@@ -125,7 +129,8 @@ class SliceDataset(Dataset[Any]):
 class EpochSampler(Sampler[int]):
     """The slices of an epoch: of every case at most so many with and without a label, in random order.
 
-    Every epoch has the same number of slices, so that all strategies get the same number of steps.
+    Every epoch has the same number of slices, so that all strategies get the same number of steps. Slices of unlabelled
+    cases are drawn beside them where `unlabelled_share` asks for some.
 
     Args:
         dataset: the slices.
@@ -140,6 +145,7 @@ class EpochSampler(Sampler[int]):
     ) -> None:
         self.dataset, self.seed = dataset, seed
         self._most = positives_per_case, negatives_per_case
+        self.unlabelled_share = 0.0
         self.leave_out(())
         self.draw: tuple[int, ...] = (0,)
 
@@ -154,7 +160,17 @@ class EpochSampler(Sampler[int]):
         self.negatives = min(sum(n for _, n in self.take), sum(p for p, _ in self.take) // 2)
 
     def __len__(self) -> int:
+        return self._labelled + self._unlabelled
+
+    @property
+    def _labelled(self) -> int:
         return sum(p for p, _ in self.take) + self.negatives
+
+    @property
+    def _unlabelled(self) -> int:
+        """Slices of unlabelled cases: so many for each of the others, or as many as there are."""
+        there = sum(map(len, self.dataset.unlabelled))
+        return min(round(self.unlabelled_share * self._labelled), there)
 
     def set_draw(self, *draw: int) -> None:
         """Choose what the next iteration draws, for example by `(round, phase, epoch)`."""
@@ -169,6 +185,9 @@ class EpochSampler(Sampler[int]):
             chosen += random.choice(positive, positives, replace=False).tolist() if positives else []
             empty += random.choice(negative, negatives, replace=False).tolist() if negatives else []
         chosen += random.choice(empty, self.negatives, replace=False).tolist() if self.negatives else []
+        if self._unlabelled:
+            every = [one for volume in self.dataset.unlabelled for one in volume]
+            chosen += random.choice(every, self._unlabelled, replace=False).tolist()
         variants = random.integers(self.dataset.variants, size=len(chosen))
         items = np.asarray(chosen) * self.dataset.variants + variants
         return iter(random.permutation(items).tolist())

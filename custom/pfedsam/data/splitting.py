@@ -3,8 +3,10 @@
 A first split is dealt out to folds (`pfedsam.data.sections.deal`). Called again, new cases of known patients go to the
 sections of their patients, new patients are placed one by one in the order of their names. Cases whose files are not
 there any more keep their places in the file and are kept out (key `absent`): when they come back, they are where they
-were. The sections of a file without folds stay the user's own: new patients are added in the proportions that the
-sections had at the first extension (key `shares`).
+were. Cases without a label are in no section.
+
+The sections of a file without folds stay the user's own: new patients are added in the proportions that the sections
+had at the first extension (key `shares`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 from pfedsam.data.datalist_file import DATALIST, entry_name, listed_parts, read_content, wrong
 from pfedsam.data.listed_split import listed_split
 from pfedsam.data.sections import FOLDS, SECTIONS, Sections, deal, most_below, place
-from pfedsam.data.site_folder import Case, read_site
+from pfedsam.data.site_folder import Case, labelled_cases, read_site
 from pfedsam.data.suffixes import case_name
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import write_like
@@ -41,6 +43,7 @@ class Written:
         patients: number of patients.
         added: cases that were not in the file, all of them for a first split.
         absent: entries of the file whose images are not there.
+        unlabelled: number of cases without a label.
         changed: whether the file was written.
     """
 
@@ -50,6 +53,7 @@ class Written:
     added: tuple[str, ...]
     absent: tuple[str, ...]
     changed: bool
+    unlabelled: int = 0
 
     def lines(self) -> list[str]:
         """What was done, for people."""
@@ -58,6 +62,8 @@ class Written:
         for number, counts in enumerate(self.counts):
             told = ", ".join(f"{count} {section}" for section, count in counts.items())
             lines.append(f"  fold {number}: {told}" if len(self.counts) > 1 else f"  {told}")
+        if self.unlabelled:
+            lines.append(f"  {self.unlabelled} case(s) without a label are in no section")
         if self.absent:
             lines.append(f"  kept out, their images are not there: {', '.join(self.absent)}")
         return lines
@@ -76,18 +82,18 @@ def write_datalist(folder: str | Path, folds: int | None = None) -> Written:
         OSError: if it cannot be written.
     """
     folder = Path(folder)
-    cases, content = read_site(folder), read_content(folder)
-    parts = listed_parts(content)
+    every, content = read_site(folder), read_content(folder)
+    cases, parts = labelled_cases(folder, every), listed_parts(content)
     if not parts:
         try:
             content["folds"] = dealt_folds(cases, folds or FOLDS)
         except PFedSAMError as error:
             raise PFedSAMError(error.code, f"'{folder}': {error.message}", error.remedy) from None
-        return _written(folder, content, cases, cases)
+        return _written(folder, content, every, cases)
     if folds is not None and folds != len(parts):
         what = f"it has {len(parts)} fold(s), {folds} were asked for"
         raise wrong(folder, what, "Leave --folds out; removing the file would move patients to other sections.")
-    content["absent"] = _absent(folder, content, cases)
+    content["absent"] = _absent(folder, content, every)
     _require_right(folder, content)
     new = _new(content, cases)
     known = [_patients(content, part) for part in parts.values()]
@@ -99,7 +105,7 @@ def write_datalist(folder: str | Path, folds: int | None = None) -> Written:
         else:
             _place_by_shares(folder, content, patient, present[0], known[0])
     _add(new, list(parts.values()), [one | other for one, other in zip(known, present, strict=True)])
-    return _written(folder, content, cases, new)
+    return _written(folder, content, every, new)
 
 
 def dealt_folds(cases: Sequence[Case], folds: int = FOLDS) -> list[dict[str, Any]]:
@@ -252,7 +258,7 @@ def _add(cases: Sequence[Case], parts: Sequence[dict[str, Any]], sections: Seque
 
 
 def _written(folder: Path, content: dict[str, Any], cases: Sequence[Case], added: Sequence[Case]) -> Written:
-    """Write the file if it differs from what is there, and tell what is in it."""
+    """Write the file if it differs from what is there, and tell what is in it; `cases` are all of the site."""
     absent = content.pop("absent", [])
     if absent:
         content["absent"] = absent
@@ -269,8 +275,9 @@ def _written(folder: Path, content: dict[str, Any], cases: Sequence[Case], added
         {section: sum(_case_of(entry) in names for entry in part.get(section, [])) for section in SECTIONS}
         for part in listed_parts(content).values()
     ]
-    patients = len({case.patient for case in cases})
-    return Written(path, counts, patients, tuple(case.name for case in added), tuple(absent), changed)
+    known = [case for case in cases if case.label is not None]
+    told = tuple(case.name for case in added), tuple(absent)
+    return Written(path, counts, len({case.patient for case in known}), *told, changed, len(cases) - len(known))
 
 
 def _a_file(cases: Sequence[Case]) -> Path | None:

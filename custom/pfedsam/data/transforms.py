@@ -14,7 +14,7 @@ from monai.utils import convert_to_dst_type, convert_to_tensor
 from torch import Tensor
 
 from pfedsam.data.intensity import NO_WINDOW, WINDOW
-from pfedsam.data.labels import black_and_white, class_numbers, found_values
+from pfedsam.data.labels import OPEN, UNKNOWN, black_and_white, class_numbers, found_values
 from pfedsam.errors import ErrorCode, PFedSAMError, few
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 class ClassChannelsd(MapTransform):
     """Integer labels `(1, ...)` to one channel of 0 and 1 for each class, `(C, ...)`.
+
+    Where a label does not say what is there, all channels hold 2, see `pfedsam.data.labels`.
 
     Args:
         keys: of the labels.
@@ -55,15 +57,21 @@ class ClassChannelsd(MapTransform):
         white = black_and_white(_found(numbers), self.numbers)
         if white is not None:
             numbers = numbers // white
-        wrong = [value for value in _found(numbers) if value not in self.numbers]
+        found = _found(numbers)
+        wrong = [value for value in found if value not in self.numbers and value != UNKNOWN]
         if wrong:
             source = getattr(label, "meta", {}).get("filename_or_obj", "a label")
             shown, known = few(map(str, wrong)), list(self.numbers)
             raise PFedSAMError(
                 ErrorCode.LABEL_OUT_OF_RANGE, f"{source} holds {shown}, expected only {known}.", "Correct or map it."
             )
-        channels = [self._one_of(numbers, classes) for classes in self.values]
-        return convert_to_dst_type(torch.cat(channels), dst=label, dtype=torch.float32)[0]
+        channels = torch.cat([self._one_of(numbers, classes) for classes in self.values])
+        if any(self.numbers.get(value, UNKNOWN) == UNKNOWN for value in found):
+            unknown = self._one_of(numbers, [UNKNOWN])
+            if UNKNOWN in found:  # else a byte, which would be compared with what is left of the number in a byte
+                unknown |= numbers == UNKNOWN
+            channels = channels.to(torch.uint8).masked_fill_(unknown, OPEN)
+        return convert_to_dst_type(channels, dst=label, dtype=torch.float32)[0]
 
     def _one_of(self, numbers: Tensor, classes: Sequence[int]) -> Tensor:
         """Where a label holds a value that means one of some class numbers."""

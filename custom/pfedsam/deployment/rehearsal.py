@@ -82,7 +82,7 @@ def find_site(path: Path, changed: Mapping[str, Any] | None = None) -> Site:
         client = json.loads((path / "startup" / "fed_client.json").read_text()).get("client", {})
         name = str(client.get("fqsn", path.name))
         return Site(name, site_folder(settings.data_root, name), settings, path)
-    read_site(path, require_labels=False)
+    read_site(path)
     return Site(path.resolve().name, path, SiteSettings(**{**KIT_DEFAULTS, **given}), None)
 
 

@@ -12,9 +12,12 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.data.utils import affine_to_spacing
+from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from pfedsam.bundles import class_names, find_bundle, local_settings
+from pfedsam.data.expected import label_map_of
+from pfedsam.data.known import on_known
 from pfedsam.data.seen import Seen, patient_of
 from pfedsam.errors import ErrorCode, PFedSAMError, few, first_of_ours
 from pfedsam.evaluation.metrics import case_metrics
@@ -151,6 +154,8 @@ def evaluate_site(
     """
     site = site or Path(folder).name
     settings = {**store_settings(feature_store), **local_settings(overrides), **slow_precision(bundle, overrides)}
+    if (label_map := label_map_of(folder, bundle)) is not None:
+        settings["label_map"] = label_map
     workflow = _workflow(bundle, folder, model_file, settings, section, output_dir)
     try:
         workflow.initialize()
@@ -275,9 +280,11 @@ def _workflow(bundle: str, folder: Any, model_file: Any, settings: Any, section:
 
 def _score(site: str, model: str, case: str, output: Any) -> tuple[CaseScore, np.ndarray, np.ndarray]:
     """The score of a case, its label and the prediction, `(C, H, W, D)` each."""
-    prediction, label = output["pred"].bool(), output["label"].bool()
+    label, prediction = on_known(output["label"], output["pred"])
+    prediction, label = prediction.bool(), label.bool()
     spacing = affine_to_spacing(output["label"].affine, r=label.ndim - 1).tolist()
-    metrics = case_metrics(prediction.as_tensor(), label.as_tensor(), spacing)
+    found, true = (convert_to_tensor(one, track_meta=False) for one in (prediction, label))
+    metrics = case_metrics(found, true, spacing)
     return CaseScore(site, case, model, **vars(metrics)), label.cpu().numpy(), prediction.cpu().numpy()
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pfedsam.training.strategy import Distillation
+from pfedsam.training.extra_losses import Distillation
 
 
 def bernoulli_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:

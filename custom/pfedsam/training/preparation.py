@@ -18,7 +18,7 @@ from monai.bundle import ConfigParser
 import pfedsam
 from pfedsam.bundles import TRAIN, find_bundle, local_settings, scripts_of
 from pfedsam.data.checks import check_site
-from pfedsam.data.expected import expected_by
+from pfedsam.data.expected import expected_by, label_map_of
 from pfedsam.data.kept_volumes import KeptVolumes
 from pfedsam.data.picture import Picture
 from pfedsam.data.prepared import PreparedVolumes, prepared, stored_part
@@ -54,6 +54,7 @@ def require_trainable(
     Raises:
         PFedSAMError: the first thing that is wrong with the site (E02 to E09).
     """
+    label_map = label_map_of(folder, bundle, label_map)
     expected = expected_by(bundle, overrides, label_map)
     if prepared is None:
         return require_valid(check_site(folder, **expected))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedsam.bundles import find_bundle, local_settings
+from pfedsam.data.expected import label_map_of
 from pfedsam.data.site_report import SiteReport
 from pfedsam.errors import ErrorCode, PFedSAMError, first_of_ours
 
@@ -118,8 +119,9 @@ def _first_batch(told: Mapping[str, Any], part: str, case: str) -> str:
     parser = ConfigParser()
     parser.read_config(str(root / "configs" / "train.json"))
     settings = {"bundle_root": str(root), "dataset_dir": told["folder"], **local_settings(told["overrides"])}
-    if told.get("label_map") is not None:
-        settings["label_map"] = told["label_map"]
+    label_map = label_map_of(told["folder"], told["bundle"], told.get("label_map"))
+    if label_map is not None:
+        settings["label_map"] = label_map
     for key, value in settings.items():
         parser[key] = value
     key = f"{part}#data_list"

@@ -106,12 +106,14 @@ class SiteTrainer:
             case_limit=self.case_limit,
             label_map=self.label_map,
             prepared=self.prepared,
+            unlabelled=self.strategy.learns_from_unlabelled,
         )
         self.network, self.trainer, self.evaluator = opened.network, opened.trainer, opened.evaluator
-        self.cases, self.validation_cases = opened.cases, opened.validation_cases
-        serving = self.strategy.serving
-        alone = serving is not None and serving.alone is not None
-        self.tensors = SiteTensors(self.network, self.strategy.roles, alone)
+        self.cases = [case for case in opened.cases if "label" in case]
+        self.unlabelled_cases = [case for case in opened.cases if "label" not in case]
+        self.validation_cases = opened.validation_cases
+        self.tensors = SiteTensors(self.network, self.strategy.roles, self.strategy.needs_unshared)
+        self.trainer.base = self.tensors.unshared
         self._seed = opened.seed
         self._sample = RoundSample(opened.seed, self.least_validated)
 
@@ -297,7 +299,7 @@ class SiteTrainer:
 
     def _run(self, phases: tuple[Phase, ...], round_number: int) -> RoundResult:
         result = RoundResult({}, {})
-        self._seen = self._seen.add("training", map(patient_of, self.cases))
+        self._seen = self._seen.add("training", map(patient_of, [*self.cases, *self.unlabelled_cases]))
         for number, phase in enumerate(phases):
             for layer in self.network.expert_layers().values():
                 layer.forget_usage()

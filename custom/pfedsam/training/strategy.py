@@ -5,81 +5,34 @@ from __future__ import annotations
 from math import ceil
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from typing_extensions import Self
+from pydantic import Field, field_validator, model_validator
 
-from pfedsam.errors import ErrorCode, PFedSAMError, shown
 from pfedsam.parameters import GROUPS, LAYER_NORM, Roles
 from pfedsam.ranges import MOST_EPOCHS, MOST_ROUNDS
 from pfedsam.settings import by_one_name
+from pfedsam.training.extra_losses import (
+    LARGEST_FACTOR,
+    LARGEST_RATE,
+    Distillation,
+    Factor,
+    Number,
+    PseudoLabels,
+    Rounds,
+    Settings,
+    Smoothness,
+    Switch,
+    Whole,
+)
 
 #: What other tools call two keys of a phase.
 ALIASES = {"lr_multipliers": "rates", "proximal_mu": "proximal"}
 
-MOST_PHASES, MOST_STEPS, LARGEST_RATE, LARGEST_FACTOR = 20, 100_000, 10.0, 1000.0
-# a text or a truth value is no number
-Whole = Annotated[int, Field(strict=True)]
-Number = Annotated[float, Field(strict=True)]
-Switch = Annotated[bool, Field(strict=True)]
-Factor = Annotated[Number, Field(ge=0, le=LARGEST_FACTOR)]
-Rounds = Annotated[Whole, Field(ge=0, le=MOST_ROUNDS)]
+MOST_PHASES, MOST_STEPS = 20, 100_000
 Name = Annotated[str, Field(max_length=100)]
 Length = Annotated[Whole, Field(ge=1, le=MOST_EPOCHS)]
-Place = Annotated[Number, Field(gt=0, le=1)]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @classmethod
-    def of(cls, settings: object) -> Self:
-        """From plain settings, as they are in a JSON file.
-
-        Raises:
-            PFedSAMError: E16 naming the first wrong key, its value and what was expected.
-        """
-        try:
-            return cls.model_validate(settings)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or cls.__name__
-            raise PFedSAMError(
-                ErrorCode.WRONG_SETTING,
-                f"{cls.__name__.lower()} setting '{where}' = {shown(first.get('input'))}: {first['msg']}.",
-                "The settings are described in pfedsam/training/strategy.py.",
-            ) from None
-
-
-class Distillation(_Settings):
-    """Extra loss `weight * temperature^2 * KL(teacher || student)` of a phase (Hinton et al., arXiv 1503.02531).
-
-    The teacher is the network as it is when the phase starts: with the experts off it is the global model as received
-    (`global_to_local`, in a phase that trains personal tensors); with the experts on it is the last personal pair
-    (`local_to_global`, in a phase that trains shared tensors); both phases with a teacher are `mutual`. [ours]
-
-    Attributes:
-        teacher: `global` (experts off) or `personal` (experts on).
-        weight: lambda. [ours]
-        temperature: tau, softens both distributions (Hinton et al., arXiv 1503.02531). [ours]
-        band: a pixel is in the band if its label is 1, or the teacher's or the student's probability exceeds this; the
-            divergence is averaged over the band and over the rest separately, 1:1, because nearly all pixels are
-            background. [ours]
-        warmup_rounds: rounds without distillation: an untrained teacher teaches noise. [ours]
-        quality_gate: no distillation while the teacher's Dice on the training slices is below the student's. [ours]
-        by_image: the divergence on each image counts as much as the teacher's soft Dice on it: where it contradicts the
-            site's labels, it says nothing. [ours]
-    """
-
-    teacher: Literal["global", "personal"] = "global"
-    weight: Factor = 0.5
-    temperature: Number = Field(2.0, gt=0, le=100)
-    band: Number = Field(0.05, gt=0, lt=1)
-    warmup_rounds: Rounds = 2
-    quality_gate: Switch = True
-    by_image: Switch = False
-
-
-class Phase(_Settings):
+class Phase(Settings):
     """One step of local training.
 
     Attributes:
@@ -100,6 +53,9 @@ class Phase(_Settings):
         anneal: `cosine`: within the phase the learning rate falls to zero as half a cosine over its steps (SGDR without
             restarts: Loshchilov and Hutter, arXiv 1608.03983).
         distillation: the extra loss, or None.
+        pseudo: what is learnt from voxels of which no label says what they are: of cases without a label, which are
+            drawn for this phase alone, and of weak labels. None: nothing.
+        smooth: the loss that lets a prediction change where the image does, on images with such voxels, or None.
         balance: weight of the experts' load-balance loss, where only the top k gates count.
         proximal: mu of the extra loss `mu / 2 * ||w - theta||^2`, w what is trained of the shared tensors or of their
             copy, theta as received (FedProx: Li et al., arXiv 1812.06127; Ditto: Li et al., arXiv 2012.04221).
@@ -119,6 +75,8 @@ class Phase(_Settings):
     inverse_time_decay: Factor = 0.0
     anneal: Literal["none", "cosine"] = "none"
     distillation: Distillation | None = None
+    pseudo: PseudoLabels | None = None
+    smooth: Smoothness | None = None
     balance: Factor = 0.01
     proximal: Factor = 0.0
 
@@ -143,7 +101,7 @@ class Phase(_Settings):
         return self
 
 
-class Serving(_Settings):
+class Serving(Settings):
     """How a site finds out what it keeps after the final phase. [ours]
 
     Models on the way of the final phase are compared with the global one, patient by patient, on patients that they
@@ -217,7 +175,7 @@ class Serving(_Settings):
         return self.model_copy(update=change)
 
 
-class Strategy(_Settings):
+class Strategy(Settings):
     """Roles, phases of a round, and the phases after the last aggregation.
 
     Attributes:
@@ -313,6 +271,18 @@ class Strategy(_Settings):
         if self.serving is None:
             return tuple(phase.epochs for phase in self.final)
         return self.serving.runs()
+
+    @property
+    def learns_from_unlabelled(self) -> bool:
+        """Whether a phase trains on cases without a label."""
+        return any(phase.pseudo is not None for phase in (*self.phases, *self.final))
+
+    @property
+    def needs_unshared(self) -> bool:
+        """Whether a site needs the tensors of a network that no federation has trained."""
+        alone = self.serving is not None and self.serving.alone is not None
+        phases = (*self.phases, *self.final)
+        return alone or any(phase.pseudo is not None and phase.pseudo.refine == "box" for phase in phases)
 
     @property
     def has_copy(self) -> bool:

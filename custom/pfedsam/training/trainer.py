@@ -16,14 +16,17 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from pfedsam.data.known import known_loss, settled, share_open
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.networks.prompts import training_boxes
 from pfedsam.parameters import Role, Roles, group_of, set_trainable, short, swapped_parameters, trains_encoder
 from pfedsam.training.distillation import QualityGate, TeacherLogits, distillation_loss
 from pfedsam.training.feature_cache import TRAINING, FeatureCache
+from pfedsam.training.open_voxels import OpenVoxels
 from pfedsam.training.optimiser import Moments, learning_rate, names_by_factor, phase_optimizer
 from pfedsam.training.round_result import PhaseReport
+from pfedsam.training.smoothness import smoothness_loss
 from pfedsam.training.strategy import Phase
 
 logger = logging.getLogger(__name__)
@@ -65,6 +68,8 @@ class PhaseTrainer(SupervisedTrainer):
         self.should_stop: Callable[[], bool] = lambda: False
         self._template: Optimizer = self.optimizer
         self._moments = Moments()
+        #: Tensors of the network that no federation has trained, for a phase that asks the base SAM.
+        self.base: Mapping[str, Tensor] = {}
         self.roles = Roles(tuple(shared), tuple(personal))
         self.add_event_handler(Events.EPOCH_STARTED, PhaseTrainer._draw)
         self.add_event_handler(Events.ITERATION_STARTED, PhaseTrainer._poll)
@@ -121,6 +126,7 @@ class PhaseTrainer(SupervisedTrainer):
         self._teacher = TeacherLogits(self._teach) if self._distils() else None
         self._taught_by = self._snapshot() if self._distils() else {}
         self._gate = QualityGate(self.exclusive)
+        self._open = self._open_voxels(parameters)
         self.state.epoch = self.state.iteration = 0
         self.state.max_epochs = phase.epochs
 
@@ -133,13 +139,19 @@ class PhaseTrainer(SupervisedTrainer):
         """
         if self.phase.epochs == 0:
             return
+        self._draw_unlabelled(self.phase.pseudo.share if self.phase.pseudo and self._open else 0.0)
         try:
             super().run()
             self._require_finite_parameters()
         except BaseException:
             reset(self)
             raise
+        finally:
+            self._draw_unlabelled(0.0)
         self.report.teacher_passes = self._teacher.passes if self._teacher else 0
+        if self._open is not None and self._open.labelled:
+            share = sum(self._open.labelled) / len(self._open.labelled)
+            logger.info("phase '%s': %.0f %% of the voxels without a label got one", self.phase.name, 100 * share)
         if self.phase.keep_moments:
             self._moments.keep(self.optimizer, self._trained)
         if self.feature_cache is not None:
@@ -171,7 +183,7 @@ class PhaseTrainer(SupervisedTrainer):
         self.network.train()
         self._schedule()
         self.optimizer.zero_grad(set_to_none=True)
-        boxes = training_boxes(label, items, self.box_probability) if self.box_probability else None
+        boxes = training_boxes(settled(label), items, self.box_probability) if self.box_probability else None
         with self.network.prompted(boxes):
             return self._step(images, label, items)
 
@@ -183,7 +195,12 @@ class PhaseTrainer(SupervisedTrainer):
             balance = self.network.balance_loss()  # before a teacher with experts runs
             self.fire_event(IterationEvents.FORWARD_COMPLETED)
         prediction = prediction.float()
-        loss = self.loss_function(prediction, label).mean()
+        loss = known_loss(self.loss_function, prediction, label)
+        if self._open is not None:
+            loss = loss + self._open(features, prediction, label, items)
+        if self.phase.smooth is not None:
+            loss = loss + self._smoothed(prediction, images, label)
+        label = settled(label)
         if self._teacher is not None:
             loss = loss + self._distil(features, prediction, label, items)
         if balance is not None:
@@ -198,6 +215,8 @@ class PhaseTrainer(SupervisedTrainer):
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self._require_finite(self._gradient_norm(), "the norm of the gradient is")
         self.optimizer.step()
+        if self._open is not None:
+            self._open.follow()
         self.report.steps += 1
         self.report.losses.append(value)
         self.state.output = {Keys.IMAGE: images, Keys.LABEL: label, Keys.PRED: prediction.detach(), Keys.LOSS: loss}
@@ -233,6 +252,37 @@ class PhaseTrainer(SupervisedTrainer):
             return 0.0
         self.report.distilled_steps += 1
         return distillation_loss(teacher, prediction, label, settings, self.exclusive)
+
+    def _open_voxels(self, trained: Mapping[str, torch.nn.Parameter]) -> OpenVoxels | None:
+        """What the phase learns from voxels without a label, from the round on in which it does."""
+        settings = self.phase.pseudo
+        if settings is None or self.round < settings.warmup_rounds:
+            return None
+        return OpenVoxels(
+            self.network,
+            settings,
+            trained,
+            self.loss_function,
+            exclusive=self.exclusive,
+            draw=(self.round, self.number),
+            base=self.base,
+            autocast=self._autocast,
+        )
+
+    def _draw_unlabelled(self, share: float) -> None:
+        """How many slices of unlabelled cases an epoch has, for each other slice."""
+        sampler: Any = getattr(self.data_loader, "sampler", None)
+        if getattr(sampler, "unlabelled_share", share) != share:
+            sampler.unlabelled_share = share
+            self.state.epoch_length = len(self.data_loader)  # type: ignore[arg-type]
+
+    def _smoothed(self, prediction: Tensor, images: Tensor, label: Tensor) -> Tensor | float:
+        """The smoothness of the images that no label knows whole."""
+        assert self.phase.smooth is not None
+        chosen = share_open(label) > 0
+        if not bool(chosen.any()):
+            return 0.0
+        return smoothness_loss(prediction[chosen], images[chosen], self.phase.smooth, self.exclusive)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.state.device.type, dtype=torch.bfloat16, enabled=self.autocast)

@@ -18,6 +18,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 from torch.utils.data import Subset
 
+from pfedsam.data.known import on_known
 from pfedsam.data.prepared import PreparedVolumes
 from pfedsam.training.left_out import run_on
 from pfedsam.training.trainer import reset
@@ -47,9 +48,18 @@ def run_validation(evaluator: Any, exclusive: bool) -> tuple[float, list[bool]]:
     def look(engine: Any) -> None:
         answered.extend(is_answer(logits, exclusive) for logits in engine.state.output[Keys.PRED])
 
-    with evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, look):
+    with (
+        evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, look),
+        evaluator.add_event_handler(IterationEvents.MODEL_COMPLETED, _on_known),
+    ):
         evaluator.run()
     return float(evaluator.state.metrics["val_dice"]), answered
+
+
+def _on_known(engine: Any) -> None:
+    """Where a label says nothing, nothing is right or wrong. It comes after the bundle's postprocessing."""
+    for item in engine.state.output:
+        item[Keys.LABEL], item[Keys.PRED] = on_known(item[Keys.LABEL], item[Keys.PRED])
 
 
 def validated_cases(evaluator: Any, exclusive: bool) -> list[float]:

@@ -10,6 +10,8 @@ from typing import Any
 from monai.bundle import ConfigWorkflow
 
 from pfedsam.bundles import find_bundle, local_settings
+from pfedsam.data.expected import label_map_of
+from pfedsam.data.sections import UNLABELLED
 from pfedsam.data.sites import write_split
 from pfedsam.errors import ErrorCode, failing_as
 from pfedsam.networks.model import SegmentAnything
@@ -55,6 +57,7 @@ def open_workflow(
     case_limit: int | None = None,
     label_map: Mapping[str, str] | None = None,
     prepared: str | Path | None = None,
+    unlabelled: bool = False,
 ) -> Workflow:
     """Build a bundle's training workflow on a site's data, and write down the split in `output_dir`.
 
@@ -63,6 +66,7 @@ def open_workflow(
             `pfedsam.training.site.SiteTrainer`.
         roles: of the groups; they say whether the trunk of the network is frozen.
         case_limit: at most so many training cases, or None for all.
+        unlabelled: also load the cases without a label that may be trained on, after the others.
 
     Raises:
         PFedSAMError: E28 if there is no such bundle; else with the code of whatever is wrong in data, weights or
@@ -77,12 +81,14 @@ def open_workflow(
         }
         settings |= {"train#handlers": "$[]", "validate#handlers": "$[]"}  # the round validates, not the epochs
         settings |= store_settings(feature_store)
+        label_map = label_map_of(folder, bundle, label_map)
         settings |= Preparation(bundle, overrides, label_map, prepared).settings()
         if label_map is not None:
-            settings["label_map"] = dict(label_map)
-        if case_limit is not None:
-            all_cases = "datalist(@dataset_dir, 'training', seed=@seed, folds=@folds)"
-            settings["train#data_list"] = f"${all_cases}[:{int(case_limit)}]"
+            settings["label_map"] = label_map
+        if case_limit is not None or unlabelled:
+            listed = "datalist(@dataset_dir, '{}', seed=@seed, folds=@folds)"
+            cases = f"{listed.format('training')}[:{case_limit}]"
+            settings["train#data_list"] = f"${cases}" + (f" + {listed.format(UNLABELLED)}" if unlabelled else "")
         if device != "auto":
             settings["device"] = f"$torch.device({device!r})"
         workflow = ConfigWorkflow(

@@ -76,7 +76,7 @@ def subjects_of(
         raise PFedSAMError(ErrorCode.CONTRADICTION, message, "Leave it out, or give the folder of a finished run.")
     file = None if model is None else _model_file(model, site)
     if (path / "images").is_dir():
-        cases = read_site(path, require_labels=False)
+        cases = read_site(path)
         found = [_of_case(case, path.resolve().name, file) for case in cases]
     else:
         found = [_of_image(path, file)]
@@ -138,7 +138,7 @@ def _of_run(run: Path, site: str | None, data: Path | None) -> list[Subject]:
             raise PFedSAMError(ErrorCode.RUN_INCOMPLETE, message, "Name the folder with the run's data: --data.")
         model = _model_file(run, name)
         sections = {case: told.get("section", "") for case, told in _cases_of(terms, name).items()}
-        cases = read_site(root / name, require_labels=False)
+        cases = read_site(root / name)
         of_site = [_of_case(case, name, model, str(sections.get(case.name, ""))) for case in cases]
         found += sorted(of_site, key=lambda one: (_order(one.section), one.name))
     return found
