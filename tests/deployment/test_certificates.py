@@ -139,5 +139,6 @@ def test_a_site_is_warned_of_the_end_of_its_certificates(workspace: Workspace) -
 def test_the_command_says_what_it_renews_and_what_comes_next(workspace: Workspace) -> None:
     done = CliRunner().invoke(app, ["certificates", "renew", str(workspace.project), SITES[0]])
     assert done.exit_code == 0 and f"{SITES[0]}: ends" in done.output and "nvflare provision" in done.output
+    assert "pfedsam site renew <kit> <new kit>" in done.output
     nothing = CliRunner().invoke(app, ["certificates", "renew", str(workspace.project)])
     assert nothing.exit_code == 0 and "nothing in" in nothing.output

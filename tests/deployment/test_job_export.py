@@ -13,11 +13,15 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from pfedsam.cli import app
+from pfedsam.deployment.allowed_classes import needed_classes
 from pfedsam.deployment.job_files import find_job, plan_settings, read_json, server_settings
+from pfedsam.deployment.job_tracker import MLFLOW, RECEIVER_ID, TENSORBOARD
 from pfedsam.deployment.jobs import CARRIED
 from pfedsam.errors import PFedSAMError
+from pfedsam.federated.scalars import EVENT
 from pfedsam.parameters import TensorSpec
 from pfedsam.storage.global_model import round_of, write_global_model
+from pfedsam.storage.job_plan import SERVER
 from pfedsam.training.catalogue import find_strategy
 
 
@@ -39,6 +43,45 @@ def test_settings_of_the_bundle_are_added_to_those_of_the_job(tmp_path: Path) ->
     before = plan_settings(find_job("pfedsam"))["overrides"] or {}
     job = exported(tmp_path / "job", "--set", "batch_size=2", "--set", "seed=7")
     assert plan_settings(job)["overrides"] == {**before, "batch_size": 2, "seed": 7}
+
+
+def receiver(job: Path) -> dict[str, Any]:
+    (found,) = [one for one in server_settings(job)["components"] if one["id"] == RECEIVER_ID]
+    return found
+
+
+def test_a_tracker_takes_the_place_of_the_one_before_and_a_server_allows_it(tmp_path: Path) -> None:
+    before = receiver(exported(tmp_path / "before"))
+    assert before["path"] == TENSORBOARD
+    job = exported(tmp_path / "job", "--tracker", "mlflow", "--federation", "lesions")
+    told = {"events": [EVENT], "kw_args": {"experiment_name": "lesions"}}
+    assert receiver(job) == {"id": RECEIVER_ID, "path": MLFLOW, "args": told}
+    assert MLFLOW in needed_classes(SERVER)
+    uri = "https://curves.example.org:5000"
+    job = exported(tmp_path / "job", "--tracker", f"mlflow={uri}", "--federation", "lesions")
+    assert receiver(job)["args"] == {**told, "tracking_uri": uri}
+    assert receiver(exported(tmp_path / "back", "--tracker", "tensorboard", job=str(job))) == before
+    assert receiver(exported(tmp_path / "kept", job=str(job)))["path"] == MLFLOW
+
+
+def test_a_job_without_a_tracker_gets_one(tmp_path: Path) -> None:
+    job = exported(tmp_path / "job")
+    file = job / "app" / "config" / SERVER
+    config = read_json(file)
+    config["components"] = [one for one in config["components"] if one["id"] != RECEIVER_ID]
+    file.write_text(json.dumps(config))
+    assert receiver(exported(tmp_path / "more", "--tracker", "mlflow", job=str(job)))["path"] == MLFLOW
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "", "tensorboard=x", "mlflow=", "mlflow=sqlite:///x.db", "mlflow=host"])
+def test_another_tracker_is_refused(tracker: str, tmp_path: Path) -> None:
+    done = export(tmp_path / "job", "--tracker", tracker)
+    assert "E16" in str(done.exception) and not (tmp_path / "job").exists()
+
+
+def test_a_tracker_with_a_password_is_refused_and_the_password_is_not_repeated(tmp_path: Path) -> None:
+    done = export(tmp_path / "job", "--tracker", "mlflow=https://me:secret@curves.example.org")
+    assert "E16" in str(done.exception) and "secret" not in str(done.exception)
 
 
 def test_another_bundle(tmp_path: Path) -> None:

@@ -240,6 +240,9 @@ def _one_is_removed_while_a_job_runs(life: Life, federation: Federation) -> None
     states = federation.states()
     assert {FIRST, LATE} <= set(states) and all(states[site].info["final"] for site in (FIRST, LATE))
     life.prove("the personal models of the two that stayed are whole")
+    assert "has disabled this site" in federation.log_of(SECOND, job_id)
+    assert not states[SECOND].info["final"], "it was sent the last global model"
+    life.prove(f"{SECOND} was sent no model any more, and its log says why")
     life.stop(SECOND)
     life.stays_away(SECOND)
     life.prove(f"{SECOND} cannot connect again while it is disabled")

@@ -16,6 +16,7 @@ from deployed import FEDERATION, PROJECT, Federation, free_port, wait_for
 
 from pfedsam.deployment.admin import connect
 from pfedsam.deployment.processes import OUTCOME_VARIABLE, Deployment
+from pfedsam.deployment.site_check import check_kit
 
 pytestmark = pytest.mark.slow
 HOST = "fl.federation.test"
@@ -59,13 +60,17 @@ def behind_a_proxy(
 
 
 def test_a_federation_with_the_scheme_grpc_runs_through_a_proxy_that_asks_for_a_password(
-    tmp_path: Path, phantom: list[Path]
+    tmp_path: Path, phantom: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
         behind_a_proxy(tmp_path, phantom, "grpc", BASIC) as (deployment, proxy),
         connect(deployment.admin()) as session,
     ):
         deployment.wait(session)
+        with monkeypatch.context() as shell:
+            shell.setenv("https_proxy", proxy.url.replace("//", "//user:secret@"))
+            (found,) = [one for one in check_kit(deployment.kit(deployment.sites[0])) if one.name == "server"]
+        assert found.fine and "through the proxy" in found.message and "secret" not in found.message
         federation = Federation(deployment, {}, session, tmp_path)
         result = federation.run(federation.job(rounds=1), timeout=400)
         assert result.completed, result.problem()

@@ -60,10 +60,12 @@ def renew(
         console.print(f"nothing in {project} ends within {within} days", highlight=False)
         return
     before = state_file(project).with_name("cert.json.before") if not root else None
+    each = "replaces its startup/ and keeps its local/" if root else "calls `pfedsam site renew <kit> <new kit>`"
     console.print(
-        "next: nvflare provision -p <project file> -w <workspace>, then hand out the new kits: each site replaces its "
-        "startup/, keeps its local/, runs `pfedsam site check` and starts again",
+        "next: nvflare provision -p <project file> -w <workspace>, then hand out the new kits: each one "
+        f"{each}, starts again and runs `pfedsam site check`",
         highlight=False,
+        soft_wrap=True,
     )
     if before is not None:
         console.print(f"the file before: {before}, which holds private keys", highlight=False, soft_wrap=True)

@@ -85,6 +85,10 @@ def job_export(
             help="Agreed most training cases that a site counts as: a number for all, or site=number; repeat."
         ),
     ] = None,
+    tracker: Annotated[
+        str | None,
+        typer.Option(help="Of the server, for curves: tensorboard (the default), mlflow or mlflow=http://host:port."),
+    ] = None,
     encrypt: Annotated[
         bool, typer.Option("--encrypt", help="CKKS: the server adds up what it cannot read; kits need a context.")
     ] = False,
@@ -123,6 +127,7 @@ def job_export(
         server=given(server),
         theta0=theta0,
         wait=wait,
+        tracker=tracker,
         privacy=Privacy(clip, noise, precision, encrypt),
         name=name,
         force=force,

@@ -124,7 +124,7 @@ COMMANDS = {
     "init-global": Listed(
         "models",
         OPERATE,
-        "Write theta_0, the first global model, for a server without SAM weights (persistor setting `theta0`).",
+        "Write theta_0, the first global model, for a server without SAM weights (`pfedsam job export --theta0`).",
     ),
     "state": Listed("state", OPERATE, "The personal state of the sites on this machine."),
     "job": Listed("job", OPERATE, "NVFlare jobs."),

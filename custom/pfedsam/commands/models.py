@@ -95,7 +95,7 @@ def init_global(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Write theta_0, the first global model, for a server without SAM weights (persistor setting `theta0`)."""
+    """Write theta_0, the first global model, for a server without SAM weights (`pfedsam job export --theta0`)."""
     given = literals(set_ or [])
     require_free(out, force)
     with console.status("building the network"):

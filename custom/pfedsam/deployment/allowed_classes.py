@@ -9,12 +9,11 @@ from typing import Any
 from pfedsam.bundles import folder
 from pfedsam.deployment.job_files import MEAN, META, read_json
 from pfedsam.deployment.job_privacy import DECRYPT, ENCRYPT, ENCRYPTED, GUARD, NOISE, PACK, UNPACK
+from pfedsam.deployment.job_tracker import MLFLOW
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import write_like
 from pfedsam.storage.job_plan import CLIENT, SERVER
 
-#: Receives what sites send for TensorBoard, too. At a site it could send scalars to any address that a job names.
-MLFLOW = "nvflare.app_opt.tracking.mlflow.mlflow_receiver.MLflowReceiver"
 #: Classes of a server that no packaged job names: for the plain mean, in jobs of before there were other rules, and the
 #: tracker that a job may have instead of TensorBoard's.
 _OTHER_SERVER = (

@@ -21,7 +21,7 @@ from pfedsam.federated.packing import PACKED, Precision
 from pfedsam.federated.records import CHECKED, LEFT, SCALARS, SENT_FILE
 from pfedsam.federated.settings import KIT_DEFAULTS
 from pfedsam.files import read_lines
-from pfedsam.parameters import MAY_BE_PERSONAL, SHAREABLE_GROUPS
+from pfedsam.parameters import MAY_BE_PERSONAL, SHAREABLE_GROUPS, base_group
 from pfedsam.storage.job_plan import CLIENT, PLAN_ID, plan_arguments
 from pfedsam.training.validation import LEAST_COVERED, MOST_COVERED
 
@@ -137,7 +137,7 @@ def _problems(job_audit: Audit) -> list[str]:
     if outside:
         problems.append(f"results left under the privacy scope {outside}, not under the site's own 'pfedsam'")
     for number, record in enumerate(job_audit.stage(CHECKED), 1):
-        above = sorted(set(record.get("by_group", {})) - (SHAREABLE_GROUPS & set(job_audit.shared)))
+        above = sorted(set(record.get("by_group", {})) - (SHAREABLE_GROUPS & set(map(base_group, job_audit.shared))))
         if above:
             problems.append(f"result {number}: group(s) {above} are not shared by the job's plan, or may never leave")
     for stage, listed in ((CHECKED, boundary.LISTED_NAMES), (LEFT, boundary.LISTED_NAMES | _ADDED)):

@@ -24,10 +24,11 @@ from pfedsam.deployment.job_files import (
     read_json,
 )
 from pfedsam.deployment.job_privacy import Privacy, add_filters, check_encryption
+from pfedsam.deployment.job_tracker import set_tracker
 from pfedsam.errors import ErrorCode, PFedSAMError
-from pfedsam.files import when_whole
+from pfedsam.files import read_safetensors, when_whole
 from pfedsam.ownership import MARKER, require_sealed, seal
-from pfedsam.storage.global_model import round_of
+from pfedsam.storage.global_model import SCHEMA, SCHEMA_VERSION, round_of
 from pfedsam.storage.job_plan import CLIENT, PLAN_FILE, PLAN_ID, SERVER, component_of
 from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.strategy import Strategy
@@ -54,6 +55,7 @@ def export_job(
     persistor: Mapping[str, Any] | None = None,
     theta0: Path | None = None,
     wait: float | None = None,
+    tracker: str | None = None,
     privacy: Privacy | None = None,
     name: str | None = None,
     force: bool = False,
@@ -74,6 +76,7 @@ def export_job(
         persistor: arguments of the persistor to set.
         theta0: a global model to begin with (`pfedsam init-global`, or that of a job); the job carries a copy.
         wait: seconds that a round waits for the other sites when `min_clients` have answered.
+        tracker: where the server writes the sites' scalars, see `pfedsam.deployment.job_tracker`; None: as in `source`.
         privacy: further filters, after ours at the sites and before the guard at the server.
         name: of the job, None for that of `source`.
         force: replace a job folder whosever it is, as in a run folder of ours; another folder is never replaced.
@@ -81,12 +84,12 @@ def export_job(
     Raises:
         PFedSAMError: E32 if the job shall be locked and carry code, or be encrypted where something else than the mean
             is taken, or if `source` and `out` lie in each other; E31 if TenSEAL is not installed; E16 or E18 if the
-            plan or a setting of the server is impossible; E10 if `theta0` is no global model; E24 if `out` is something
-            else than an exported job.
+            plan, a setting of the server or the tracker is impossible; E10 if `theta0` is no global model; E24 if
+            `out` is something else than an exported job.
     """
     check_settings(source, plan or {}, server or {})
     if theta0 is not None:
-        round_of(theta0)
+        _require_global_model(theta0)
     if locked and byoc:
         raise PFedSAMError(
             ErrorCode.CONTRADICTION, "a locked job carries no code.", "--locked and --byoc exclude each other."
@@ -111,6 +114,7 @@ def export_job(
                 config.update(server or {})
                 arguments_of(config, "persistor").update({**(persistor or {}), **carried})
                 _set_wait(config, wait)
+                set_tracker(config, tracker, full_plan["federation"])
             add_filters(config, side, privacy or Privacy())
             (path / "app" / "config" / side).write_text(_pretty(config))
         if theta0 is not None:
@@ -164,6 +168,18 @@ def make_job(strategy: str, out: Path, template: str = "pfedsam", force: bool = 
         )
     plan = {"strategy": file.strategy, "overrides": file.overrides}
     return export_job(find_job(template), out, plan=plan, name=file.checked().name, force=force)
+
+
+def _require_global_model(path: Path) -> None:
+    """Refuse what the server could not begin with: another file, a model of another version, an encrypted one."""
+    round_of(path)
+    schema = read_safetensors(path)[1].get(SCHEMA)
+    if schema != SCHEMA_VERSION:
+        raise PFedSAMError(
+            ErrorCode.WRONG_CHECKPOINT,
+            f"{path} is no global model that a job can begin with: its schema is {schema}, expected {SCHEMA_VERSION}.",
+            "Write it with `pfedsam init-global` of this version, or take a global model that is not encrypted.",
+        )
 
 
 def _promised(server: Mapping[str, Any]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from pfedsam.deployment.allowed_classes import needed_classes
 from pfedsam.deployment.certificates import WARN_DAYS, of_kit
 from pfedsam.deployment.kit_renewal import pair_problem
 from pfedsam.deployment.kits import AUTHORIZATION, FILTER, PRIVACY, RESOURCES, SHELL, is_server, open_secrets, outgoing
+from pfedsam.deployment.reach import reach, target
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.log_streaming import LOG_SENDERS
 from pfedsam.federated.settings import SITE_SETTINGS, SiteSettings
@@ -26,7 +27,6 @@ from pfedsam.storage.job_plan import CLIENT, SERVER
 #: A certificate that ends sooner is a problem; before that it is a warning, see `WARN_DAYS`.
 _EXPIRES_SOON_DAYS = 30
 _LEAST_DISK_GIB, _LEAST_MEMORY_GIB = 5, 4
-_CONNECT_SECONDS = 5
 #: What NVFlare writes of a site and of a job, in the kit and in the job's folder there.
 _LOGS = ("log*.txt*", "error_log.txt*", "log.json*")
 
@@ -171,24 +171,12 @@ def _check_keys(kit: Path) -> Iterator[Finding]:
     yield Finding("private key", not readable, told)
 
 
-def _target(content: Any) -> tuple[str, int]:
-    """Host and port of the server, as NVFlare's configuration names them."""
-    host, _, port = str(content["servers"][0]["service"]["target"]).rpartition(":")
-    return host, int(port)
-
-
 def _check_reachable(kit: Path) -> Finding:
-    """Whether the server's port answers from this machine."""
+    """Whether the server's port answers from this machine, on the way that the site takes."""
     try:
-        host, port = _target(_read(kit / "startup" / "fed_client.json"))
+        return Finding("server", *reach(_read(kit / "startup" / "fed_client.json")))
     except (KeyError, IndexError, TypeError, ValueError):
         return Finding("server", False, f"{kit / 'startup' / 'fed_client.json'} names no server")
-    try:
-        with socket.create_connection((host, port), timeout=_CONNECT_SECONDS):
-            return Finding("server", True, f"{host} port {port} answers")
-    except OSError as error:
-        why = f"{type(error).__name__}: {error}"
-        return Finding("server", False, f"{host} port {port} does not answer ({why}): not running, or a firewall")
 
 
 def _check_port(kit: Path) -> Finding:
@@ -196,7 +184,7 @@ def _check_port(kit: Path) -> Finding:
     import psutil
 
     try:
-        _, port = _target(_read(kit / "startup" / "fed_server.json"))
+        _, port = target(_read(kit / "startup" / "fed_server.json"))
     except (KeyError, IndexError, TypeError, ValueError):
         return Finding("port", False, f"{kit / 'startup' / 'fed_server.json'} names no port")
     with socket.socket() as probe:
@@ -228,7 +216,7 @@ def _check_machine(kit: Path) -> Iterator[Finding]:
 
 
 def _check_data(kit: Path) -> Iterator[Finding]:
-    from pfedsam.data.site_folder import read_site
+    from pfedsam.data.site_folder import labelled_cases, read_site
     from pfedsam.federated.settings import prepared_path, read_settings, site_folder
     from pfedsam.storage.state import state_root
 
@@ -236,7 +224,10 @@ def _check_data(kit: Path) -> Iterator[Finding]:
         settings = read_settings(kit / "local" / SITE_SETTINGS)
         name = (_read(kit / "startup" / "fed_client.json") or {}).get("client", {}).get("fqsn", kit.name)
         folder = site_folder(settings.data_root, str(name))
-        yield Finding("data", True, f"{folder}: {len(read_site(folder))} cases (pfedsam validate {folder} says more)")
+        cases = read_site(folder)
+        without = len(cases) - len(labelled_cases(folder, cases))
+        told = f"{len(cases)} cases" + (f", {without} of them without a label" if without else "")
+        yield Finding("data", True, f"{folder}: {told} (pfedsam validate {folder} says more)")
         yield from _check_access("data", folder, [folder, folder / "images", folder / "labels"])
     except PFedSAMError as error:
         yield Finding("data", False, str(error))

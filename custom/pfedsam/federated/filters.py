@@ -34,7 +34,7 @@ from pfedsam.federated.boundary import (
     told_names,
     with_cases,
 )
-from pfedsam.federated.disabled import require_enabled
+from pfedsam.federated.disabled import require_enabled, tell_withheld, withhold
 from pfedsam.federated.plan import plan_of
 from pfedsam.federated.records import CHECKED, LEFT, RECEIVED_FILE, SENT_FILE, append_record
 from pfedsam.federated.settings import SITE_SETTINGS, site_settings
@@ -57,6 +57,10 @@ class PersonalisedFilter(Filter):
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Write down what leaves in the end, after noise, packing or encryption by the filters behind this one."""
+        if event_type == EventType.BEFORE_TASK_EXECUTION:
+            if self._is_last_of_ours(fl_ctx, str(fl_ctx.get_prop(FLContextKey.TASK_NAME))):
+                tell_withheld(fl_ctx)
+            return
         if event_type != EventType.AFTER_TASK_RESULT_FILTER:
             return
         task, result = (fl_ctx.get_prop(key) for key in (FLContextKey.TASK_NAME, FLContextKey.TASK_RESULT))
@@ -142,7 +146,7 @@ class IncomingGuard(Filter):
     A personal tensor is refused here, not left out. The result must be of the round that runs. The number of training
     cases, which weighs a site's contribution, must stay near the first that the site sent; what was agreed on in the
     plan (`most_cases`) is the most that it counts as. NVFlare's widgets read a result as it came: here
-    they get the checked one.
+    they get the checked one. A site that was disabled gets no model any more (`pfedsam.federated.disabled`).
     """
 
     #: Whether the values can be read. If not, a number of cases above the agreed one is refused, not lowered.
@@ -153,9 +157,11 @@ class IncomingGuard(Filter):
         self._first_steps: dict[str, int] = {}
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Forget the sites of an earlier run."""
+        """Forget the sites of an earlier run; keep models back from disabled sites."""
         if event_type == EventType.START_RUN:
             self._first_steps = {}
+        elif event_type == EventType.AFTER_TASK_DATA_FILTER:
+            withhold(fl_ctx)
 
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         """Rebuild a result from checked parts and the headers that NVFlare's aggregation needs.
