@@ -14,13 +14,15 @@ from pfedsam.networks.sam import build_network
 from pfedsam.parameters import (
     _GROUPS,
     ADDED,
+    DECODER_LORA,
     GROUPS,
-    LAYER_NORM,
     MAY_BE_PERSONAL,
+    OWN_GROUPS,
     SHAREABLE_GROUPS,
     Roles,
     TensorSpec,
     base_fingerprint,
+    base_group,
     check_state,
     group_of,
     load_personal_state,
@@ -32,6 +34,7 @@ from pfedsam.parameters import (
     shared_state,
     tensors,
 )
+from pfedsam.training.strategy import Strategy
 
 torch.set_num_threads(1)
 ROLES = Roles()
@@ -65,7 +68,7 @@ def test_every_tensor_of_a_network_has_exactly_one_group_and_one_role(backbone):
     assert set(roles) >= {name for name, _ in network.named_parameters()}
     parts = [set(manifest(network, ROLES, role)) for role in ("shared", "personal", "frozen")]
     assert sum(map(len, parts)) == len(set().union(*parts)) == len(roles)
-    assert {group_of(name) for name in roles} == set(GROUPS) - {"personal_copy", LAYER_NORM} - (
+    assert {group_of(name) for name in roles} == set(OWN_GROUPS) - {"personal_copy"} - (
         {"statistics"} if backbone == "vit_test" else set()
     )
     for name in roles:
@@ -90,7 +93,7 @@ def test_new_tensor_in_a_network_can_neither_travel_nor_be_lost_unnoticed(networ
     assert error_of(base_fingerprint, network, {}).code == "E12"
 
 
-@pytest.mark.parametrize("group", sorted(set(GROUPS) - SHAREABLE_GROUPS))
+@pytest.mark.parametrize("group", sorted(set(GROUPS) - SHAREABLE_GROUPS - set(DECODER_LORA)))
 def test_group_above_the_ceiling_cannot_be_shared(group):
     error = error_of(Roles, shared=("lora_a", group), personal=())
     assert error.code == "E16" and group in error.message
@@ -100,7 +103,7 @@ def test_experts_copies_and_running_statistics_are_above_the_ceiling():
     assert not SHAREABLE_GROUPS & {"experts", "personal_copy", "statistics", "prompt"}
 
 
-@pytest.mark.parametrize("group", sorted(set(GROUPS) - MAY_BE_PERSONAL))
+@pytest.mark.parametrize("group", sorted(set(GROUPS) - MAY_BE_PERSONAL - set(DECODER_LORA)))
 def test_group_that_is_always_frozen_cannot_be_personal(group):
     assert error_of(Roles, personal=(group,)).code == "E16"
 
@@ -295,3 +298,28 @@ def test_fingerprint_is_the_same_whether_a_default_is_written_out_or_not():
     same = build_network("vit_test", 32, adapted_blocks=2, lora_rank=4, gate="image")
     auto = build_network("vit_test", 32, adapted_blocks="auto")
     assert one.base_fingerprint == same.base_fingerprint == auto.base_fingerprint
+
+
+def test_lora_of_the_decoder_has_a_role_of_its_own_where_a_strategy_names_it_and_else_that_of_all_lora():
+    network = build_network("vit_test", 32, decoder_rank=2)
+    split = Roles(shared=("lora_b", "decoder_lora_a"), personal=("lora_a", "decoder_lora_b"))
+    whole = Roles(shared=("lora_a",), personal=("lora_b",))
+    lora = [name for name in tensors(network) if group_of(name) in ("lora_a", "lora_b")]
+    decoder = [name for name in lora if name.startswith("mask_decoder.")]
+    assert decoder and len(decoder) < len(lora)
+    for name in lora:
+        is_a = name.endswith("lora_a")
+        assert split.of(name) == ("shared" if is_a == (name in decoder) else "personal")
+        assert whole.of(name) == ("shared" if is_a else "personal")
+        assert base_group(split.group(name)) == whole.group(name) == group_of(name)
+    manifests = [set(manifest(network, split, role)) for role in ("shared", "personal")]
+    assert not manifests[0] & manifests[1] and manifests[0] | manifests[1] >= set(lora)
+
+
+@pytest.mark.parametrize("group", sorted(DECODER_LORA))
+def test_a_part_of_lora_is_under_the_ceiling_of_lora_and_no_group_that_a_site_or_a_rate_can_name(group):
+    assert Roles(shared=(group,), personal=()).shared == (group,)
+    assert group not in SHAREABLE_GROUPS and group not in MAY_BE_PERSONAL
+    assert error_of(Roles, shared=(group,), personal=(group,)).code == "E16"
+    phase = {"name": "train", "trains": ["shared"], "experts": False, "rates": {group: 2}}
+    assert error_of(Strategy.of, {"personal": [], "phases": [phase]}).code == "E16"

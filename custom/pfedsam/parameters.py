@@ -45,7 +45,12 @@ _LAYER_NORMS = re.compile(
     r"(image_encoder\.(blocks\.\d+\.norm[12]|neck\.[13]|layers\.\d+\.blocks\.\d+\.(attn|mlp)\.norm)"
     r"|mask_decoder\.(transformer\.(layers\.\d+\.norm[1-4]|norm_final_attn)|output_upscaling\.1))\.(weight|bias)"
 )
-GROUPS: tuple[str, ...] = (*(group for group, _ in _GROUPS), LAYER_NORM)
+#: LoRA of the decoder apart from that of the encoder: a strategy that names one of these gives it a role of its own,
+#: else it has that of all LoRA (IAT, arXiv 2606.08687). Whoever speaks of `lora_a` without a strategy means both.
+DECODER_LORA: dict[str, str] = {"decoder_lora_a": "lora_a", "decoder_lora_b": "lora_b"}
+#: Groups that follow from a tensor's name alone.
+OWN_GROUPS: tuple[str, ...] = tuple(group for group, _ in _GROUPS)
+GROUPS: tuple[str, ...] = (*OWN_GROUPS, LAYER_NORM, *DECODER_LORA)
 #: Prefix of a site's own copy of a shared tensor.
 COPY = "personal."
 
@@ -73,6 +78,11 @@ def group_of(name: str) -> str:
     )
 
 
+def base_group(group: str) -> str:
+    """The group that a group of a strategy is a part of, as `group_of` names it; else the group itself."""
+    return DECODER_LORA.get(group, group)
+
+
 @dataclass(frozen=True)
 class Roles:
     """Which groups are shared and which are personal; every other group is frozen.
@@ -96,14 +106,14 @@ class Roles:
             raise PFedSAMError(
                 ErrorCode.WRONG_SETTING, f"unknown parameter group(s) {unknown}.", f"Use some of {list(GROUPS)}."
             )
-        above = [group for group in self.shared if group not in SHAREABLE_GROUPS]
+        above = [group for group in self.shared if base_group(group) not in SHAREABLE_GROUPS]
         if above:
             raise PFedSAMError(
                 ErrorCode.WRONG_SETTING,
                 f"group(s) {above} may never be shared.",
                 f"Share some of {sorted(SHAREABLE_GROUPS)}.",
             )
-        fixed = [group for group in self.personal if group not in MAY_BE_PERSONAL]
+        fixed = [group for group in self.personal if base_group(group) not in MAY_BE_PERSONAL]
         if fixed:
             raise PFedSAMError(
                 ErrorCode.WRONG_SETTING,
@@ -117,9 +127,13 @@ class Roles:
             )
 
     def group(self, name: str) -> str:
-        """The group that gives a tensor its role: its own, or `layer_norm` where that is personal (E12 if unknown)."""
+        """The group that gives a tensor its role: its own, or one that lies across and is named (E12 if unknown)."""
         group = group_of(name)
-        return LAYER_NORM if LAYER_NORM in self.personal and _LAYER_NORMS.fullmatch(name) else group
+        if LAYER_NORM in self.personal and _LAYER_NORMS.fullmatch(name):
+            return LAYER_NORM
+        of_decoder = f"decoder_{group}"
+        is_named = of_decoder in DECODER_LORA and of_decoder in (*self.shared, *self.personal)
+        return of_decoder if is_named and name.startswith("mask_decoder.") else group
 
     def of(self, name: str) -> Role:
         """The role of one tensor name (E12 if the name is unknown)."""

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import write_atomically
-from pfedsam.parameters import GROUPS
+from pfedsam.parameters import OWN_GROUPS
 from pfedsam.training.strategy import Strategy
 
 SITE_SETTINGS = "pfedsam.json"
@@ -105,10 +105,10 @@ def read_settings(path: Path) -> SiteSettings:
         key = ".".join(str(part) for part in first["loc"]) or "the file"
         known = sorted(SiteSettings.model_fields)
         raise PFedSAMError(ErrorCode.SITE_SETTINGS, f"{path}: {key}: {first['msg']}.", f"Keys: {known}.") from None
-    unknown = [group for group in settings.may_share or () if group not in GROUPS]
+    unknown = [group for group in settings.may_share or () if group not in OWN_GROUPS]
     if unknown:
         raise PFedSAMError(
-            ErrorCode.SITE_SETTINGS, f"{path}: 'may_share' names {unknown}.", f"Give some of {list(GROUPS)}."
+            ErrorCode.SITE_SETTINGS, f"{path}: 'may_share' names {unknown}.", f"Give some of {list(OWN_GROUPS)}."
         )
     return settings
 
