@@ -112,17 +112,21 @@ def _viewed(address: str, file: Path, site: str, case: str, z: int, only: str = 
 
 
 def _printed(text: Path, work: Path) -> dict[str, Any]:
-    """A terminal with the tables that a command has printed, without lines that name files or records."""
-    unlike = re.compile(r"[a-z]/[a-z]|record\(s\)")
-    lines = [line.rstrip() for line in text.read_text().splitlines() if not unlike.search(line)]
+    """A terminal with the tables that a command has printed."""
     style = (
         "background:#15181c;color:#e8eaed;font:15px/normal DejaVu Sans Mono,monospace;padding:16px;display:inline-block"
     )
-    words = html.escape("\n".join(lines).strip("\n"))
+    words = html.escape(tables_in(text.read_text()))
     page = work / "table.html"
     page.write_text(f'<!DOCTYPE html><meta charset="utf-8"><title>table</title><pre style="{style}">{words}</pre>')
     file = str(work / "table.png")
     return {"address": page.resolve().as_uri(), "file": file, "only": "pre", "width": 1500, "height": 900}
+
+
+def tables_in(text: str) -> str:
+    """What a command has printed, without lines of progress and lines that name files or records."""
+    unlike = re.compile(r"[a-z]/[a-z]|record\(s\)|\bleft: |\b\d+ of \d+, passed")
+    return "\n".join(line.rstrip() for line in text.splitlines() if not unlike.search(line)).strip("\n")
 
 
 def overlay(run: Path, site: str, case: str, work: Path) -> Path:

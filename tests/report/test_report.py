@@ -325,6 +325,15 @@ def test_shares_of_several_rounds_have_a_curve_of_the_smallest(run: Path) -> Non
     assert set(least[least["tag"] == "smallest share/layer_1"]["value"]) == {0.25}
 
 
+def test_a_gate_with_one_expert_has_no_curves_as_it_has_nothing_to_choose(run: Path) -> None:
+    curves, found = read_curves(run), json.loads((run / "results.json").read_text())
+    one = curves[~curves["tag"].str.match("expert_share_[1-9]")]
+    titles = [plot.title for plot in plots(one, found, pd.DataFrame())]
+    assert titles == ["Dice of every test case", "Validation Dice over rounds", "Training loss over rounds"]
+    titles = [plot.title for plot in plots(curves, found, pd.DataFrame())]
+    assert "Gate entropy" in titles and "Share of each expert at the end" in titles
+
+
 def test_effective_settings_name_the_number_of_blocks_not_auto(run: Path) -> None:
     page = write_report(run).read_text()
     (told,) = re.findall(r"adapted_blocks</th>\s*<td>(.*?)</td>", page)

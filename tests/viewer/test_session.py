@@ -107,7 +107,8 @@ def test_without_a_model_the_values_of_a_label_are_its_classes(eyes: Path, tmp_p
     session = session_of(eyes)
     assert session.about(0) | {"notes": []} == {
         **{"case": "eye", "site": "eyes", "kind": "picture", "shape": (80, 60, 1), "steps": (1, 1, 1)},
-        **{"classes": ("value 1", "value 2"), "models": (), "truth": True, "boxes": False},
+        **{"classes": ("value 1", "value 2"), "unknown": False, "labels": {0: 0, 1: 1, 2: 2}},
+        **{"models": (), "truth": True, "boxes": False},
         **{"notes": [], "cannot_save": None},
     }
     assert session.about(1)["truth"] is False and json.dumps(session.about(1))
@@ -250,3 +251,49 @@ def test_view_takes_the_label_values_of_a_kit(eye_model: Path, other_values: Pat
     (kit / "local").mkdir(parents=True)
     (kit / "local" / "pfedsam.json").write_text(json.dumps({"labels": {"1": "lens"}}))
     assert "lens" in told()
+
+
+#: What the site below calls unknown.
+NOBODY_KNOWS = 9
+
+
+@pytest.fixture
+def scribbled(eyes: Path, tmp_path: Path) -> Path:
+    """The site of pictures, where nobody has looked at the lower half."""
+    shutil.copytree(eyes, tmp_path / "scribbled")
+    label = tmp_path / "scribbled" / "labels" / "eye.png"
+    rows = np.asarray(Image.open(label)).copy()
+    rows[30:] = NOBODY_KNOWS
+    Image.fromarray(rows).save(label)
+    (tmp_path / "scribbled" / "datalist.json").write_text(json.dumps({"unknown": NOBODY_KNOWS}))
+    return tmp_path / "scribbled"
+
+
+def test_what_nobody_knows_is_neither_right_nor_wrong(eyes: Path, eye_model: Path, scribbled: Path) -> None:
+    session, whole = session_of(scribbled, eye_model), session_of(eyes, eye_model)
+    assert session.about(0)["unknown"] and session.about(0)["labels"] == {0: 0, 1: 1, 2: 2, 3: NOBODY_KNOWS}
+    truth, of_whole = (values(one.mask(0, "truth"))[..., 0] for one in (session, whole))
+    upper = np.s_[:, 30:]  # the page counts from below
+    np.testing.assert_array_equal(truth[upper], of_whole[upper])
+    assert set(truth[:, :30].ravel().tolist()) == {3} and of_whole[:, :30].any()
+    areas, of_all = (values(one.difference(0, "personal"))[..., 0] for one in (session, whole))
+    np.testing.assert_array_equal(areas[upper], of_all[upper])
+    assert not areas[:, :30].any() and of_all[:, :30].any()
+    found, known = Predictor(eye_model)(eyes / "images" / "eye.png").probabilities > 0.5, np.s_[:, :, :30]
+    there = load_picture(eyes / "labels" / "eye.png", label=True).values
+    nested = np.stack([there >= 1, there == 2])
+    expected = case_metrics(torch.from_numpy(found[known]), torch.from_numpy(nested[known])).dice
+    assert session.found(0, "personal")["dice"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_a_correction_keeps_what_nobody_knows(eye_model: Path, scribbled: Path, with_model: bool) -> None:
+    session = session_of(scribbled, eye_model if with_model else None)
+    drawing = values(session.mask(0, "truth")).copy()
+    drawing[:5, -5:], drawing[:5, :5], drawing[70:, -5:] = 2, 1, 3
+    path = session.save(0, "truth", drawing.tobytes("F"))
+    before, after = (load_picture(one, label=True).values for one in (scribbled / "labels" / "eye.png", path))
+    # the page counts from below, the file from above
+    expected = before.copy()
+    expected[:5, :5], expected[:5, -5:], expected[70:, :5] = 2, 1, NOBODY_KNOWS
+    np.testing.assert_array_equal(after, expected)

@@ -70,6 +70,7 @@ def plots(curves: pd.DataFrame, results: Mapping[str, Any], sent: pd.DataFrame, 
         cases: with the results of single cases.
     """
     figures = [_cases(results)] if cases else []
+    curves = _of_gates(curves)
     for pattern, title, label in (
         ("val_dice_(global|personal)", "Validation Dice over rounds", "Dice"),
         ("loss/.*", "Training loss over rounds", "loss"),
@@ -92,6 +93,15 @@ def plots(curves: pd.DataFrame, results: Mapping[str, Any], sent: pd.DataFrame, 
         figure, words = curve_figure(rows, "MB")
         figures.append(Plot("Megabytes sent by all sites up to each round", words, _svg(figure)))
     return figures
+
+
+def _of_gates(curves: pd.DataFrame) -> pd.DataFrame:
+    """The curves without those of gates that have one expert, and so nothing to choose."""
+    if not len(curves):
+        return curves
+    share, entropy = curves["tag"].str.startswith("expert_share_"), curves["tag"].str.startswith("gate_entropy/")
+    alone = set(curves[share]["tag"].str.extract(r"expert_share_(\d+)/", expand=False)) == {"0"}
+    return curves[~share & ~entropy] if alone else curves
 
 
 def _smallest(shares: pd.DataFrame) -> pd.DataFrame:

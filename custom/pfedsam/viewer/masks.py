@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pfedsam.bundles import class_names, find_bundle, is_rgb, literals_of
-from pfedsam.data.labels import black_and_white, class_numbers, found_values
+from pfedsam.data.labels import OPEN, UNKNOWN, UNKNOWN_NAME, black_and_white, class_numbers, found_values
 from pfedsam.data.picture import Picture
 from pfedsam.errors import ErrorCode, PFedSAMError, few
 from pfedsam.evaluation.difference import difference as areas_of
@@ -32,7 +32,8 @@ class Classes:
     """What the values of masks mean.
 
     Attributes:
-        names: of the classes; value n of a mask is the n-th.
+        names: of the classes; value n of a mask is the n-th, and the value after the last, if the site's labels have a
+            value for it, says that nobody knows what is there.
         values: for each class the numbers that belong to it: of nested classes several.
         colour: whether the bundle takes colour pictures.
         label_map: what the values of the site's label files mean, see `pfedsam.data.transforms.ClassChannelsd`; None
@@ -43,6 +44,13 @@ class Classes:
     values: tuple[tuple[int, ...], ...]
     colour: bool = False
     label_map: Mapping[str, str] | None = None
+
+    @classmethod
+    def of_values(cls, top: int, unknown: int | None = None) -> Classes:
+        """Of a label without a bundle: each value up to `top` is a class of its own; `unknown` is the site's value."""
+        names = {str(number): f"value {number}" for number in range(1, top + 1)}
+        label_map = None if unknown is None else names | {str(unknown): UNKNOWN_NAME}
+        return cls(tuple(names.values()), tuple((int(number),) for number in names), label_map=label_map)
 
     @classmethod
     def of_bundle(cls, bundle: str, settings: Mapping[str, Any], label_map: Mapping[str, str] | None = None) -> Classes:
@@ -58,21 +66,34 @@ class Classes:
         class_numbers(names, label_map)
         return cls(names, tuple(tuple(numbers) for numbers in values), is_rgb(folder), label_map)
 
+    @property
+    def unknown(self) -> int | None:
+        """The value of masks for voxels of which nobody knows what they are, None if the site has none."""
+        known = {} if self.label_map is None else class_numbers(self.names, self.label_map)
+        return len(self.names) + 1 if UNKNOWN in known.values() else None
+
+    @property
+    def labels(self) -> dict[int, int]:
+        """The value that a saved label has by value of a mask: the smallest of the site's own for each class."""
+        known = sorted(class_numbers(self.names, self.label_map).items(), reverse=True)
+        place = {UNKNOWN: len(self.names) + 1}
+        return {place.get(number, number): value for value, number in known if value <= _LARGEST}
+
     def stored(self, numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Class numbers as the site's own label values, the smallest of each class: the way back of `read_truth`.
+        """A mask as the site's own label values: the way back of `read_truth`.
 
         Raises:
             PFedSAMError: E01 for a class that the site has no value for, or none that a label of 8 bits holds.
         """
         if self.label_map is None:
             return numbers
-        known = sorted(class_numbers(self.names, self.label_map).items(), reverse=True)
-        value_of = {number: value for value, number in known if value <= _LARGEST}
-        lacking = [self.names[number - 1] for number in found_values(numbers) if number not in value_of]
+        value_of, named = self.labels, (*self.names, UNKNOWN_NAME)
+        lacking = [named[number - 1] for number in found_values(numbers) if number not in value_of]
         if lacking:
             message = f"the site's label map has no value up to {_LARGEST} for {few(lacking)}."
-            raise PFedSAMError(ErrorCode.SITE_SETTINGS, message, "Add it to 'labels' in local/pfedsam.json.")
-        table = np.array([value_of.get(number, 0) for number in range(len(self.names) + 1)], dtype=np.uint8)
+            remedy = "Add it to 'labels' in local/pfedsam.json; the value for unknown to datalist.json."
+            raise PFedSAMError(ErrorCode.SITE_SETTINGS, message, remedy)
+        table = np.array([value_of.get(number, 0) for number in range(len(named) + 1)], dtype=np.uint8)
         return table[numbers]
 
 
@@ -81,12 +102,22 @@ class Mask:
     """A segmentation of an image.
 
     Attributes:
-        numbers: `(x, y, z)`, 0 or a class number; of nested classes the inner one.
+        numbers: `(x, y, z)`, 0, a class number (of nested classes the inner one) or the one for unknown.
         channels: `(C, x, y, z)`, where each class is.
+        unknown: `(x, y, z)`, where nobody knows what is there; None if everything is known.
     """
 
     numbers: NDArray[np.uint8]
     channels: NDArray[np.bool_]
+    unknown: NDArray[np.bool_] | None = None
+
+    @classmethod
+    def of_truth(cls, numbers: NDArray[Any], channels: NDArray[Any], unknown: NDArray[np.bool_]) -> Mask:
+        """A truth whose values where it is unknown mean nothing."""
+        if not unknown.any():
+            return cls(numbers.astype(np.uint8), channels.astype(bool))
+        filled = np.where(unknown, len(channels) + 1, numbers).astype(np.uint8)
+        return cls(filled, channels.astype(bool) & ~unknown, unknown)
 
     @classmethod
     def of_probabilities(cls, probabilities: NDArray[np.float32], shape: Sequence[int]) -> Mask:
@@ -114,11 +145,17 @@ def read_truth(image: Picture, label: Path, classes: Classes) -> Mask:
     channels = ClassChannelsd("label", classes.values, classes.names, classes.label_map)(items)["label"]
     shape = image.volume_shape
     numbers = class_map(torch.as_tensor(channels)).numpy().reshape(shape)
-    return Mask(numbers, np.asarray(channels, dtype=bool).reshape(-1, *shape))
+    told = np.asarray(channels).reshape(-1, *shape)
+    return Mask.of_truth(numbers, told, told[0] == OPEN)
 
 
-def read_values(image: Picture, label: Path) -> tuple[Mask, Classes]:
+def read_values(image: Picture, label: Path, unknown: int | None = None) -> tuple[Mask, Classes]:
     """The truth of an image without a bundle: each value is a class of its own; black and white are 0 and 1.
+
+    Args:
+        image: of the label.
+        label: file, or folder of a DICOM series.
+        unknown: the site's value for unknown, None if it has none.
 
     Raises:
         PFedSAMError: as `read_truth`; E07 for more values than there can be classes.
@@ -127,7 +164,8 @@ def read_values(image: Picture, label: Path) -> tuple[Mask, Classes]:
 
     items = ReadImaged(("image", "label"), labels="label")({"image": image, "label": label})
     values = np.asarray(items["label"]).reshape(image.volume_shape)
-    found = [value for value in found_values(values) if value]
+    found = [value for value in found_values(values) if value not in (0, unknown)]
+    nowhere = values == unknown if unknown is not None else np.zeros(values.shape, dtype=bool)
     if black_and_white([0, *found], (1,)):
         values, found = (values > 0).astype(np.uint8), [1]
     top = max(found, default=1)
@@ -137,17 +175,21 @@ def read_values(image: Picture, label: Path) -> tuple[Mask, Classes]:
             f"{label} holds values from {min(found)} to {top}, expected class numbers up to {MOST_CLASSES}.",
             "Correct it, or give the model that it is for.",
         )
-    numbers = range(1, top + 1)
-    classes = Classes(tuple(f"value {number}" for number in numbers), tuple((number,) for number in numbers))
-    return Mask(values.astype(np.uint8), np.stack([values == number for number in numbers])), classes
+    channels = np.stack([values == number for number in range(1, top + 1)])
+    return Mask.of_truth(values, channels, nowhere), Classes.of_values(top, unknown)
 
 
 def difference(found: Mask, truth: Mask) -> NDArray[np.uint8]:
     """`(x, y, z)`: 0, or the number in `AREAS` of what a place is, see `pfedsam.evaluation.difference`."""
     result = np.zeros(truth.numbers.shape, dtype=np.uint8)
-    for name, area in areas_of(truth.channels, found.channels).items():
+    for name, area in areas_of(truth.channels, _judged(found, truth)).items():
         result[area] = AREAS[name]
     return result
+
+
+def _judged(found: Mask, truth: Mask) -> NDArray[np.bool_]:
+    """What was found where the truth says what is there: elsewhere nothing is right or wrong."""
+    return found.channels if truth.unknown is None else found.channels & ~truth.unknown
 
 
 def dice_of(found: Mask, truth: Mask) -> list[float]:
@@ -155,5 +197,5 @@ def dice_of(found: Mask, truth: Mask) -> list[float]:
     import torch
     from monai.metrics import compute_dice
 
-    one, other = (torch.from_numpy(mask.channels)[None] for mask in (found, truth))
+    one, other = (torch.from_numpy(channels)[None] for channels in (_judged(found, truth), truth.channels))
     return [float(value) for value in compute_dice(one, other, ignore_empty=False)[0]]

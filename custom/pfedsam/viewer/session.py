@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pfedsam.data.datalist_file import unknown_value
+from pfedsam.data.expected import label_map_of
 from pfedsam.data.field_of_view import told
 from pfedsam.data.picture import Picture
 from pfedsam.data.reader import load_picture
@@ -99,6 +101,8 @@ class Session:
             "shape": opened.grid.shown_shape,
             "steps": opened.grid.steps,
             "classes": opened.classes.names,
+            "unknown": opened.classes.unknown is not None,
+            "labels": opened.classes.labels,
             "models": MODELS if subject.model else (),
             "truth": opened.truth is not None,
             "boxes": subject.model is not None and bool(self._settings(subject.model)[1].get("box_probability")),
@@ -173,7 +177,7 @@ class Session:
         Args:
             number: of the image.
             start: of `STARTS`, what the drawing began with.
-            drawing: one byte a voxel, 0 or a class number, in the grid that is shown, x first.
+            drawing: one byte a voxel in the grid that is shown, x first; values as `Classes` has them.
 
         Raises:
             PFedSAMError: E16 for a drawing of another size or with a value that is no class; E01 for a class that the
@@ -181,7 +185,7 @@ class Session:
         """
         opened = self._open(number)
         values, shape = np.frombuffer(drawing, dtype=np.uint8), opened.grid.shown_shape
-        classes = len(opened.classes.names)
+        classes = opened.classes.unknown or len(opened.classes.names)
         if values.size != np.prod(shape) or int(values.max(initial=0)) > classes:
             told_ = f"the drawing has {values.size} voxels with values up to {values.max(initial=0)}"
             message = f"{told_}, expected {int(np.prod(shape))} up to {classes}."
@@ -249,14 +253,16 @@ class Session:
 
     def _read(self, subject: Subject) -> _Opened:
         image = load_picture(subject.image)
-        grid = Grid.of(image, self._most)
+        grid, site = Grid.of(image, self._most), site_folder_of(subject.image)
         if subject.model is not None:
-            classes = Classes.of_bundle(*self._settings(subject.model), self._label_map)
+            bundle, settings = self._settings(subject.model)
+            label_map = self._label_map if site is None else label_map_of(site, bundle, self._label_map)
+            classes = Classes.of_bundle(bundle, settings, label_map)
             truth = None if subject.label is None else read_truth(image, subject.label, classes)
             return _Opened(image, grid, classes, truth)
         if subject.label is None:
             return _Opened(image, grid, _ALONE, None)
-        mask, classes = read_values(image, subject.label)
+        mask, classes = read_values(image, subject.label, None if site is None else unknown_value(site))
         return _Opened(image, grid, classes, mask)
 
 

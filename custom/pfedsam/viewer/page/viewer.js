@@ -6,6 +6,7 @@ const PAN = 3, CROSSHAIR = 8;
 // colour-blind safe (Okabe and Ito); further classes of a layer are lighter and darker in turn
 const COLOURS = { truth: '#56b4e9', global: '#e69f00', personal: '#cc79a7', box: '#f0e442' };
 const DIFFERENCE = { 'found': '#009e73', 'missed': '#56b4e9', 'wrong': '#d55e00' };
+const UNKNOWN = '#999999';
 const $ = (id) => document.getElementById(id);
 
 const nv = new Niivue({
@@ -49,13 +50,20 @@ function rgb(colour) {
 
 // The colour of the n-th class of a layer, n from 0.
 function shade(colour, n) {
-  const to = n % 2 ? 255 : 0, share = n ? 0.25 + 0.1 * Math.min(n, 4) : 0;
+  // far enough apart to be told from each other in an outline, or in a fill of 25 %
+  const to = n % 2 ? 255 : 0, share = n ? Math.min(n % 2 ? 0.45 + 0.15 * n : 0.3 + 0.1 * n, 0.85) : 0;
   return rgb(colour).map((one) => Math.round(one + (to - one) * share));
 }
 
 function coloursOf(name) {
   if (name.startsWith('difference')) return Object.entries(DIFFERENCE).map(([word, colour]) => [word, rgb(colour)]);
-  return shown.classes.map((word, n) => [word, shade(COLOURS[name], n)]);
+  return meanings(COLOURS[name], name === 'truth');
+}
+
+// The values of a mask from 1; after the classes the one for what nobody knows, if the site has it.
+function meanings(colour, withUnknown = true) {
+  const classes = shown.classes.map((word, n) => [word, shade(colour, n)]);
+  return withUnknown && shown.unknown ? [...classes, ['unknown', rgb(UNKNOWN)]] : classes;
 }
 
 function lut(pairs) {
@@ -162,7 +170,7 @@ function buttons() {
 function notes() {
   const found = Object.values(scores).flatMap((one) => one.remarks);
   const left = shown.steps.some((step) => step > 1)
-    ? [`it is shown at every ${Math.max(...shown.steps)}th ${shown.kind === 'picture' ? 'pixel' : 'voxel'}; a corrected mask is saved in its full size`] : [];
+    ? [`one ${shown.kind === 'picture' ? 'pixel' : 'voxel'} in ${Math.max(...shown.steps)} along an axis is shown; a corrected mask is saved in its full size`] : [];
   return [...new Set([...left, ...shown.notes, ...found])];
 }
 
@@ -440,15 +448,21 @@ function startsOf() {
   $('start').value = before && [...$('start').options].some((one) => one.value === before) ? before : usual;
 }
 
+// What a person may want to know before a site with values of its own trains on it.
+function stored() {
+  const told = meanings('#000000').map(([word], n) => `${shown.labels[n + 1] ?? 'no value for'} ${word}`);
+  return `Values in the file: ${told.join(', ')}.`;
+}
+
 function fitCorrection() {
   $('place').textContent = shown.cannot_save
     ? `A correction cannot be saved: ${shown.cannot_save}`
-    : 'It becomes the label of this case in its site folder; where there is a label, it goes into the folder corrections beside it. No file is replaced.';
+    : `It becomes the label of this case in its site folder; where there is a label, it goes into the folder corrections beside it. No file is replaced. ${stored()}`;
   $('save').disabled = Boolean(shown.cannot_save);
   $('start').replaceChildren();
   startsOf();
   $('class').replaceChildren();
-  shown.classes.forEach((word, n) => option($('class'), n + 1, word));
+  meanings('#000000').forEach(([word], n) => option($('class'), n + 1, word));
   option($('class'), 0, 'eraser');
 }
 
@@ -471,7 +485,7 @@ async function draw() {
       nv.drawBitmap.set(new Uint8Array(buffer, 352));
       nv.drawClearAllUndoBitmaps();
       nv.drawAddUndoBitmap();
-      nv.setDrawColormap(lut(shown.classes.map((word, n) => [word, shade('#f0e442', n)])));
+      nv.setDrawColormap(lut(meanings('#f0e442')));
       nv.refreshDrawing(true);
       began = start;
     }
