@@ -201,6 +201,18 @@ def literals_of(bundle: str, overrides: Mapping[str, Any] | None = None) -> dict
     return {**_configuration(find_bundle(bundle), TRAIN), **checked_overrides(overrides)}
 
 
+def class_values(bundle: str, overrides: Mapping[str, Any] | None = None) -> tuple[tuple[int, ...], ...]:
+    """The class numbers that belong to each class of a bundle: `((1, 2), (2,))` for two nested ones.
+
+    Raises:
+        PFedSAMError: as `class_names` and `literals_of`.
+    """
+    names, told = class_names(find_bundle(bundle)), literals_of(bundle, overrides).get("class_values")
+    if not isinstance(told, list) or len(told) != len(names):
+        return tuple((number,) for number in range(1, len(names) + 1))
+    return tuple(tuple(numbers) for numbers in told)
+
+
 def field_of_view(bundle: str, overrides: Mapping[str, Any] | None = None) -> float | None:
     """Side in millimetres of the square that a bundle sees of each slice, None if it sees all.
 

@@ -61,6 +61,20 @@ def test_class_numbers_of_probabilities_take_the_inner_class() -> None:
     assert ClassNumbersd("pred")({"pred": probabilities})["pred"].tolist() == [[1, 2, 2, 0]]
 
 
+def test_of_classes_beside_each_other_the_most_probable_is_taken() -> None:
+    """Left and right: where both are likely, the second must not win because it is the second."""
+    probabilities = torch.tensor([[0.9, 0.6, 0.2, 0.1], [0.6, 0.9, 0.7, 0.2]])
+    beside = [[1], [2]]
+    assert class_map(probabilities, values=beside).tolist() == [1, 2, 2, 0]
+    assert class_map(probabilities).tolist() == [2, 2, 2, 0]
+    assert ClassNumbersd("pred", beside)({"pred": probabilities})["pred"].tolist() == [[1, 2, 2, 0]]
+    # an organ with a tumour inside, and another organ
+    mixed = torch.tensor([[0.9, 0.6, 0.3], [0.8, 0.6, 0.3], [0.7, 0.8, 0.6]])
+    assert class_map(mixed, values=[[1, 2], [2], [3]]).tolist() == [2, 3, 3]
+    # channels in another order: nested are those that share a number, wherever they stand
+    assert class_map(mixed[[2, 0, 1]], values=[[3], [1, 2], [2]]).tolist() == [3, 1, 1]
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_a_picture_is_a_volume_of_one_slice_in_three_channels(channels: int) -> None:
     picture = torch.rand(channels, 5, 4)

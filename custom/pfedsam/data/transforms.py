@@ -132,11 +132,23 @@ class IntensityWindowd(MapTransform):
 
 
 class ClassNumbersd(MapTransform):
-    """Probabilities `(C, ...)` to class numbers `(1, ...)`, see `class_map`."""
+    """Probabilities `(C, ...)` to class numbers `(1, ...)`, see `class_map`.
+
+    Args:
+        keys: of the probabilities.
+        values: for each class the numbers that belong to it, as in `ClassChannelsd`.
+    """
+
+    def __init__(self, keys: Any, values: Sequence[Sequence[int]] | None = None) -> None:
+        super().__init__(keys)
+        self.values = values
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Apply to every key."""
-        return {**data, **{key: class_map(data[key])[None] for key in self.key_iterator(dict(data))}}
+        return {
+            **data,
+            **{key: class_map(data[key], values=self.values)[None] for key in self.key_iterator(dict(data))},
+        }
 
 
 class PictureAsVolumed(MapTransform):
@@ -170,8 +182,34 @@ class VolumeAsPictured(MapTransform):
         return {**data, **{key: data[key].squeeze(-1) for key in self.key_iterator(dict(data))}}
 
 
-def class_map(probabilities: Tensor, threshold: float = 0.5) -> Tensor:
-    """Class numbers `(...)` of probabilities `(C, ...)`: the last class above a threshold (if nested: the inner)."""
+def class_map(probabilities: Tensor, threshold: float = 0.5, values: Sequence[Sequence[int]] | None = None) -> Tensor:
+    """Class numbers `(...)` of probabilities `(C, ...)`, 0 where none is above a threshold.
+
+    Of nested classes the inner is taken, the last of them above the threshold; of classes that lie beside each other
+    the most probable.
+
+    Args:
+        probabilities: of each class.
+        threshold: 0 to 1.
+        values: for each class the numbers that belong to it; classes that share one are nested. None: all are.
+    """
     shape = (-1, *[1] * (probabilities.ndim - 1))
     numbers = torch.arange(1, len(probabilities) + 1, dtype=torch.uint8, device=probabilities.device).reshape(shape)
-    return ((probabilities > threshold) * numbers).amax(dim=0)
+    nests = [list(range(len(probabilities)))] if values is None else _nests(values)
+    inner = [((probabilities[nest] > threshold) * numbers[nest]).amax(dim=0) for nest in nests]
+    if len(nests) == 1:
+        return inner[0]
+    likely = torch.stack([probabilities[nest].amax(dim=0) for nest in nests]).argmax(dim=0, keepdim=True)
+    return torch.stack(inner).gather(0, likely)[0]
+
+
+def _nests(values: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Channels in groups that share class numbers, each in order."""
+    nests: list[tuple[set[int], list[int]]] = []
+    for channel, numbers in enumerate(values):
+        inside, channels = set(numbers), [channel]
+        for nest in [one for one in nests if one[0] & inside]:
+            nests.remove(nest)
+            inside, channels = inside | nest[0], [*nest[1], *channels]
+        nests.append((inside, sorted(channels)))
+    return sorted(channels for _, channels in nests)

@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import DataLoader, Dataset
 from numpy.typing import NDArray
 
-from pfedsam.bundles import LOAD_MODEL, LOAD_MODEL_BEFORE, find_bundle, is_rgb, local_settings
+from pfedsam.bundles import LOAD_MODEL, LOAD_MODEL_BEFORE, class_values, find_bundle, is_rgb, local_settings
 from pfedsam.data import transforms
 from pfedsam.data.field_of_view import share_outside
 from pfedsam.data.intensity import NO_WINDOW, window_is_empty
@@ -42,15 +42,17 @@ class Prediction:
         image: as it was read.
         probabilities: `(C, x, y[, z])` in the grid of the image.
         field_of_view: side in millimetres of the square that the bundle sees, None if it sees all of an image.
+        class_values: the numbers that belong to each class, see `pfedsam.data.transforms.class_map`.
     """
 
     image: Picture
     probabilities: NDArray[np.float32]
     field_of_view: float | None = None
+    class_values: Sequence[Sequence[int]] | None = None
 
     def label(self, threshold: float = 0.5) -> NDArray[np.uint8]:
-        """Values `(x, y[, z])`: 0, or the number of the last class above the threshold (nested classes: the inner)."""
-        return transforms.class_map(torch.from_numpy(self.probabilities), threshold).numpy()
+        """Values `(x, y[, z])`: 0, or a class above the threshold: of nested ones the inner, else the most probable."""
+        return transforms.class_map(torch.from_numpy(self.probabilities), threshold, self.class_values).numpy()
 
     @property
     def share_unseen(self) -> float:
@@ -100,6 +102,7 @@ class Predictor:
         self.engine = engine
         self._told = bundle, overrides or {}
         self._evaluator: Any = None
+        self.class_values: Sequence[Sequence[int]] | None = None
 
     def open(self) -> None:
         """Build the workflow and load the model, once."""
@@ -117,6 +120,7 @@ class Predictor:
             parser = workflow.parser
             self.field_of_view = parser.get_parsed_content("field_of_view_mm") if "field_of_view_mm" in parser else None
             self._evaluator = parser.get_parsed_content("evaluator")
+            self.class_values = class_values(self.bundle, self.settings)
         # the bundle may place one transform or none at all on its dataset
         self._transform = self._evaluator.data_loader.dataset.transform
         self._inferer = self._evaluator.inferer
@@ -154,7 +158,7 @@ class Predictor:
                 f"{picture.source} went wrong: {type(error).__name__}: {error}.",
                 "Look at it first.",
             ) from error
-        return Prediction(picture, probabilities, self.field_of_view)
+        return Prediction(picture, probabilities, self.field_of_view, self.class_values)
 
     def _require_kind(self, image: Picture) -> None:
         """Refuse a volume where the bundle takes pictures; a picture is a volume of one slice to the others."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pfedsam.bundles import literals_of
+from pfedsam.bundles import class_values
 from pfedsam.data.field_of_view import told
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.inference.predict import Prediction
@@ -90,10 +90,7 @@ def write_results(found: Prediction, out: Path, wanted: Wanted) -> list[str]:
 
 def _classes(wanted: Wanted) -> dict[str, list[int]]:
     """Label values that belong to each class, as the bundle has them in training; else each class has its own."""
-    values = literals_of(wanted.bundle).get("class_values")
-    if not isinstance(values, list) or len(values) != len(wanted.class_names):
-        values = [[number] for number in range(1, len(wanted.class_names) + 1)]
-    return dict(zip(wanted.class_names, values, strict=True))
+    return dict(zip(wanted.class_names, map(list, class_values(wanted.bundle)), strict=True))
 
 
 def _remarks(found: Prediction) -> Iterator[str]:

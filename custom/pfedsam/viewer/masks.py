@@ -5,19 +5,22 @@ The functions import torch and MONAI: an image without a label or model is shown
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pfedsam.bundles import class_names, find_bundle, is_rgb, literals_of
+from pfedsam.bundles import class_names, class_values, find_bundle, is_rgb
 from pfedsam.data.labels import OPEN, UNKNOWN, UNKNOWN_NAME, black_and_white, class_numbers, found_values
 from pfedsam.data.picture import Picture
 from pfedsam.errors import ErrorCode, PFedSAMError, few
 from pfedsam.evaluation.difference import difference as areas_of
+
+if TYPE_CHECKING:
+    from pfedsam.inference.predict import Prediction
 
 #: Values of a difference, by the name of the area.
 AREAS = {"found": 1, "missed": 2, "wrong": 3}
@@ -61,10 +64,8 @@ class Classes:
         """
         folder = find_bundle(bundle)
         names = tuple(class_names(folder))
-        told = literals_of(bundle, settings).get("class_values")
-        values = told if isinstance(told, list) else [[number] for number in range(1, len(names) + 1)]
         class_numbers(names, label_map)
-        return cls(names, tuple(tuple(numbers) for numbers in values), is_rgb(folder), label_map)
+        return cls(names, class_values(bundle, settings), is_rgb(folder), label_map)
 
     @property
     def unknown(self) -> int | None:
@@ -120,14 +121,10 @@ class Mask:
         return cls(filled, channels.astype(bool) & ~unknown, unknown)
 
     @classmethod
-    def of_probabilities(cls, probabilities: NDArray[np.float32], shape: Sequence[int]) -> Mask:
-        """What a model finds, in the grid `shape` of the image as a volume."""
-        import torch
-
-        from pfedsam.data.transforms import class_map
-
-        numbers = class_map(torch.from_numpy(probabilities)).numpy()
-        return cls(numbers.reshape(shape), (probabilities > 0.5).reshape(-1, *shape))
+    def of_prediction(cls, found: Prediction) -> Mask:
+        """What a model finds, in the grid of the image as a volume."""
+        shape = found.image.volume_shape
+        return cls(found.label().reshape(shape), (found.probabilities > 0.5).reshape(-1, *shape))
 
 
 def read_truth(image: Picture, label: Path, classes: Classes) -> Mask:
@@ -144,7 +141,7 @@ def read_truth(image: Picture, label: Path, classes: Classes) -> Mask:
     items = ReadImaged(("image", "label"), labels="label", colour=classes.colour)({"image": image, "label": label})
     channels = ClassChannelsd("label", classes.values, classes.names, classes.label_map)(items)["label"]
     shape = image.volume_shape
-    numbers = class_map(torch.as_tensor(channels)).numpy().reshape(shape)
+    numbers = class_map(torch.as_tensor(channels), values=classes.values).numpy().reshape(shape)
     told = np.asarray(channels).reshape(-1, *shape)
     return Mask.of_truth(numbers, told, told[0] == OPEN)
 

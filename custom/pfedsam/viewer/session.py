@@ -168,7 +168,7 @@ class Session:
         opened = self._open(number)
         with self._computing:
             found = self._predictor(number, model)(opened.image, opened.grid.box(box))
-        opened.masks[BOX] = Mask.of_probabilities(found.probabilities, opened.image.volume_shape)
+        opened.masks[BOX] = Mask.of_prediction(found)
         return opened.grid.nifti(opened.masks[BOX].numbers, labels=True)
 
     def save(self, number: int, start: str, drawing: bytes) -> Path:
@@ -201,8 +201,7 @@ class Session:
     def _mask(self, number: int, name: str) -> Mask:
         opened = self._open(number)
         if name in MODELS and name not in opened.masks:
-            probabilities = self._predicted(number, name).probabilities
-            opened.masks[name] = Mask.of_probabilities(probabilities, opened.image.volume_shape)
+            opened.masks[name] = Mask.of_prediction(self._predicted(number, name))
         if name == EMPTY:
             nothing: NDArray[np.uint8] = np.zeros(opened.image.volume_shape, dtype=np.uint8)
             return Mask(nothing, np.zeros((len(opened.classes.names), *nothing.shape), dtype=bool))
