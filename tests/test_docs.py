@@ -15,15 +15,18 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from nvflare.apis.dxo import MetaKey
 
 import pfedsam
 from pfedsam.bundles import folder
 from pfedsam.cli import app
 from pfedsam.errors import ErrorCode
+from pfedsam.federated.boundary import MEANINGS, METADATA, METRICS
 from pfedsam.settings import all_settings
-from pfedsam.training.catalogue import ablation_names, strategy_names
+from pfedsam.training.catalogue import ablation_names, find_strategy, strategy_names
 from pfedsam.training.extra_losses import Distillation, PseudoLabels, Smoothness
 from pfedsam.training.strategy import Phase, Serving, Strategy
+from pfedsam.training.style_settings import GIN, Amplitude, Augment, Mixup, PatchSwap
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "custom" / "pfedsam"
@@ -143,9 +146,12 @@ def settings_table() -> str:
 def strategy_tables() -> str:
     """Every setting of a strategy, of its phases and of what they add to the loss, in the words of the docstrings."""
     parts = []
-    kinds = ((Strategy, "`strategy`"), (Serving, "`serving`"), (Phase, "a phase"))
+    kinds = ((Strategy, "`strategy`"), (Serving, "`serving`"), (Augment, "`augment`"))
+    restyled = ((Amplitude, "`amplitude` of `augment`"), (GIN, "`gin` of `augment`"))
     added = ((Distillation, "distillation"), (PseudoLabels, "pseudo"), (Smoothness, "smooth"))
-    for kind, where in (*kinds, *((kind, f"`{key}` of a phase") for kind, key in added)):
+    added += ((PatchSwap, "patch_swap"), (Mixup, "mixup"))
+    phases = ((Phase, "a phase"), *((kind, f"`{key}` of a phase") for kind, key in added))
+    for kind, where in (*kinds, *restyled, *phases):
         told = inspect.getdoc(kind).split("Attributes:\n")[1]  # type: ignore[union-attr]
         found = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", told, re.MULTILINE | re.DOTALL)
         words = {name: " ".join(re.sub(r"\s*\[ours\]", "", text).split()) for name, text in found}
@@ -185,8 +191,43 @@ def errors_table() -> str:
     return "\n".join(("| code | name | what is wrong | what helps |", "|---|---|---|---|", *rows))
 
 
+#: Variants that are a method of their own, beside the strategies.
+METHODS = (
+    "iat",
+    "weights_dro",
+    "fedgin",
+    "amplitude_mix",
+    "cpss",
+    "mixup",
+    "pseudo_labels",
+    "pseudo_labels_refined",
+    "weak_crf",
+    "weak_affinity",
+    "weak_pseudo_labels",
+)
+
+
+def leaves_table() -> str:
+    """What leaves a site in a round, by strategy and method, from the strategies' own roles and the listed metadata."""
+    beside = ", ".join(MEANINGS[name] for name in (*METADATA, *METRICS) if name != MetaKey.NUM_STEPS_CURRENT_ROUND)
+    rows = ["| strategy or method | tensors whose change leaves | its number of training cases | what is its own |"]
+    rows.append("|---|---|---|---|")
+    for name in (*strategy_names(), *METHODS):
+        file = find_strategy(name)
+        if file.kind != "federated":
+            continue
+        strategy = file.checked()
+        own = [*strategy.personal, *(["copy"] if strategy.has_copy else [])]
+        told = ["leaves" if strategy.weights == "cases" else "stays", ", ".join(f"`{one}`" for one in own)]
+        rows.append(f"| `{name}` | {', '.join(f'`{one}`' for one in strategy.shared)} | {' | '.join(told)} |")
+    return "\n".join(
+        [*rows, "", f"With every update go, in each of them: {beside}. Of cases without a label nothing goes."]
+    )
+
+
 #: Generated parts: page, name between the markers, content.
 GENERATED = (
+    (Path("jobs/README.md"), "leaves", leaves_table),
     (Path("bundles/README.md"), "settings", settings_table),
     (Path("jobs/README.md"), "strategy", strategy_tables),
     (Path("custom/README.md"), "commands", commands_table),

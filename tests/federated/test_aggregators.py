@@ -20,10 +20,12 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 from pfedsam.federated.aggregators import ProductAggregator, RobustAggregator, RobustModelSelector
+from pfedsam.federated.boundary import METRICS
 from pfedsam.federated.plan import Plan
 from pfedsam.federated.records import ROUNDS_FILE
 from pfedsam.storage.job_plan import PLAN_ID
 from pfedsam.training.aggregation import RULES, aggregate
+from pfedsam.training.site_weights import SiteWeights
 
 SHAPES = {"qkv.lora_a": (2, 4, 12), "qkv.lora_b": (2, 9, 4), "hyper.weight": (5, 3)}
 
@@ -31,8 +33,8 @@ SHAPES = {"qkv.lora_a": (2, 4, 12), "qkv.lora_b": (2, 9, 4), "hyper.weight": (5,
 class Server:
     """A round of a server: an engine with a plan, and a context."""
 
-    def __init__(self, folder: Path, rule: str, most_cases: Any = None) -> None:
-        plan = Plan("demo", "brain_lesion_mri", {"aggregation": rule}, most_cases=most_cases)
+    def __init__(self, folder: Path, rule: str, most_cases: Any = None, **strategy: Any) -> None:
+        plan = Plan("demo", "brain_lesion_mri", {"aggregation": rule, **strategy}, most_cases=most_cases)
         self.folder = folder
         workspace = SimpleNamespace(get_run_dir=lambda job: str(folder / job))
         engine = SimpleNamespace(
@@ -185,3 +187,25 @@ def _start(theta: dict, number: int) -> dict | None:
 def _tensors(theta: dict, deltas: list[dict]) -> tuple[dict, list[dict]]:
     as_tensors = [{name: torch.as_tensor(value) for name, value in one.items()} for one in (theta, *deltas)]
     return as_tensors[0], as_tensors[1:]
+
+
+def test_the_servers_weights_are_those_that_follow_from_the_dice_that_the_sites_sent(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    theta = start = arrays(random)
+    server, aggregator, reference = Server(tmp_path, "norm_clipped", weights="dro"), RobustAggregator(), SiteWeights()
+    for number in range(3):
+        deltas = [arrays(random, 0.2) for _ in range(3)]
+        dice = {"site-0": 0.9, "site-1": 0.1 + 0.1 * number, "site-2": None}
+        server.start(number, theta)
+        for place in (2, 0, 1):
+            told = {} if dice[f"site-{place}"] is None else {METRICS[0]: dice[f"site-{place}"]}
+            assert aggregator.accept(contribution(deltas[place], 1, f"site-{place}", number, **told), server.context)
+        change = from_shareable(aggregator.aggregate(server.context)).data
+        weights = list(reference.next(dice).values())
+        assert weights[1] > 1 > weights[0]
+        wanted = aggregate(*_tensors(theta, deltas), weights, "norm_clipped", _start(start, number))
+        theta = {name: theta[name] + change[name] for name in theta}
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(torch.as_tensor(theta[name]), tensor, rtol=0, atol=1e-6)
+    counted = {site: one["cases"] for site, one in server.records()[-1]["sites"].items()}
+    assert counted == {f"site-{place}": pytest.approx(weight, rel=1e-3) for place, weight in enumerate(weights)}

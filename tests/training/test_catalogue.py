@@ -120,6 +120,16 @@ def test_fedprox_is_fedavg_with_a_proximal_term() -> None:
     assert one.roles == other.roles
 
 
+@pytest.mark.parametrize("name", ["fedgin", "amplitude_mix", "cpss", "mixup"])
+def test_what_restyles_is_fedavg_with_one_setting_more(name: str) -> None:
+    one, other = find_strategy(name).checked(), find_strategy("fedavg_lora").checked()
+    (phase,) = one.phases
+    assert [one.augment, phase.patch_swap, phase.mixup].count(None) == 2
+    plain = phase.model_copy(update={"patch_swap": None, "mixup": None})
+    assert one.model_copy(update={"name": other.name, "augment": None, "phases": (plain,)}) == other
+    assert plan_of(name).shared() == plan_of("fedavg_lora").shared()
+
+
 def test_in_ffa_lora_the_first_factor_is_frozen() -> None:
     strategy = find_strategy("ffa_lora").checked()
     assert strategy.roles.of("image_encoder.layers.3.blocks.0.attn.qkv.lora_a") == "frozen"
@@ -187,7 +197,7 @@ def test_what_is_a_sites_own_is_trained_once_more_at_the_end(name: str) -> None:
     strategy = find_strategy(name).checked()
     alone = name in SERVERLESS
     (epochs,) = [phase.epochs for phase in strategy.final] or [0]
-    longer = name.startswith(("longer_ft", "copy_and_experts", "pfedsam_chosen"))
+    longer = name.startswith(("longer_ft", "copy_and_experts", "pfedsam_chosen", "chosen_by"))
     assert epochs == ((12 if longer else 4) if strategy.keeps or alone else 0)
     assert {phase.anneal for phase in strategy.final} <= {"cosine"}
 

@@ -17,6 +17,9 @@ from pfedsam.errors import ErrorCode, PFedSAMError
 
 Grey = Literal["neighbours", "same"]
 
+#: Key of an item under which an augmentation finds `OtherSlices`.
+OTHERS = "others"
+
 
 def slice_channels(volume: Tensor, index: int | None = None, grey: Grey = "neighbours") -> Tensor:
     """The three input channels of a grey volume; a volume of three channels has them already.
@@ -68,7 +71,8 @@ class SliceDataset(Dataset[Any]):
     Args:
         data: items with `image` and `label` paths, unlabelled ones without the second (`pfedsam.data.sites.datalist`).
         transform: of a volume, deterministic: gives `image` `(1, H, W, D)` and `label` `(C, H, W, D)`.
-        augment: of a slice, random: MONAI dictionary transforms on `image` `(3, H, W)` and `label` `(C, H, W)`.
+        augment: of a slice, random: MONAI dictionary transforms on `image` `(3, H, W)` and `label` `(C, H, W)`; under
+            `others` it finds what else the site has, see `OtherSlices`.
         variants: number K of pre-drawn augmentations of each slice.
         grey: see `slice_channels`.
         seed: of the augmentations.
@@ -114,16 +118,46 @@ class SliceDataset(Dataset[Any]):
         return len(self.slices) * self.variants
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number, z = self.slices[index // self.variants]
-        first = max(z - 1, 0)
-        around = self.volumes.window(number, first, min(z + 2, len(self.volumes.labelled(number))))
-        image, label = slice_channels(around["image"], z - first, self.grey), around["label"][..., z - first].float()
-        item = {"image": image, "label": label}
+        number, _ = self.slices[index // self.variants]
+        item: dict[str, Any] = self.plain(index // self.variants)
         if self.augment is not None:
+            item[OTHERS] = OtherSlices(self, number)
             if isinstance(self.augment, Randomizable):
                 self.augment.set_random_state(seed=int(np.random.SeedSequence([self.seed, index]).generate_state(1)[0]))
             item = self.augment(item)
         return {key: convert_to_tensor(item[key]).float().contiguous() for key in ("image", "label")} | {"index": index}
+
+    def plain(self, number: int) -> dict[str, Tensor]:
+        """`image` `(3, H, W)` and `label` `(C, H, W)` of a slice, by its place in `slices`, without augmentation."""
+        volume, z = self.slices[number]
+        first = max(z - 1, 0)
+        around = self.volumes.window(volume, first, min(z + 2, len(self.volumes.labelled(volume))))
+        return {
+            "image": slice_channels(around["image"], z - first, self.grey),
+            "label": around["label"][..., z - first].float(),
+        }
+
+
+class OtherSlices:
+    """What an augmentation may take from the site's other cases. Nothing is read before `draw`.
+
+    Which slice it is depends on nothing but the data and the random state, so that a variant stays a function of
+    `(seed, item)`: also slices are drawn of cases that a fold leaves out.
+
+    Args:
+        dataset: the slices of the site.
+        number: of the volume that is augmented.
+    """
+
+    def __init__(self, dataset: SliceDataset, number: int) -> None:
+        self.dataset, self.number = dataset, number
+
+    def draw(self, random: np.random.RandomState) -> Tensor:
+        """`(3, H, W)`: a slice with a label of another case, without augmentation; of the same case if it is alone."""
+        cases = [case for case, slices in enumerate(self.dataset.positive) if slices]
+        others = [case for case in cases if case != self.number] or cases
+        slices = self.dataset.positive[others[random.randint(len(others))]]
+        return self.dataset.plain(slices[random.randint(len(slices))])["image"]
 
 
 class EpochSampler(Sampler[int]):

@@ -7,6 +7,7 @@ payload a site. `aggregation: mean` keeps NVFlare's own aggregator, which adds t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.federated.records import ROUNDS_FILE, append_record
 from pfedsam.training.aggregation import combine, robust_mean
 from pfedsam.training.judgement import JUDGING, Judgement, counted_cases
+from pfedsam.training.site_weights import SiteWeights
 
 
 class RobustAggregator(Aggregator):
@@ -40,13 +42,16 @@ class RobustAggregator(Aggregator):
     def __init__(self) -> None:
         super().__init__()
         self._held: dict[str, tuple[int, dict[str, np.ndarray]]] = {}
+        #: The Dice of the global model at each site that told one, and what follows from it, see `SiteWeights`.
+        self._dice: dict[str, float] = {}
+        self._site_weights = SiteWeights()
         #: The global model that this run began with, once a round is done.
         self._start: dict[str, torch.Tensor] | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Forget an earlier run."""
         if event_type == EventType.START_RUN:
-            self._held, self._start = {}, None
+            self._held, self._start, self._dice, self._site_weights = {}, None, {}, SiteWeights()
 
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
         """Hold a site's update; False for a code, another round, or a second update of the site in this round."""
@@ -64,13 +69,16 @@ class RobustAggregator(Aggregator):
             return False
         dxo = from_shareable(shareable)
         self._held[site] = int(dxo.get_meta_prop(MetaKey.NUM_STEPS_CURRENT_ROUND, 1)), dxo.data
+        if (dice := dice_beside(dxo)) is not None:
+            self._dice[site] = dice
         return True
 
     def aggregate(self, fl_ctx: FLContext) -> Shareable:
         """The change of the global model; none if no site sent an update."""
         plan, current = plan_of(fl_ctx), fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
         theta = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
-        updates, self._held = dict(sorted(self._held.items())), {}
+        updates, dice = dict(sorted(self._held.items())), self._dice
+        self._held, self._dice = {}, {}
         if not updates:
             self.logger.error(f"round {current}: no site sent an update, the global model stays as it is")
             return DXO(
@@ -80,7 +88,7 @@ class RobustAggregator(Aggregator):
         change, judged = combine(
             _tensors(theta),
             [_tensors(data) for _, data in updates.values()],
-            [cases for cases, _ in updates.values()],
+            self._weights(plan, updates, dice),
             rule,
             [plan.most_of(site) for site in updates],
             self._start,
@@ -92,7 +100,13 @@ class RobustAggregator(Aggregator):
 
     def reset(self, fl_ctx: FLContext) -> None:
         """Forget what was held."""
-        self._held = {}
+        self._held, self._dice = {}, {}
+
+    def _weights(self, plan: Plan, updates: Mapping[str, tuple[int, Any]], dice: Mapping[str, float]) -> list[float]:
+        """What each site counts before it is judged: its cases, or what follows from its Dice."""
+        if plan.checked().weights != "dro":
+            return [cases for cases, _ in updates.values()]
+        return list(self._site_weights.next({site: dice.get(site) for site in updates}).values())
 
     def rule(self, plan: Plan) -> str:
         """The plan's rule."""
@@ -142,8 +156,8 @@ class RobustModelSelector(IntimeModelSelector):
         if result.get_cookie(AppConstants.CONTRIBUTION_ROUND) != current:
             return False
         dxo = from_shareable(result)
-        value = (dxo.get_meta_prop(MetaKey.INITIAL_METRICS) or {}).get(self.key_metric)
-        if value is None or not math.isfinite(value):
+        value = dice_beside(dxo, self.key_metric)
+        if value is None:
             return False
         site = str(result.get_peer_prop(key=ReservedKey.IDENTITY_NAME, default="?"))
         self._told.setdefault(site, (float(value), int(dxo.get_meta_prop(MetaKey.NUM_STEPS_CURRENT_ROUND, 1))))
@@ -165,6 +179,12 @@ class RobustModelSelector(IntimeModelSelector):
     def _reset_stats(self) -> None:
         super()._reset_stats()
         self._told = {}
+
+
+def dice_beside(dxo: DXO, metric: str = METRICS[0]) -> float | None:
+    """The Dice of the global model that a site has sent with its update, None if it has sent none."""
+    value = (dxo.get_meta_prop(MetaKey.INITIAL_METRICS) or {}).get(metric)
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def told(one: Judgement) -> str:

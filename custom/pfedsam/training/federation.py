@@ -33,6 +33,7 @@ from pfedsam.storage.site_model import SiteModel, read, write
 from pfedsam.training.aggregation import aggregate
 from pfedsam.training.round_result import RoundResult
 from pfedsam.training.site import SiteTrainer
+from pfedsam.training.site_weights import SiteWeights
 from pfedsam.training.strategy import Strategy
 
 ROUND_FILE, HISTORY_FILE, MODELS = "global.safetensors", "history.jsonl", "models"
@@ -129,13 +130,17 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
     sites = {name: _open(federation, name) for name in federation.sites}
     theta, done = _start(federation, sites)
     start = _theta_0(federation) if 0 < done < federation.rounds else theta
+    site_weights = SiteWeights()
+    for number in range(done):  # as they were when the run was stopped
+        _weights(federation, sites, site_weights, number)
     for number in range(done, federation.rounds):
         results, models = {}, {}
         for name, local in sites.items():
             results[name], models[name] = _round(federation, name, local, theta, number)
             tell(f"{strategy.name}: round {number + 1} of {federation.rounds}, {name}")
         if aggregated and theta:
-            deltas, weights = [one.delta for one in results.values()], [local.weight for local in sites.values()]
+            deltas = [one.delta for one in results.values()]
+            weights = _weights(federation, sites, site_weights, number)
             theta = aggregate(theta, deltas, weights, strategy.aggregation, start if number else None)
         _save_round(federation, theta, models, number, next(iter(sites.values())).fingerprint)
     for name, local in sites.items():
@@ -151,6 +156,14 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
         _note(federation, name, federation.rounds, result, started, **metrics)
         write(_model(federation, name, federation.rounds), local.model(round=federation.rounds, final=True, **metrics))
         tell(f"{strategy.name}: final phase, {name}: global {before:.3f}, personal {after:.3f}")
+
+
+def _weights(federation: Federation, sites: Mapping[str, SiteTrainer], kept: SiteWeights, number: int) -> list[float]:
+    """What each site counts in a round."""
+    if federation.strategy.weights != "dro":
+        return [local.weight for local in sites.values()]
+    notes = {note["site"]: note for note in federation.history() if note["round"] == number}
+    return list(kept.next({name: notes[name].get("val_dice_global") for name in sites}).values())
 
 
 def _open(federation: Federation, name: str) -> SiteTrainer:

@@ -107,6 +107,7 @@ class SiteTrainer:
             label_map=self.label_map,
             prepared=self.prepared,
             unlabelled=self.strategy.learns_from_unlabelled,
+            augment=self.strategy.augment,
         )
         self.network, self.trainer, self.evaluator = opened.network, opened.trainer, opened.evaluator
         self.cases = [case for case in opened.cases if "label" in case]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pfedsam.parameters import GROUPS, LAYER_NORM, Roles
+from pfedsam.parameters import OWN_GROUPS, Roles
 from pfedsam.ranges import MOST_EPOCHS, MOST_ROUNDS
 from pfedsam.settings import by_one_name
 from pfedsam.training.extra_losses import (
@@ -23,6 +23,8 @@ from pfedsam.training.extra_losses import (
     Switch,
     Whole,
 )
+from pfedsam.training.judgement import JUDGING
+from pfedsam.training.style_settings import Augment, Mixup, PatchSwap
 
 #: What other tools call two keys of a phase.
 ALIASES = {"lr_multipliers": "rates", "proximal_mu": "proximal"}
@@ -56,6 +58,8 @@ class Phase(Settings):
         pseudo: what is learnt from voxels of which no label says what they are: of cases without a label, which are
             drawn for this phase alone, and of weak labels. None: nothing.
         smooth: the loss that lets a prediction change where the image does, on images with such voxels, or None.
+        patch_swap: patches of the features take mean and spread of other patches of the batch. None: they do not.
+        mixup: images of a batch and their masks are mixed by pairs. None: they are not.
         balance: weight of the experts' load-balance loss, where only the top k gates count.
         proximal: mu of the extra loss `mu / 2 * ||w - theta||^2`, w what is trained of the shared tensors or of their
             copy, theta as received (FedProx: Li et al., arXiv 1812.06127; Ditto: Li et al., arXiv 2012.04221).
@@ -77,6 +81,8 @@ class Phase(Settings):
     distillation: Distillation | None = None
     pseudo: PseudoLabels | None = None
     smooth: Smoothness | None = None
+    patch_swap: PatchSwap | None = None
+    mixup: Mixup | None = None
     balance: Factor = 0.01
     proximal: Factor = 0.0
 
@@ -88,16 +94,22 @@ class Phase(Settings):
     @field_validator("rates")
     @classmethod
     def _of_groups(cls, rates: dict[str, float]) -> dict[str, float]:
-        known = [group for group in GROUPS if group != LAYER_NORM]  # layer norms are in the groups of their layers
-        unknown = sorted(set(rates) - set(known))
+        unknown = sorted(set(rates) - set(OWN_GROUPS))
         if unknown:
-            raise ValueError(f"no group(s) {unknown}; there are {known}")
+            raise ValueError(f"no group(s) {unknown}; there are {list(OWN_GROUPS)}")
         return rates
 
     @model_validator(mode="after")
     def _copy_alone(self) -> Phase:
         if "copy" in self.trains and "shared" in self.trains:
             raise ValueError("a phase trains the shared tensors or the site's copy of them, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _mixed_alone(self) -> Phase:
+        others = [key for key in ("distillation", "pseudo", "smooth") if getattr(self, key) is not None]
+        if self.mixup is not None and others:
+            raise ValueError(f"mixup and {others} in one phase: a mixed image is none that a teacher has seen")
         return self
 
 
@@ -116,8 +128,7 @@ class Serving(Settings):
             own `epochs`; the phase is stopped after those that were chosen, with the learning rates of the largest.
         alphas: which of the models between the global one (0) and the personal one (1) are compared.
         margin: the mean gain over the global model must be more than so many of its standard errors; else the global
-            model is kept. Half an error pays for having taken the best of several: keeping the global model where
-            another is better costs a site as much as the opposite.
+            model is kept: the rule of one standard error (Breiman et al., Classification and Regression Trees, 1984).
         spread: standard deviation of patients' gains that is expected before any is seen. It counts as much as one
             patient: a site with one or two validation patients can choose, too. 0: of one patient nothing follows.
         least_steps: a site with few slices makes few steps in an epoch. Where the largest of `epochs` is fewer steps
@@ -132,7 +143,7 @@ class Serving(Settings):
     alphas: tuple[Annotated[Number, Field(gt=0, le=1)], ...] = Field(
         (0.25, 0.5, 0.75, 1.0), min_length=1, max_length=10
     )
-    margin: Factor = 0.5
+    margin: Factor = 1.0
     spread: Annotated[Number, Field(ge=0, le=1)] = 0.05
     least_steps: Annotated[Whole, Field(ge=0, le=MOST_STEPS)] = 0
     alone: Phase | None = None
@@ -196,7 +207,9 @@ class Strategy(Settings):
             `krum`; or, for LoRA's factors, with the bounds of `norm_clipped`: `svd`, the weighted mean of the products,
             factored again to the same rank; `alternate`: B in even rounds and A in odd ones, so that the mean is exact.
         weights: of the sites in the mean: by `cases`, or `uniform`, which also keeps the number of cases at the site:
-            nothing that is sent tells it then.
+            nothing that is sent tells it then. So does `dro`, by which sites count the more the worse the global model
+            has been on their validation cases, see `pfedsam.training.site_weights`.
+        augment: what comes behind the bundle's own augmentations of a slice, in all phases. None: nothing.
     """
 
     name: Name = "pfedsam"
@@ -208,11 +221,20 @@ class Strategy(Settings):
     serving: Serving | None = None
     validate_every: Whole = Field(1, ge=1, le=MOST_ROUNDS)
     aggregation: Literal["norm_clipped", "mean", "trimmed_mean", "median", "krum", "svd", "alternate"] = "norm_clipped"
-    weights: Literal["cases", "uniform"] = "cases"
+    weights: Literal["cases", "uniform", "dro"] = "cases"
+    augment: Augment | None = None
 
     @model_validator(mode="after")
     def _roles_are_possible(self) -> Strategy:
         _ = self.roles
+        return self
+
+    @model_validator(mode="after")
+    def _weights_count(self) -> Strategy:
+        if self.weights == "dro" and self.aggregation not in JUDGING:
+            raise ValueError(
+                f"weights 'dro' need one of {list(JUDGING)}: 'mean' is NVFlare's own, and rules by rank ignore weights"
+            )
         return self
 
     @model_validator(mode="after")

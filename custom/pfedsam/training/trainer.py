@@ -28,6 +28,7 @@ from pfedsam.training.optimiser import Moments, learning_rate, names_by_factor, 
 from pfedsam.training.round_result import PhaseReport
 from pfedsam.training.smoothness import smoothness_loss
 from pfedsam.training.strategy import Phase
+from pfedsam.training.style import Style
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class PhaseTrainer(SupervisedTrainer):
         self._taught_by = self._snapshot() if self._distils() else {}
         self._gate = QualityGate(self.exclusive)
         self._open = self._open_voxels(parameters)
+        self._style = Style(phase, self.network, (round_number, number), self.box_probability)
         self.state.epoch = self.state.iteration = 0
         self.state.max_epochs = phase.epochs
 
@@ -191,7 +193,8 @@ class PhaseTrainer(SupervisedTrainer):
         """Features, logits, loss with the phase's extra loss, backward, update."""
         with self._autocast():
             features = self.features(images, items)
-            prediction = self.network.head(features)
+            styled, label = self._style(features, label, self.report.steps)
+            prediction = self.network.head(styled)
             balance = self.network.balance_loss()  # before a teacher with experts runs
             self.fire_event(IterationEvents.FORWARD_COMPLETED)
         prediction = prediction.float()
