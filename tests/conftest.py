@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
+from collections import Counter
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -11,6 +12,14 @@ import pytest
 WITH_PROCESSES = ("jobs", "poc")
 #: Files that read the same runs of the simulator: one worker makes them once.
 SAME_RUNS = ("test_simulated_jobs.py", "test_nothing_personal_leaves.py")
+
+
+def pytest_configure() -> None:
+    """Two files of tests of one name cannot be collected together: every run says so, also one of a single file."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    twice = sorted(name for name, count in names.items() if count > 1)
+    if twice:
+        raise pytest.UsageError(f"two files of tests are called {', '.join(twice)}: rename one of them")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -132,7 +132,7 @@ def test_a_run_is_refused_for_other_data_strategy_rounds_or_sites_and_says_why(o
     require_same_run(simulation(*own))
     changes = {
         "setting batch_size: 4 then, 2 now": {"overrides": {**simulation(*own).overrides, "batch_size": 2}},
-        "setting experts: 4 then, 2 now": {"overrides": {**simulation(*own).overrides, "experts": 2}},
+        "setting experts: 1 then, 2 now": {"overrides": {**simulation(*own).overrides, "experts": 2}},
         'bundle: "brain_lesion_mri" then, "prostate_mri" now': {"bundle": "prostate_mri"},
         "strategy validate_every: 1 then, 2 now": {"strategy": {"validate_every": 2}},
         "rounds, 1 are asked for": {"rounds": 1},

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from pfedsam import defaults
 from pfedsam.bundles import OVERRIDES, checked_overrides, network_of
 from pfedsam.cli import app
 from pfedsam.errors import PFedSAMError
@@ -17,6 +18,8 @@ from pfedsam.storage.global_model import read_global_model
 from pfedsam.training.catalogue import find_strategy
 
 TINY = ("--set", "backbone=vit_test", "--set", "image_size=64")
+#: Settings of the network in the default job with these.
+OF_DEFAULT = {"backbone": "vit_test", "image_size": 64, **find_strategy(defaults.STRATEGY).overrides}
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +48,13 @@ def described(*arguments: str) -> dict:
 
 def test_description_counts_what_the_network_has():
     found = described(*TINY)
-    overrides = {"backbone": "vit_test", "image_size": 64}
-    network = network_of("brain_lesion_mri", overrides)
-    assert sum(group["parameters"] for group in found["groups"]) == sum(
-        t.numel() for t in network.state_dict().values()
-    )
-    assert found["payload_bytes"] == sum(spec.bytes for spec in manifest(network, Roles(), "shared").values())
+    network = network_of("brain_lesion_mri", OF_DEFAULT)
+    counts = {group["group"]: group["parameters"] for group in found["groups"]}
+    shared = manifest(network, Roles(), "shared")
+    # the site's own copy of what is shared is beside the network
+    assert counts.pop("personal_copy") == sum(network.state_dict()[name].numel() for name in shared)
+    assert sum(counts.values()) == sum(t.numel() for t in network.state_dict().values())
+    assert found["payload_bytes"] == sum(spec.bytes for spec in shared.values())
     assert found["trunk_gflop"] > 0 and found["head_gflop"] > 0
 
 
@@ -99,7 +103,7 @@ def test_sizes_of_the_roles_are_those_of_the_strategys_tensors(name):
 
 def test_description_is_whole_in_80_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    shown = told("describe", "brain_lesion_mri", *TINY)
+    shown = told("describe", "brain_lesion_mri", "--job", "pfedsam", *TINY)
     for word in ("decoder_subset", "on the wire", "expert_places", "global, weight 0.1"):
         assert word in shown
 
@@ -107,7 +111,7 @@ def test_description_is_whole_in_80_columns(monkeypatch):
 def test_first_global_model_is_what_a_server_builds_itself(tmp_path):
     out = tmp_path / "theta0.safetensors"
     told("init-global", str(out), *TINY)
-    network = network_of("brain_lesion_mri", {"backbone": "vit_test", "image_size": 64})
+    network = network_of("brain_lesion_mri", OF_DEFAULT)
     state, fingerprint = read_global_model(out, manifest(network, Roles(), "shared"))
     assert fingerprint == network.base_fingerprint
     for name, tensor in state.items():

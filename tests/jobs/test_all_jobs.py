@@ -14,8 +14,8 @@ from pfedsam.storage.site_model import read
 JOBS = sorted(path.parent.name for path in (ROOT / "jobs").glob("*/meta.json"))
 
 
-def test_there_are_twelve_jobs() -> None:
-    assert len(JOBS) == 12
+def test_there_are_thirteen_jobs() -> None:
+    assert len(JOBS) == 13
 
 
 @pytest.mark.slow

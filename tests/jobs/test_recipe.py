@@ -12,6 +12,7 @@ from nvflare.recipe import PocEnv, ProdEnv, SimEnv
 from nvflare.recipe.session_mgr import SessionManager
 from simulated import BUNDLE, ROOT, TINY
 
+from pfedsam import defaults
 from pfedsam.deployment.job_privacy import Privacy
 from pfedsam.deployment.recipe import PFedSAMRecipe
 from pfedsam.errors import PFedSAMError
@@ -79,7 +80,7 @@ def test_poc_and_production_submit_the_same_folder(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(PocEnv, "_get_admin_startup_kit_path", lambda self: str(kit))
     recipe.run(ProdEnv(str(kit)))
     PocEnv(num_clients=2)._get_session_manager().submit_job(recipe._job)
-    assert sent == [contents(tmp_path / "pfedsam")] * 2
+    assert sent == [contents(tmp_path / defaults.STRATEGY)] * 2
 
 
 @pytest.mark.slow
