@@ -107,6 +107,8 @@ def test_a_killed_comparison_goes_on_with_the_next_round(killed_and_resumed) -> 
     assert done.returncode == 0, done.stdout + done.stderr
     records = {record["strategy"]: record for record in read_records(out / "runs.jsonl")}
     assert set(records) == {"fedavg_lora", "pfedsam"}
+    # also without the default strategy among them one is what the others are tested against
+    assert "pfedsam against each other" in " ".join(done.stdout.split())
     assert before
     for key, text in before.items():
         # what was noted before the kill is still there: nothing began anew

@@ -55,7 +55,10 @@ def compare(
         str | None,
         typer.Option(help="Rule of the server for strategies that name none, for example mean; see jobs/README.md."),
     ] = None,
-    reference: Annotated[str, typer.Option(help="Strategy that the others are tested against.")] = defaults.STRATEGY,
+    reference: Annotated[
+        str | None,
+        typer.Option(help=f"Strategy that the others are tested against; by default {defaults.STRATEGY}, or the last."),
+    ] = None,
     records: Annotated[Path | None, typer.Option(help="File of the records; by default <out>/runs.jsonl.")] = None,
     table_only: Annotated[bool, typer.Option("--table", help="Run nothing, show the records that are there.")] = False,
     fresh: Annotated[
@@ -104,7 +107,9 @@ def compare(
         progress = _progress(comparison, missing, f"comparison on {data.resolve().name}", again)
         with ends_in_order(f"To go on: {again}"), following(out, progress, live) as follow:
             _run(comparison, missing, workers or os.cpu_count() or 1, follow)
-    show_comparison(comparison, strategy_name(reference))
+    given = [strategy_name(name) for name in names]
+    usual = defaults.STRATEGY if defaults.STRATEGY in given else given[-1]
+    show_comparison(comparison, strategy_name(reference) if reference else usual)
     for name, problem in comparison.failed.items():
         console.print(f"failed: {name}: {problem}", style="red", highlight=False)
     if comparison.failed or (outdated and table_only):
