@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -165,7 +166,8 @@ class OpenVoxels:
 
     def _student(self, features: Tensor) -> Tensor:
         """The student's logits from features of which a part is dropped: which, follows from the step alone."""
-        random = torch.Generator(device=features.device).manual_seed(_seed(*self._seed, len(self.labelled)))
+        seed = np.random.SeedSequence([*self._seed, len(self.labelled)]).generate_state(1)[0]
+        random = torch.Generator(device=features.device).manual_seed(int(seed))
         kept = torch.empty_like(features).bernoulli_(1 - self.settings.dropout, generator=random)
         with self.network.prompted(None), self.autocast():
             return self.network.head(features * kept / (1 - self.settings.dropout)).float()
@@ -174,14 +176,6 @@ class OpenVoxels:
 def _quantile(values: Tensor, quantile: float) -> float:
     """Of the values, or of every so-manieth where there are very many: torch takes 16 million."""
     return float(values[:: -(-len(values) // _MOST)].float().quantile(quantile))
-
-
-def _seed(*numbers: int) -> int:
-    """One seed of several small numbers."""
-    seed = 17
-    for number in numbers:
-        seed = (seed * 1_000_003 + number + 1) % (1 << 62)
-    return seed
 
 
 def _hard(probability: Tensor, exclusive: bool) -> Tensor:
