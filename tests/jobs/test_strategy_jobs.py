@@ -1,7 +1,7 @@
 """Jobs of other shapes than the main one in NVFlare's simulator, and the same federations in one process.
 
-The shapes are: one phase, two phases (the main job with a local phase in each round), a personal copy, alternating
-factors.
+The shapes are: a personal copy that each round trains after the shared tensors, alternating factors with experts in
+the final phase; and, slow, one phase, and two phases (the main job with a local phase in each round).
 """
 
 from __future__ import annotations
@@ -21,15 +21,21 @@ from pfedsam.training.site import SiteTrainer
 
 SITES = ("site-1", "site-2")
 SHAPES = {
-    "one phase": "fedavg_lora",
-    "two phases": "local_phase_each_round",
     "copy": "ditto",
     "alternate": "aggregation_alternate",
+    "one phase": "fedavg_lora",
+    "two phases": "local_phase_each_round",
 }
+SLOW = {"one phase", "two phases"}
 ROUNDS = 2
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=[shape.replace(" ", "_") for shape in SHAPES])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(one, id=one.replace(" ", "_"), marks=[pytest.mark.slow] if one in SLOW else []) for one in SHAPES
+    ],
+)
 def shape(request: pytest.FixtureRequest, federation: Path, tmp_path_factory: pytest.TempPathFactory):
     """A run of the simulator, and the same federation in this process with one thread."""
     name = SHAPES[request.param]
