@@ -1,7 +1,8 @@
-"""Sites whose annotators follow guidelines of their own, made of site folders: other outlines, other names.
+"""Sites whose annotators or devices have ways of their own, made of site folders: outlines, names, contrast.
 
     python tests/benchmarks/style.py <sites> <out> --site fluo696=dilate:4 --site fluo256=erode:2
     python tests/benchmarks/style.py <sites> <out> --all sides --site site-2=exchange
+    python tests/benchmarks/style.py <sites> <out> --inverted site-3
 
 Images are links, splits and patients are as they were, labels are written anew, and `<out>/styles.json` says which site
 has which style. Changes are made in the image's own pixels, picture by picture or slice by slice:
@@ -13,7 +14,8 @@ fill        holes are filled
 sides       the class becomes two: 1 where the first axis is below its middle, 2 above
 exchange    the first two classes change names
 
-Several changes of a site have a + between them, and are made from left to right.
+Several changes of a site have a + between them, and are made from left to right. At an inverted site the images are
+written anew, too: bright is dark, between the smallest and the largest value of an image or volume.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +103,20 @@ def changed(label: Plane, style: str) -> Plane:
     return label
 
 
-def restyled(data: Path, out: Path, styles: Mapping[str, str]) -> None:
+def inverted(values: NDArray[np.generic]) -> NDArray[np.generic]:
+    """Bright becomes dark, within the same range; the same type."""
+    wide = values.astype(np.float64)
+    return (wide.max() + wide.min() - wide).astype(values.dtype)
+
+
+def restyled(data: Path, out: Path, styles: Mapping[str, str], negatives: Collection[str] = ()) -> None:
     """Write the site folders.
 
     Args:
         data: folder that holds the site folders.
         out: new folder.
         styles: of the sites by name; a site that is not named keeps its labels.
+        negatives: names of the sites whose images are inverted.
 
     Raises:
         ValueError: if a style leaves no label at a case that had one.
@@ -119,14 +128,29 @@ def restyled(data: Path, out: Path, styles: Mapping[str, str]) -> None:
         if (data / site / "datalist.json").exists():
             shutil.copyfile(data / site / "datalist.json", folder / "datalist.json")
         for case in read_site(data / site):
-            (folder / "images" / case.image.name).symlink_to(case.image.resolve())
+            if site in negatives:
+                _write_negative(case.image, folder / "images" / case.image.name)
+            else:
+                (folder / "images" / case.image.name).symlink_to(case.image.resolve())
             assert case.label is not None
             target = folder / "labels" / case.label.name
             if site in styles:
                 _write(case.label, target, styles[site])
             else:
                 target.symlink_to(case.label.resolve())
-    (out / "styles.json").write_text(json.dumps(dict(styles), indent=1) + "\n")
+    said = dict(styles) | {site: "+".join(filter(None, (styles.get(site), "inverted"))) for site in negatives}
+    (out / "styles.json").write_text(json.dumps(said, indent=1) + "\n")
+
+
+def _write_negative(image: Path, target: Path) -> None:
+    if image.name.endswith(tuple(NIFTI)):
+        volume: Any = nibabel.load(image)
+        values = inverted(np.asarray(volume.dataobj))
+        nibabel.save(nibabel.Nifti1Image(values, volume.affine), target)
+    else:
+        picture = Image.open(image)
+        colours = picture.convert("RGB") if "A" in picture.getbands() else picture
+        Image.fromarray(inverted(np.asarray(colours))).save(target)
 
 
 def _write(label: Path, target: Path, style: str) -> None:
@@ -149,16 +173,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--site", action="append", default=[], metavar="NAME=STYLE")
     parser.add_argument("--all", default="", metavar="STYLE", help="of all sites, before their own")
+    parser.add_argument("--inverted", action="append", default=[], metavar="NAME", help="bright is dark at this site")
     options = parser.parse_args()
     own = dict(word.split("=", 1) for word in options.site)
-    if unknown := sorted(set(own) - set(site_names(options.data))):
+    if unknown := sorted({*own, *options.inverted} - set(site_names(options.data))):
         parser.error(f"no site {unknown} in {options.data}; there are {list(site_names(options.data))}")
     named = {site: "+".join(filter(None, (options.all, own.get(site, "")))) for site in site_names(options.data)}
     styles = {site: style for site, style in named.items() if style}
     wrong = {change.split(":")[0] for style in styles.values() for change in style.split("+")} - set(CHANGES)
     if wrong:
         parser.error(f"no change {sorted(wrong)}; there are {list(CHANGES)}")
-    restyled(options.data, options.out, styles)
+    restyled(options.data, options.out, styles, options.inverted)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,24 @@ def test_sites_are_written_with_links_split_and_a_note(tmp_path: Path) -> None:
     assert np.allclose(after.affine, np.diag([2.0, 2, 5, 1]))
 
 
+def test_an_inverted_site_has_its_labels_and_the_negative_of_its_images(tmp_path: Path) -> None:
+    for kind in ("images", "labels"):
+        (tmp_path / "data/a" / kind).mkdir(parents=True)
+        (tmp_path / "data/b" / kind).mkdir(parents=True)
+    values = np.arange(-20, 100, dtype=np.int16).reshape(10, 4, 3)
+    for site in ("a", "b"):
+        nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / f"data/{site}/images/one.nii.gz")
+        nibabel.save(
+            nibabel.Nifti1Image((values > 0).astype(np.uint8), np.eye(4)), tmp_path / f"data/{site}/labels/one.nii.gz"
+        )
+    command = [sys.executable, str(STYLE), str(tmp_path / "data"), str(tmp_path / "out"), "--inverted", "a"]
+    subprocess.run(command, check=True)
+    after = np.asarray(nibabel.load(tmp_path / "out/a/images/one.nii.gz").dataobj)
+    assert after.dtype == np.int16 and np.array_equal(after, 79 - values)
+    assert (tmp_path / "out/a/labels/one.nii.gz").is_symlink() and (tmp_path / "out/b/images/one.nii.gz").is_symlink()
+    assert json.loads((tmp_path / "out/styles.json").read_text()) == {"a": "inverted"}
+
+
 def test_a_style_that_leaves_nothing_is_named(tmp_path: Path) -> None:
     for kind in ("images", "labels"):
         (tmp_path / "data/a" / kind).mkdir(parents=True)
