@@ -23,6 +23,7 @@ from pfedsam.cli import app
 from pfedsam.errors import ErrorCode
 from pfedsam.federated.boundary import MEANINGS, METADATA, METRICS
 from pfedsam.settings import all_settings
+from pfedsam.training.alignment_settings import Adversary, Episode, WarmUp
 from pfedsam.training.catalogue import ablation_names, find_strategy, strategy_names
 from pfedsam.training.extra_losses import Distillation, PseudoLabels, Smoothness
 from pfedsam.training.strategy import Phase, Serving, Strategy
@@ -150,6 +151,7 @@ def strategy_tables() -> str:
     restyled = ((Amplitude, "`amplitude` of `augment`"), (GIN, "`gin` of `augment`"))
     added = ((Distillation, "distillation"), (PseudoLabels, "pseudo"), (Smoothness, "smooth"))
     added += ((PatchSwap, "patch_swap"), (Mixup, "mixup"))
+    added += ((WarmUp, "warm_up"), (Adversary, "adversary"), (Episode, "episode"))
     phases = ((Phase, "a phase"), *((kind, f"`{key}` of a phase") for kind, key in added))
     for kind, where in (*kinds, *restyled, *phases):
         told = inspect.getdoc(kind).split("Attributes:\n")[1]  # type: ignore[union-attr]

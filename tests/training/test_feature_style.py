@@ -256,8 +256,8 @@ def test_a_teacher_sees_the_image_as_it_is(make) -> None:
     for settings in ({}, SWAP):
         trainer = make()
         trained(trainer, phase(distillation=distillation, **settings))
-        assert trainer._teacher is not None and trainer.report.distilled_steps == trainer.report.steps
-        kept.append(trainer._teacher._kept)
+        assert trainer._added.teacher is not None and trainer.report.distilled_steps == trainer.report.steps
+        kept.append(trainer._added.teacher.logits._kept)
     assert kept[0].keys() == kept[1].keys()
     for item, logits in kept[0].items():
         torch.testing.assert_close(kept[1][item], logits, atol=1e-5, rtol=1e-4)
@@ -362,7 +362,7 @@ def opened(site: Path, out: Path, name: str, bundle: str = "brain_lesion_mri", *
     return local
 
 
-@pytest.mark.parametrize("name", ["fedgin", "amplitude_mix", "cpss", "mixup"])
+@pytest.mark.parametrize("name", ["fedgin", "amplitude_mix", "cpss", "mixup", "warm_up", "style_adversary", "episodic"])
 def test_a_variant_of_the_catalogue_trains_and_sends_what_its_base_sends(site: Path, tmp_path: Path, name: str) -> None:
     base, local = (opened(site, tmp_path, one) for one in ("fedavg_lora", name))
     plain, result = base.train(1), local.train(1)

@@ -64,8 +64,8 @@ def taught(one: PhaseTrainer, phase: Phase) -> list[Tensor]:
     """Train a phase, and give all logits of its teacher in the order of the items."""
     one.set_phase(phase, ROLES, round_number=5)
     one.run()
-    assert one._teacher is not None and one.report.distilled_steps == one.report.steps > 0
-    return [one._teacher._kept[key] for key in sorted(one._teacher._kept)]
+    assert one._added.teacher is not None and one.report.distilled_steps == one.report.steps > 0
+    return [one._added.teacher.logits._kept[key] for key in sorted(one._added.teacher.logits._kept)]
 
 
 @pytest.mark.parametrize("teacher", ["global", "personal"])
@@ -93,7 +93,7 @@ def test_teacher_sees_each_image_with_its_own_box_when_a_part_of_the_batch_is_ne
     before = {name: tensor.detach().clone() for name, tensor in tensors(one.network).items()}
     taught(one, Phase.of({**LOCAL, "distillation": distils("global")}))
     assert one.report.teacher_passes == 3 and one.report.steps == 2
-    assert one._teacher is not None
+    assert one._added.teacher is not None
     reference = trainer().network.eval()
     reference.load_state_dict(before)
     for batch in (first, second):
@@ -104,7 +104,7 @@ def test_teacher_sees_each_image_with_its_own_box_when_a_part_of_the_batch_is_ne
             with reference.prompted(boxes):
                 expected = reference(batch["image"])
             assert not torch.allclose(reference(batch["image"]), expected, atol=1e-3), "the box matters"
-        found = one._teacher(torch.zeros(2, 0), items, boxes)  # kept: no features are asked for
+        found = one._added.teacher.logits(torch.zeros(2, 0), items, boxes)  # kept: no features are asked for
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -354,7 +354,7 @@ def test_teacher_is_the_network_as_received_with_its_experts_off(make, built):
     trained(trainer, phase(epochs=2), phase("shared", epochs=2))
     received = copy.deepcopy(trainer.network)
     trainer.set_phase(phase(distillation=ALWAYS, epochs=2), ROLES, 2)
-    teacher = trainer._teacher
+    teacher = trainer._added.teacher.logits
     trainer.run()
     loader = trainer.data_loader
     assert teacher is not None

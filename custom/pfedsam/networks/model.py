@@ -83,10 +83,14 @@ class SegmentAnything(nn.Module):
 
     def head(self, features: Tensor) -> Tensor:
         """Features of `trunk` to logits `(B, C, H, W)`."""
+        return self.decode(self.encode(features))
+
+    def encode(self, features: Tensor) -> Tensor:
+        """Features of `trunk` to the image embedding `(B, D, h, w)`."""
         again = self.checkpointing and torch.is_grad_enabled()
         for step in self._steps()[self._split() :]:
             features = recompute(step, features, use_reentrant=False) if again else step(features)
-        return self.decode(features)
+        return features
 
     def decode(self, embedding: Tensor) -> Tensor:
         """Image embedding `(B, D, h, w)` to logits `(B, C, H, W)`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from pfedsam.networks.model import SegmentAnything
 from pfedsam.networks.prompts import boxes_of
 from pfedsam.parameters import swapped_parameters
 from pfedsam.training.distillation import TeacherLogits, foreground
+from pfedsam.training.dropped import dropped
 from pfedsam.training.extra_losses import PseudoLabels
 
 #: Entropies of a batch of which a quantile is taken.
@@ -166,11 +166,9 @@ class OpenVoxels:
 
     def _student(self, features: Tensor) -> Tensor:
         """The student's logits from features of which a part is dropped: which, follows from the step alone."""
-        seed = np.random.SeedSequence([*self._seed, len(self.labelled)]).generate_state(1)[0]
-        random = torch.Generator(device=features.device).manual_seed(int(seed))
-        kept = torch.empty_like(features).bernoulli_(1 - self.settings.dropout, generator=random)
+        features = dropped(features, self.settings.dropout, (*self._seed, len(self.labelled)))
         with self.network.prompted(None), self.autocast():
-            return self.network.head(features * kept / (1 - self.settings.dropout)).float()
+            return self.network.head(features).float()
 
 
 def _quantile(values: Tensor, quantile: float) -> float:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from pfedsam.parameters import OWN_GROUPS, Roles
 from pfedsam.ranges import MOST_EPOCHS, MOST_ROUNDS
 from pfedsam.settings import by_one_name
+from pfedsam.training.alignment_settings import Adversary, Episode, WarmUp
 from pfedsam.training.extra_losses import (
     LARGEST_FACTOR,
     LARGEST_RATE,
@@ -60,6 +61,9 @@ class Phase(Settings):
         smooth: the loss that lets a prediction change where the image does, on images with such voxels, or None.
         patch_swap: patches of the features take mean and spread of other patches of the batch. None: they do not.
         mixup: images of a batch and their masks are mixed by pairs. None: they are not.
+        warm_up: the first rounds train without labels, on all images. None: none does.
+        adversary: a discriminator of styles that the encoder is trained against. None: there is none.
+        episode: each step also looks at another style behind it. None: it does not.
         balance: weight of the experts' load-balance loss, where only the top k gates count.
         proximal: mu of the extra loss `mu / 2 * ||w - theta||^2`, w what is trained of the shared tensors or of their
             copy, theta as received (FedProx: Li et al., arXiv 1812.06127; Ditto: Li et al., arXiv 2012.04221).
@@ -83,6 +87,9 @@ class Phase(Settings):
     smooth: Smoothness | None = None
     patch_swap: PatchSwap | None = None
     mixup: Mixup | None = None
+    warm_up: WarmUp | None = None
+    adversary: Adversary | None = None
+    episode: Episode | None = None
     balance: Factor = 0.01
     proximal: Factor = 0.0
 
@@ -107,7 +114,8 @@ class Phase(Settings):
 
     @model_validator(mode="after")
     def _mixed_alone(self) -> Phase:
-        others = [key for key in ("distillation", "pseudo", "smooth") if getattr(self, key) is not None]
+        keys = ("distillation", "pseudo", "smooth", "episode")
+        others = [key for key in keys if getattr(self, key) is not None]
         if self.mixup is not None and others:
             raise ValueError(f"mixup and {others} in one phase: a mixed image is none that a teacher has seen")
         return self
@@ -297,14 +305,16 @@ class Strategy(Settings):
     @property
     def learns_from_unlabelled(self) -> bool:
         """Whether a phase trains on cases without a label."""
-        return any(phase.pseudo is not None for phase in (*self.phases, *self.final))
+        return any(phase.pseudo is not None or phase.warm_up is not None for phase in (*self.phases, *self.final))
 
     @property
     def needs_unshared(self) -> bool:
         """Whether a site needs the tensors of a network that no federation has trained."""
         alone = self.serving is not None and self.serving.alone is not None
-        phases = (*self.phases, *self.final)
-        return alone or any(phase.pseudo is not None and phase.pseudo.refine == "box" for phase in phases)
+        return alone or any(
+            phase.warm_up is not None or (phase.pseudo is not None and phase.pseudo.refine == "box")
+            for phase in (*self.phases, *self.final)
+        )
 
     @property
     def has_copy(self) -> bool:

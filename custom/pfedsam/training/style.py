@@ -58,11 +58,10 @@ class Style:
             return features, label
         random = np.random.default_rng([*self._draw, step])
         if self.swap is not None and random.random() < self.swap.probability:
-            first = channels_first(self.network)
-            maps = features if first else features.movedim(-1, 1)
-            number = patches_along(maps.shape[-2:], self.swap.patches)
-            maps = swapped_styles(maps, number, random.permutation(len(maps) * number**2))
-            features = maps if first else maps.movedim(1, -1)
+            sides = features.shape[-2:] if channels_first(self.network) else features.shape[1:3]
+            number = patches_along(sides, self.swap.patches)
+            partners = random.permutation(len(features) * number**2)
+            features = restyled_features(self.network, features, number, partners)
         if self.mixup is not None:
             share, partners = random.beta(self.mixup.alpha, self.mixup.alpha), random.permutation(len(features))
             features, label = mixed(features, partners, share), mixed_labels(label, partners, share)
@@ -74,6 +73,20 @@ def channels_first(network: SegmentAnything) -> bool:
     blocks = network.image_encoder.adaptable_blocks()  # type: ignore[operator]
     whole = network.first_adapted == len(blocks) and not network.neck_is_adapted
     return not network.frozen_trunk or whole
+
+
+def restyled_features(network: SegmentAnything, features: Tensor, number: int, partners: np.ndarray) -> Tensor:
+    """Features of a network's trunk whose patches have the style of others, see `swapped_styles`.
+
+    Args:
+        network: which knows where the channels are.
+        features: `(B, ...)`.
+        number: of patches along each side.
+        partners: of each patch, `(B * number ** 2,)`.
+    """
+    first = channels_first(network)
+    maps = swapped_styles(features if first else features.movedim(-1, 1), number, partners)
+    return maps if first else maps.movedim(1, -1)
 
 
 def patches_along(sides: Sequence[int], most: int) -> int:

@@ -16,17 +16,18 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from pfedsam.data.known import known_loss, settled, share_open
+from pfedsam.data.known import known_loss, settled
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.networks.prompts import training_boxes
-from pfedsam.parameters import Role, Roles, group_of, set_trainable, short, swapped_parameters, trains_encoder
-from pfedsam.training.distillation import QualityGate, TeacherLogits, distillation_loss
+from pfedsam.parameters import Role, Roles, group_of, set_trainable, short, trains_encoder
+from pfedsam.training.added import AddedLosses, Batch
+from pfedsam.training.alignment import Contrast
+from pfedsam.training.alignment_settings import Episode
+from pfedsam.training.episode import add_outer_gradient
 from pfedsam.training.feature_cache import TRAINING, FeatureCache
-from pfedsam.training.open_voxels import OpenVoxels
 from pfedsam.training.optimiser import Moments, learning_rate, names_by_factor, phase_optimizer
 from pfedsam.training.round_result import PhaseReport
-from pfedsam.training.smoothness import smoothness_loss
 from pfedsam.training.strategy import Phase
 from pfedsam.training.style import Style
 
@@ -109,11 +110,6 @@ class PhaseTrainer(SupervisedTrainer):
         parameters = {name: one for name, one in self.network.named_parameters() if one.requires_grad}
         by_factor = names_by_factor(phase, list(parameters))
         self._trained = [name for names in by_factor.values() for name in names]
-        self._anchors = [
-            (parameter, anchor[name].to(parameter.device))
-            for name, parameter in self.network.named_parameters()
-            if phase.proximal and anchor and parameter.requires_grad and name in anchor
-        ]
         if not parameters:
             raise PFedSAMError(
                 ErrorCode.CONTRADICTION,
@@ -124,10 +120,17 @@ class PhaseTrainer(SupervisedTrainer):
         if phase.keep_moments:
             self._moments.restore(self.optimizer, self._trained)
         self.network.frozen_trunk = not trains_encoder(self.network, roles)
-        self._teacher = TeacherLogits(self._teach) if self._distils() else None
-        self._taught_by = self._snapshot() if self._distils() else {}
-        self._gate = QualityGate(self.exclusive)
-        self._open = self._open_voxels(parameters)
+        self._added = AddedLosses(
+            self.network,
+            phase,
+            (round_number, number),
+            loss=self.loss_function,
+            anchor=anchor or {},
+            base=self.base,
+            exclusive=self.exclusive,
+            autocast=self._autocast,
+        )
+        self._contrast = self._warm_up()
         self._style = Style(phase, self.network, (round_number, number), self.box_probability)
         self.state.epoch = self.state.iteration = 0
         self.state.max_epochs = phase.epochs
@@ -141,7 +144,7 @@ class PhaseTrainer(SupervisedTrainer):
         """
         if self.phase.epochs == 0:
             return
-        self._draw_unlabelled(self.phase.pseudo.share if self.phase.pseudo and self._open else 0.0)
+        self._draw_unlabelled(self._unlabelled_share())
         try:
             super().run()
             self._require_finite_parameters()
@@ -150,10 +153,11 @@ class PhaseTrainer(SupervisedTrainer):
             raise
         finally:
             self._draw_unlabelled(0.0)
-        self.report.teacher_passes = self._teacher.passes if self._teacher else 0
-        if self._open is not None and self._open.labelled:
-            share = sum(self._open.labelled) / len(self._open.labelled)
-            logger.info("phase '%s': %.0f %% of the voxels without a label got one", self.phase.name, 100 * share)
+        self.report.teacher_passes, self.report.distilled_steps = (
+            self._added.teacher_passes,
+            self._added.distilled_steps,
+        )
+        self._added.tell()
         if self.phase.keep_moments:
             self._moments.keep(self.optimizer, self._trained)
         if self.feature_cache is not None:
@@ -190,41 +194,47 @@ class PhaseTrainer(SupervisedTrainer):
             return self._step(images, label, items)
 
     def _step(self, images: Tensor, label: Tensor, items: list[int]) -> dict[str, Any]:
-        """Features, logits, loss with the phase's extra loss, backward, update."""
+        """Features, loss, backward, update."""
         with self._autocast():
             features = self.features(images, items)
+        if self._contrast is not None:
+            loss, prediction = self._contrast(features, items, self.report.steps), torch.zeros_like(label)
+        else:
+            loss, prediction, label = self._loss(features, images, label, items)
+        value = float(loss.detach())
+        self._require_finite(value, "loss is")
+        self.fire_event(IterationEvents.LOSS_COMPLETED)
+        loss.backward()
+        if self._contrast is None and self.phase.episode is not None:
+            self._add_outer_gradient(self.phase.episode, features, label)
+        self.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        self._require_finite(self._gradient_norm(), "the norm of the gradient is")
+        self.optimizer.step()
+        if self._contrast is None:
+            self._added.follow()
+        self.report.steps += 1
+        self.report.losses.append(value)
+        label = settled(label)
+        self.state.output = {Keys.IMAGE: images, Keys.LABEL: label, Keys.PRED: prediction.detach(), Keys.LOSS: loss}
+        self.fire_event(IterationEvents.MODEL_COMPLETED)
+        return self.state.output
+
+    def _loss(self, features: Tensor, images: Tensor, label: Tensor, items: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss with all that the phase adds to it, the logits, and the label that they were compared with."""
+        with self._autocast():
             styled, label = self._style(features, label, self.report.steps)
             prediction = self.network.head(styled)
             balance = self.network.balance_loss()  # before a teacher with experts runs
             self.fire_event(IterationEvents.FORWARD_COMPLETED)
         prediction = prediction.float()
         loss = known_loss(self.loss_function, prediction, label)
-        if self._open is not None:
-            loss = loss + self._open(features, prediction, label, items)
-        if self.phase.smooth is not None:
-            loss = loss + self._smoothed(prediction, images, label)
-        label = settled(label)
-        if self._teacher is not None:
-            loss = loss + self._distil(features, prediction, label, items)
-        if balance is not None:
-            loss = loss + self.phase.balance * balance
-        if self._anchors:
-            distance = torch.stack([(parameter - theta).square().sum() for parameter, theta in self._anchors]).sum()
-            loss = loss + self.phase.proximal / 2 * distance
-        value = float(loss.detach())
-        self._require_finite(value, "loss is")
-        self.fire_event(IterationEvents.LOSS_COMPLETED)
-        loss.backward()
-        self.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        self._require_finite(self._gradient_norm(), "the norm of the gradient is")
-        self.optimizer.step()
-        if self._open is not None:
-            self._open.follow()
-        self.report.steps += 1
-        self.report.losses.append(value)
-        self.state.output = {Keys.IMAGE: images, Keys.LABEL: label, Keys.PRED: prediction.detach(), Keys.LOSS: loss}
-        self.fire_event(IterationEvents.MODEL_COMPLETED)
-        return self.state.output
+        batch = Batch(images, features, prediction, label, items, self.report.steps)
+        return self._added(loss, batch, balance), prediction, label
+
+    def _add_outer_gradient(self, episode: Episode, features: Tensor, label: Tensor) -> None:
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        draw = (self.round, self.number, self.report.steps)
+        add_outer_gradient(self.network, trained, episode, self.loss_function, features, label, draw, self._autocast)
 
     def _gradient_norm(self) -> float:
         """Norm over the gradients of all that the phase trains: one fused pass, not finite if one element is not."""
@@ -246,31 +256,10 @@ class PhaseTrainer(SupervisedTrainer):
                 "Lower the learning rate, or look at the intensities with `pfedsam validate`.",
             )
 
-    def _distil(self, features: Tensor, prediction: Tensor, label: Tensor, items: list[int]) -> Tensor | float:
-        settings = self.phase.distillation
-        assert settings is not None and self._teacher is not None
-        with self._autocast():
-            teacher = self._teacher(features, items, self.network.boxes).float()
-        if not self._gate.open(teacher, prediction.detach(), label) and settings.quality_gate:
-            return 0.0
-        self.report.distilled_steps += 1
-        return distillation_loss(teacher, prediction, label, settings, self.exclusive)
-
-    def _open_voxels(self, trained: Mapping[str, torch.nn.Parameter]) -> OpenVoxels | None:
-        """What the phase learns from voxels without a label, from the round on in which it does."""
-        settings = self.phase.pseudo
-        if settings is None or self.round < settings.warmup_rounds:
-            return None
-        return OpenVoxels(
-            self.network,
-            settings,
-            trained,
-            self.loss_function,
-            exclusive=self.exclusive,
-            draw=(self.round, self.number),
-            base=self.base,
-            autocast=self._autocast,
-        )
+    def _unlabelled_share(self) -> float:
+        if self._contrast is not None:
+            return self._contrast.settings.share
+        return self._added.unlabelled_share
 
     def _draw_unlabelled(self, share: float) -> None:
         """How many slices of unlabelled cases an epoch has, for each other slice."""
@@ -279,45 +268,15 @@ class PhaseTrainer(SupervisedTrainer):
             sampler.unlabelled_share = share
             self.state.epoch_length = len(self.data_loader)  # type: ignore[arg-type]
 
-    def _smoothed(self, prediction: Tensor, images: Tensor, label: Tensor) -> Tensor | float:
-        """The smoothness of the images that no label knows whole."""
-        assert self.phase.smooth is not None
-        chosen = share_open(label) > 0
-        if not bool(chosen.any()):
-            return 0.0
-        return smoothness_loss(prediction[chosen], images[chosen], self.phase.smooth, self.exclusive)
-
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.state.device.type, dtype=torch.bfloat16, enabled=self.autocast)
 
-    def _distils(self) -> bool:
-        settings = self.phase.distillation
-        return settings is not None and settings.weight > 0 and self.round >= settings.warmup_rounds
-
-    def _teach(self, features: Tensor, boxes: Tensor | None) -> Tensor:
-        """The teacher's logits. It shares all tensors with the student but those that the phase changes."""
-        settings = self.phase.distillation
-        assert settings is not None
-        training, personal = self.network.training, settings.teacher == "personal"
-        with (
-            self.network.experts(personal),
-            swapped_parameters(self.network, self._taught_by),
-            self.network.prompted(boxes),
-        ):
-            self.network.eval()
-            logits = self.network.head(features)
-        self.network.train(training)
-        return logits
-
-    def _snapshot(self) -> dict[str, Tensor]:
-        """Copies of the tensors that the phase trains and the teacher uses, as they are now."""
-        settings = self.phase.distillation
-        assert settings is not None
-        return {
-            name: parameter.detach().clone()
-            for name, parameter in self.network.named_parameters()
-            if parameter.requires_grad and (settings.teacher == "personal" or group_of(name) != "experts")
-        }
+    def _warm_up(self) -> Contrast | None:
+        """The loss that takes the place of all others in the first rounds of a warm-up."""
+        settings = self.phase.warm_up
+        if settings is None or self.round >= settings.rounds:
+            return None
+        return Contrast(self.network, settings, self.base, (self.round, self.number), self._autocast)
 
     def _schedule(self) -> None:
         """Set the learning rate of this step, see `pfedsam.training.optimiser.learning_rate`."""
