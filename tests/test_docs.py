@@ -21,11 +21,12 @@ import pfedsam
 from pfedsam.bundles import folder
 from pfedsam.cli import app
 from pfedsam.errors import ErrorCode
-from pfedsam.federated.boundary import MEANINGS, METADATA, METRICS
+from pfedsam.federated.boundary import MEANINGS, METADATA, METADATA_BY_WEIGHTS, METRICS
 from pfedsam.settings import all_settings
 from pfedsam.training.alignment_settings import Adversary, Episode, WarmUp
 from pfedsam.training.catalogue import ablation_names, find_strategy, strategy_names
 from pfedsam.training.extra_losses import Distillation, PseudoLabels, Smoothness
+from pfedsam.training.load_settings import Load
 from pfedsam.training.strategy import Phase, Serving, Strategy
 from pfedsam.training.style_settings import GIN, Amplitude, Augment, Mixup, PatchSwap
 
@@ -147,7 +148,7 @@ def settings_table() -> str:
 def strategy_tables() -> str:
     """Every setting of a strategy, of its phases and of what they add to the loss, in the words of the docstrings."""
     parts = []
-    kinds = ((Strategy, "`strategy`"), (Serving, "`serving`"), (Augment, "`augment`"))
+    kinds = ((Strategy, "`strategy`"), (Serving, "`serving`"), (Augment, "`augment`"), (Load, "`load`"))
     restyled = ((Amplitude, "`amplitude` of `augment`"), (GIN, "`gin` of `augment`"))
     added = ((Distillation, "distillation"), (PseudoLabels, "pseudo"), (Smoothness, "smooth"))
     added += ((PatchSwap, "patch_swap"), (Mixup, "mixup"))
@@ -197,6 +198,10 @@ def errors_table() -> str:
 METHODS = (
     "iat",
     "weights_dro",
+    "weights_gaa",
+    "soft_load",
+    "soft_load_binary",
+    "soft_load_learned",
     "fedgin",
     "amplitude_mix",
     "cpss",
@@ -222,9 +227,11 @@ def leaves_table() -> str:
         own = [*strategy.personal, *(["copy"] if strategy.has_copy else [])]
         told = ["leaves" if strategy.weights == "cases" else "stays", ", ".join(f"`{one}`" for one in own)]
         rows.append(f"| `{name}` | {', '.join(f'`{one}`' for one in strategy.shared)} | {' | '.join(told)} |")
-    return "\n".join(
-        [*rows, "", f"With every update go, in each of them: {beside}. Of cases without a label nothing goes."]
-    )
+    told = [f"With every update go, in each of them: {beside}. Of cases without a label nothing goes."]
+    for name in METHODS:
+        more = METADATA_BY_WEIGHTS.get(find_strategy(name).checked().weights, ())
+        told += [f"With an update of `{name}` also goes: {MEANINGS[one]} (`{one}`)." for one in more]
+    return "\n".join([*rows, "", " ".join(told)])
 
 
 #: Generated parts: page, name between the markers, content.

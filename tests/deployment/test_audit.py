@@ -12,7 +12,7 @@ from nvflare.apis.dxo import MetaKey
 
 from pfedsam.deployment.audit import audit, statement
 from pfedsam.errors import ErrorCode
-from pfedsam.federated.boundary import FINGERPRINT_KEY, METADATA, METRIC_DECIMALS, METRICS
+from pfedsam.federated.boundary import FINGERPRINT_KEY, GAP_KEY, METADATA, METADATA_BY_WEIGHTS, METRIC_DECIMALS, METRICS
 from pfedsam.federated.packing import PACKED
 from pfedsam.federated.records import CHECKED, LEFT, SCALARS, SENT_FILE, append_record
 from pfedsam.federated.scalars import LISTED as LISTED_TAGS
@@ -68,6 +68,25 @@ def test_what_is_added_behind_the_allow_list_has_not_passed_it(kit: Path) -> Non
     record(kit, LEFT, metadata=[*LISTED, PACKED])
     (problem,) = problems(kit)
     assert PACKED in problem and CHECKED in problem
+
+
+@pytest.mark.parametrize("weights", ["cases", "gaa"])
+def test_a_number_that_the_plan_asks_for_is_fine_in_that_plan_alone(kit: Path, weights: str) -> None:
+    plan = kit / JOB / "app_site" / "config" / PLAN_FILE
+    plan.write_text(json.dumps({"strategy": {"shared": ["lora_a"], "weights": weights}}))
+    for stage in (CHECKED, LEFT):
+        record(kit, stage, metadata=[*LISTED, GAP_KEY])
+    found = problems(kit)
+    assert not found if weights == "gaa" else len(found) == 2 and all(GAP_KEY in one for one in found)
+
+
+def test_the_statement_tells_the_number_of_one_kind_of_weights_and_how_to_leave_it_out() -> None:
+    for weights, names in METADATA_BY_WEIGHTS.items():
+        for name in names:
+            row = row_of(f" {name}: ")
+            assert f"`weights: {weights}`" in row and "`may_tell`" in row
+            assert "from 0 to 1" in row and "2 significant digits" in row
+    assert "pfedsam site init --may-tell ''" in statement()
 
 
 def test_the_scalars_of_a_job_are_counted_over_all_of_its_records(kit: Path) -> None:

@@ -32,6 +32,7 @@ from pfedsam.deployment.rehearsal_messages import Asked, Measured
 from pfedsam.deployment.rehearsal_round import run
 from pfedsam.deployment.rehearsal_terms import check_terms, read_terms
 from pfedsam.errors import PFedSAMError
+from pfedsam.federated.boundary import GAP_KEY
 from pfedsam.federated.plan import Plan
 from pfedsam.federated.settings import KIT_DEFAULTS, SiteSettings
 from pfedsam.storage.job_plan import CLIENT
@@ -147,6 +148,15 @@ def test_a_tensor_that_nobody_knows_stops_the_rehearsal(tmp_path: Path) -> None:
     result.personal["image_encoder.secret"] = torch.ones(2)
     with pytest.raises(PFedSAMError, match=r"E19.*unknown tensors.*secret"):
         leaving(result, local, plan, [], cases=3, may_share=None)
+
+
+def test_a_number_that_the_strategy_asks_for_is_shown_unless_the_site_leaves_it_out(tmp_path: Path) -> None:
+    result, local, plan = handed_over(exported(tmp_path / "job"))
+    plan.strategy = {**(plan.strategy or {}), "weights": "gaa"}
+    result.gap = 0.12
+    told = leaving(result, local, plan, [], cases=3, may_share=None, further=plan.further())
+    assert plan.further() == (GAP_KEY,) and "predictions" in told.scalars[GAP_KEY]
+    assert GAP_KEY not in leaving(result, local, plan, [], cases=3, may_share=None).scalars
 
 
 def test_a_filter_that_needs_the_federation_is_said_not_to_have_run(tmp_path: Path) -> None:

@@ -20,11 +20,13 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 
 from pfedsam.federated.aggregators import ProductAggregator, RobustAggregator, RobustModelSelector
-from pfedsam.federated.boundary import METRICS
+from pfedsam.federated.boundary import GAP_KEY, METRICS
 from pfedsam.federated.plan import Plan
 from pfedsam.federated.records import ROUNDS_FILE
 from pfedsam.storage.job_plan import PLAN_ID
 from pfedsam.training.aggregation import RULES, aggregate
+from pfedsam.training.gap_weights import GapWeights
+from pfedsam.training.reported_weights import WeightsByReport
 from pfedsam.training.site_weights import SiteWeights
 
 SHAPES = {"qkv.lora_a": (2, 4, 12), "qkv.lora_b": (2, 9, 4), "hyper.weight": (5, 3)}
@@ -204,6 +206,38 @@ def test_the_servers_weights_are_those_that_follow_from_the_dice_that_the_sites_
         weights = list(reference.next(dice).values())
         assert weights[1] > 1 > weights[0]
         wanted = aggregate(*_tensors(theta, deltas), weights, "norm_clipped", _start(start, number))
+        theta = {name: theta[name] + change[name] for name in theta}
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(torch.as_tensor(theta[name]), tensor, rtol=0, atol=1e-6)
+    counted = {site: one["cases"] for site, one in server.records()[-1]["sites"].items()}
+    assert counted == {f"site-{place}": pytest.approx(weight, rel=1e-3) for place, weight in enumerate(weights)}
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_the_servers_weights_by_gaps_are_those_of_a_federation_in_one_process(tmp_path: Path, start: int) -> None:
+    random = np.random.default_rng(0)
+    theta = first = arrays(random)
+    server, aggregator, reference = Server(tmp_path, "norm_clipped", weights="gaa"), RobustAggregator(), GapWeights()
+    in_process = WeightsByReport()
+    # as NVFlare's workflow says it: where this run begins, and how many rounds it has
+    server.context.set_prop(AppConstants.START_ROUND, start, private=True, sticky=True)
+    server.context.set_prop(AppConstants.NUM_ROUNDS, 5 - start, private=True, sticky=False)
+    for number in range(start, 5):
+        deltas = [arrays(random, 0.2) for _ in range(3)]
+        gaps = {"site-0": 0.01, "site-1": 0.1 + 0.1 * number, "site-2": None}
+        server.start(number, theta)
+        for place in (2, 0, 1):
+            result = contribution(deltas[place], 1, f"site-{place}", number)
+            if gaps[f"site-{place}"] is not None:
+                dxo = from_shareable(result)
+                dxo.meta[GAP_KEY] = gaps[f"site-{place}"]
+                dxo.update_shareable(result)
+            assert aggregator.accept(result, server.context)
+        change = from_shareable(aggregator.aggregate(server.context)).data
+        weights = in_process.next("gaa", gaps, number, 5)
+        assert weights == list(reference.next(gaps, number / 5).values()) and weights[1] > 1 > weights[0]
+        rule_start = _start(first, number - start)
+        wanted = aggregate(*_tensors(theta, deltas), weights, "norm_clipped", rule_start)
         theta = {name: theta[name] + change[name] for name in theta}
         for name, tensor in wanted.items():
             torch.testing.assert_close(torch.as_tensor(theta[name]), tensor, rtol=0, atol=1e-6)

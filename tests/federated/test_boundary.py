@@ -20,6 +20,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated.boundary import (
     FINGERPRINT_KEY,
+    GAP_KEY,
     LISTED_NAMES,
     METADATA,
     METRICS,
@@ -415,3 +416,28 @@ def test_whatever_the_headers_hold_they_are_refused_or_plain(result):
         ReservedHeaderKey.TASK_ID,
         ReservedHeaderKey.PEER_PROPS,
     }
+
+
+# a number that one kind of weights asks for ---------------------------------------------------------------------------
+
+
+def test_the_gap_passes_rounded_where_it_is_asked_for() -> None:
+    result = trained(meta=META | {GAP_KEY: 0.123456, "pfedsam_gap_2": 0.5})
+    passed = check_result(result, "train", shared=SHARED, personal=PERSONAL, further=[GAP_KEY], code="E19")
+    assert from_shareable(passed.shareable).meta == META | {GAP_KEY: 0.12}
+    assert told_names(passed.metadata) == sorted([*METADATA, GAP_KEY]) and GAP_KEY not in LISTED_NAMES
+    without = check_result(trained(), "train", shared=SHARED, personal=PERSONAL, further=[GAP_KEY], code="E19")
+    assert without.metadata == META, "a site may leave it out"
+
+
+@pytest.mark.parametrize("code", ["E19", "E20"])
+def test_the_gap_is_refused_where_it_is_not_asked_for(code: str) -> None:
+    assert GAP_KEY in refused(trained(meta=META | {GAP_KEY: 0.1}), code=code)
+
+
+@pytest.mark.parametrize("gap", [-0.1, 1.1, math.nan, math.inf, 1, True, None, SECRET, np.float32(0.1), [0.1]])
+def test_a_gap_that_is_no_float_within_its_bounds_is_refused(gap) -> None:
+    with pytest.raises(PFedSAMError, match="E19") as caught:
+        result = trained(meta=META | {GAP_KEY: gap})
+        check_result(result, "train", shared=SHARED, personal=PERSONAL, further=[GAP_KEY], code="E19")
+    assert GAP_KEY in caught.value.message and SECRET not in caught.value.message

@@ -19,7 +19,7 @@ from nvflare.app_common.app_constant import AppConstants
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated import filters
-from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
+from pfedsam.federated.boundary import FINGERPRINT_KEY, GAP_KEY, METADATA_BY_WEIGHTS, ROUND_KEY
 from pfedsam.federated.disabled import DISABLED_FILE
 from pfedsam.federated.filters import (
     RECEIVED_FILE,
@@ -31,6 +31,7 @@ from pfedsam.federated.filters import (
 from pfedsam.federated.packing import PACKED, PackPayload
 from pfedsam.federated.plan import Plan
 from pfedsam.federated.privacy import ClipAndNoise
+from pfedsam.federated.settings import SiteSettings
 from pfedsam.parameters import TensorSpec
 from pfedsam.storage.job_plan import PLAN_ID
 
@@ -428,3 +429,51 @@ def test_widgets_of_the_server_see_what_the_guard_has_checked(tmp_path):
     shown = fl_ctx.get_peer_context().get_prop(FLContextKey.SHAREABLE)
     assert "1000000000" not in repr(shown)
     assert shown.get_return_code() == ReturnCode.TASK_RESULT_FILTER_ERROR
+
+
+# --- a number that one kind of weights asks for -----------------------------------------------------------------------
+
+
+def weighing(weights: str) -> Plan:
+    plan = small_plan()
+    plan.strategy = {"weights": weights}
+    return plan
+
+
+@pytest.mark.parametrize("weights", ["cases", "uniform", "dro", "gaa"])
+def test_the_gap_leaves_and_is_taken_in_exactly_one_kind_of_strategy(tmp_path, weights):
+    fine = weights == "gaa"
+    fl_ctx = context(tmp_path, plan=weighing(weights))
+    sent = PersonalisedFilter().process(trained(**{GAP_KEY: 0.123}), fl_ctx)
+    assert sent.get_return_code() == (ReturnCode.OK if fine else "SITE_REFUSED:E19")
+    if fine:
+        assert from_shareable(sent).meta[GAP_KEY] == 0.12
+        assert GAP_KEY in lines(tmp_path, SENT_FILE)[0]["metadata"]
+        taken = IncomingGuard().process(arrived(**{GAP_KEY: 0.123}), fl_ctx)
+        assert from_shareable(taken).meta[GAP_KEY] == 0.12
+        return
+    with pytest.raises(PFedSAMError, match=f"E20.*{GAP_KEY}"):
+        IncomingGuard().process(arrived(**{GAP_KEY: 0.123}), fl_ctx)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reply"),
+    [
+        ('{"may_tell": []}', "SITE_REFUSED:E19"),
+        ('{"may_tell": ["pfedsam_gap"]}', ReturnCode.OK),
+        ("{}", ReturnCode.OK),
+        ('{"may_tell": ["val_dice"]}', "SITE_REFUSED:E01"),
+        ('{"may_tell": "pfedsam_gap"}', "SITE_REFUSED:E01"),
+    ],
+)
+def test_a_site_that_does_not_tell_the_gap_lets_none_pass(tmp_path, settings, reply):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "pfedsam.json").write_text(settings)
+    fl_ctx = context(tmp_path, plan=weighing("gaa"))
+    assert PersonalisedFilter().process(trained(**{GAP_KEY: 0.1}), fl_ctx).get_return_code() == reply
+
+
+def test_a_site_can_name_every_number_that_a_strategy_may_ask_for():
+    names = [name for kind in METADATA_BY_WEIGHTS.values() for name in kind]
+    assert SiteSettings(may_tell=names).allowed(names) == tuple(names)
+    assert SiteSettings().allowed(names) == tuple(names) and SiteSettings(may_tell=()).allowed(names) == ()

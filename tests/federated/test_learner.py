@@ -24,7 +24,7 @@ from pfedsam import __version__
 from pfedsam.errors import PFedSAMError
 from pfedsam.federated import learner as module
 from pfedsam.federated import settings as settings_module
-from pfedsam.federated.boundary import FINGERPRINT_KEY, METADATA, check_result, told_names
+from pfedsam.federated.boundary import FINGERPRINT_KEY, GAP_KEY, METADATA, check_result, told_names
 from pfedsam.federated.global_dice import fall
 from pfedsam.federated.learner import STARTED, PFedSAMLearner
 from pfedsam.federated.plan import Plan
@@ -308,6 +308,16 @@ def test_of_a_round_that_is_not_validated_the_update_alone_leaves(
     assert passed(result, "train") == sorted(METADATA)
     # NVFlare takes it for no mistake
     assert "metrics" not in caplog.text
+
+
+@pytest.mark.parametrize(("may_tell", "told"), [(None, True), ([GAP_KEY], True), ([], False)])
+def test_the_gap_goes_with_the_update_unless_the_site_leaves_it_out(
+    ready: Path, curves: list[Any], monkeypatch: pytest.MonkeyPatch, may_tell: Any, told: bool
+) -> None:
+    monkeypatch.setattr(Training, "train", lambda *_: RoundResult({A: torch.ones(2, 3)}, {}, gap=0.12))
+    set_site(ready, **({} if may_tell is None else {"may_tell": may_tell}))
+    result = run(executor(), context(ready, weights="gaa"), "train", 0)
+    assert result.get_return_code() == "OK" and from_shareable(result).meta.get(GAP_KEY) == (0.12 if told else None)
 
 
 @pytest.mark.parametrize(("least", "told"), [(2, True), (3, False)])

@@ -38,6 +38,10 @@ def init(
     may_share: Annotated[
         str | None, typer.Option(help="Parameter groups that this site is willing to share, with commas.")
     ] = None,
+    may_tell: Annotated[
+        str | None,
+        typer.Option(help="Numbers that this site tells where a strategy asks for one: pfedsam_gap, or '' for none."),
+    ] = None,
     largest_clip: Annotated[float | None, typer.Option(help="Jobs must clip to a norm of at most so much.")] = None,
     least_noise: Annotated[
         float | None, typer.Option(help="Jobs must add noise of at least so many times the clip.")
@@ -89,6 +93,7 @@ def init(
         "labels": _labels(labels),
         "federations": _words(federations),
         "may_share": _words(may_share),
+        "may_tell": _words(may_tell),
         "largest_clip": largest_clip,
         "least_noise": least_noise,
         "curves": curves,

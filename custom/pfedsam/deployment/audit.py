@@ -23,6 +23,7 @@ from pfedsam.federated.settings import KIT_DEFAULTS
 from pfedsam.files import read_lines
 from pfedsam.parameters import MAY_BE_PERSONAL, SHAREABLE_GROUPS, base_group
 from pfedsam.storage.job_plan import CLIENT, PLAN_ID, plan_arguments
+from pfedsam.training.gap_weights import GAP_DIGITS, LARGEST_GAP, LEAST_GAP
 from pfedsam.training.validation import LEAST_COVERED, MOST_COVERED
 
 _SUBMITTED = re.compile(r"\[S:(?P<scope>[^\]]*)\].*\[A:(?P<task>\w+)#[^\]]*\]submit result:? (?P<reply>\S+)")
@@ -44,6 +45,7 @@ class Audit:
         actions: who did what, by NVFlare's audit log of the site.
         hashes: SHA-256 of each file of the job's app and of the site's policy, and of the installed package.
         shared: the parameter groups that the job's plan shares.
+        further: metadata that the plan's strategy lets a site send beside what all strategies do.
         problems: what does not fit together.
     """
 
@@ -53,6 +55,7 @@ class Audit:
     actions: list[dict[str, str]]
     hashes: dict[str, str]
     shared: list[str]
+    further: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def stage(self, name: str) -> list[dict[str, Any]]:
@@ -94,7 +97,7 @@ def audit(workspace: Path, job: str) -> Audit:
             for path in files
             if path.is_file()
         },
-        _shared_groups(run),
+        *_planned(run),
     )
     result.hashes[f"installed package pfedsam {pfedsam.__version__}"] = _package_hash()
     result.problems = list(_problems(result))
@@ -119,12 +122,13 @@ def _package_hash() -> str:
     return digest.hexdigest()
 
 
-def _shared_groups(run: Path) -> list[str]:
-    """What the job says that it shares; nothing if it has no plan."""
+def _planned(run: Path) -> tuple[list[str], list[str]]:
+    """The groups that the job says it shares, and the further metadata of its strategy; nothing if it has no plan."""
     for path in run.glob(f"app_*/config/{CLIENT}"):
         if any(component.get("id") == PLAN_ID for component in json.loads(path.read_text()).get("components", ())):
-            return list(plan_arguments(path.parents[1], CLIENT)["strategy"]["shared"])
-    return []
+            strategy = plan_arguments(path.parents[1], CLIENT)["strategy"]
+            return list(strategy["shared"]), list(boundary.METADATA_BY_WEIGHTS.get(strategy.get("weights"), ()))
+    return [], []
 
 
 def _problems(job_audit: Audit) -> list[str]:
@@ -140,7 +144,8 @@ def _problems(job_audit: Audit) -> list[str]:
         above = sorted(set(record.get("by_group", {})) - (SHAREABLE_GROUPS & set(map(base_group, job_audit.shared))))
         if above:
             problems.append(f"result {number}: group(s) {above} are not shared by the job's plan, or may never leave")
-    for stage, listed in ((CHECKED, boundary.LISTED_NAMES), (LEFT, boundary.LISTED_NAMES | _ADDED)):
+    fine = boundary.LISTED_NAMES | set(job_audit.further)
+    for stage, listed in ((CHECKED, fine), (LEFT, fine | _ADDED)):
         more = sorted({name for record in job_audit.stage(stage) for name in record.get("metadata", ())} - listed)
         if more:
             problems.append(f"metadata or metrics that are not listed are in results of stage '{stage}': {more[:3]}")
@@ -163,6 +168,12 @@ def statement() -> str:
         shared=sorted(SHAREABLE_GROUPS),
         personal=sorted(MAY_BE_PERSONAL - SHAREABLE_GROUPS),
         metadata=boundary.METADATA,
+        by_weights=boundary.METADATA_BY_WEIGHTS,
+        gap=(
+            boundary.GAP_KEY,
+            f"from 0 to {LARGEST_GAP:g}",
+            f"{GAP_DIGITS} significant digits, none below {LEAST_GAP:g}",
+        ),
         meanings=boundary.MEANINGS,
         step=10.0**-boundary.METRIC_DECIMALS,
         metrics=boundary.METRICS,

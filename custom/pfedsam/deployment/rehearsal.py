@@ -112,6 +112,7 @@ def asked(site: Site, terms: Terms, report: SiteReport, work: Path, cases: int) 
         all_cases=training,
         keeps_prepared=settings.prepared_root is not None,
         may_share=settings.may_share,
+        may_tell=settings.may_tell,
         label_map=settings.labels,
         checkpoint=settings.checkpoint,
         device=settings.device or "auto",

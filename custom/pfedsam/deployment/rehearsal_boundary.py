@@ -17,7 +17,15 @@ from pydantic import BaseModel
 
 from pfedsam.deployment.job_privacy import NOISE, PACK
 from pfedsam.errors import ErrorCode
-from pfedsam.federated.boundary import FINGERPRINT_KEY, MEANINGS, METRICS, ROUND_KEY, check_result, told_names
+from pfedsam.federated.boundary import (
+    FINGERPRINT_KEY,
+    GAP_KEY,
+    MEANINGS,
+    METRICS,
+    ROUND_KEY,
+    check_result,
+    told_names,
+)
 from pfedsam.federated.filters import check_site_ceiling
 from pfedsam.federated.packing import PACKED, UnpackPayload, pack
 from pfedsam.federated.plan import Plan
@@ -71,6 +79,7 @@ def leaving(
     *,
     cases: int,
     may_share: Collection[str] | None,
+    further: Collection[str] = (),
 ) -> Leaving:
     """Take the result of a round through the boundary.
 
@@ -81,6 +90,7 @@ def leaving(
         filters: of the job behind ours, each with `path` and `args`.
         cases: training cases of the site.
         may_share: groups that the site is willing to share, None for no limit but the code's.
+        further: numbers that the strategy asks for and the site is willing to tell.
 
     Raises:
         PFedSAMError: E19 if the site would refuse its own result, E20 if the server's guard would.
@@ -88,10 +98,11 @@ def leaving(
     shared, personal = plan.shared(), plan.personal()
     check_site_ceiling(shared, may_share)
     passed = check_result(
-        _handed_over(result, local, cases),
+        _handed_over(result, local, cases, further),
         AppConstants.TASK_TRAIN,
         shared=shared,
         personal=personal,
+        further=further,
         code=ErrorCode.REFUSED_BY_FILTER,
     )
     groups: dict[str, Group] = {}
@@ -105,7 +116,13 @@ def leaving(
         (done if told else not_done).append(told or str(one["path"]).rpartition(".")[2])
     sent = from_shareable(travels)
     unpacked = UnpackPayload().process(travels, FLContext())
-    check_result(unpacked, AppConstants.TASK_TRAIN, shared=shared, code=ErrorCode.REFUSED_BY_GUARD)
+    check_result(
+        unpacked,
+        AppConstants.TASK_TRAIN,
+        shared=shared,
+        further=plan.further(),
+        code=ErrorCode.REFUSED_BY_GUARD,
+    )
     names = told_names(passed.metadata)
     return Leaving(
         groups=groups,
@@ -117,15 +134,17 @@ def leaving(
     )
 
 
-def _handed_over(result: RoundResult, local: SiteTrainer, cases: int) -> Shareable:
+def _handed_over(result: RoundResult, local: SiteTrainer, cases: int, further: Collection[str]) -> Shareable:
     """As the learner hands a round over: the whole trainable state, and what NVFlare adds of the validation before."""
     state = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in {**result.delta, **result.personal}.items()}
-    metadata = {
+    metadata: dict[str, Any] = {
         MetaKey.NUM_STEPS_CURRENT_ROUND: cases if local.strategy.weights == "cases" else 1,
         ROUND_KEY: 0,
         FINGERPRINT_KEY: local.fingerprint,
         MetaKey.INITIAL_METRICS: {METRICS[0]: 0.0},
     }
+    if GAP_KEY in further and result.gap is not None:
+        metadata[GAP_KEY] = result.gap
     return DXO(DataKind.WEIGHT_DIFF, data=state, meta=metadata).to_shareable()
 
 

@@ -22,7 +22,7 @@ class Asked(BaseModel):
         cases: at most so many training cases are trained on.
         all_cases: training cases of the site, which is what would be sent.
         keeps_prepared: whether the site keeps prepared volumes.
-        may_share, label_map, checkpoint, device, threads, least_validation_cases: of the site's settings.
+        may_share, may_tell, label_map, checkpoint, device, threads, least_validation_cases: of the site's settings.
     """
 
     plan: dict[str, Any]
@@ -35,6 +35,7 @@ class Asked(BaseModel):
     all_cases: int
     keeps_prepared: bool = False
     may_share: tuple[str, ...] | None = None
+    may_tell: tuple[str, ...] | None = None
     label_map: dict[str, str] | None = None
     checkpoint: str | None = None
     device: str = "auto"

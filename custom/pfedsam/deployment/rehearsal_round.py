@@ -112,7 +112,16 @@ def run(asked: Asked, step: Callable[[str], None]) -> Measured:
     clock.stop("first")
     result = local.train(1)
     clock.stop("later")
-    left = leaving(result, local, plan, asked.filters, cases=asked.all_cases, may_share=asked.may_share)
+    further = [name for name in plan.further() if asked.may_tell is None or name in asked.may_tell]
+    left = leaving(
+        result,
+        local,
+        plan,
+        asked.filters,
+        cases=asked.all_cases,
+        may_share=asked.may_share,
+        further=further,
+    )
     left = left.without_dice_if(
         len(local.validation_cases) < asked.least_validation_cases or not local.answers,
     )

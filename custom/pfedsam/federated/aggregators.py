@@ -7,7 +7,7 @@ payload a site. `aggregation: mean` keeps NVFlare's own aggregator, which adds t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.widgets.intime_model_selector import IntimeModelSelector
 
-from pfedsam.federated.boundary import METRICS
+from pfedsam.federated.boundary import GAP_KEY, METRICS
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.federated.records import ROUNDS_FILE, append_record
 from pfedsam.training.aggregation import combine, robust_mean
 from pfedsam.training.judgement import JUDGING, Judgement, counted_cases
-from pfedsam.training.site_weights import SiteWeights
+from pfedsam.training.reported_weights import REPORTED, WeightsByReport
 
 
 class RobustAggregator(Aggregator):
@@ -42,16 +42,16 @@ class RobustAggregator(Aggregator):
     def __init__(self) -> None:
         super().__init__()
         self._held: dict[str, tuple[int, dict[str, np.ndarray]]] = {}
-        #: The Dice of the global model at each site that told one, and what follows from it, see `SiteWeights`.
-        self._dice: dict[str, float] = {}
-        self._site_weights = SiteWeights()
+        #: What each site has reported, by the kind of weights that follow from it, and those weights.
+        self._told: dict[str, dict[str, float]] = {}
+        self._site_weights = WeightsByReport()
         #: The global model that this run began with, once a round is done.
         self._start: dict[str, torch.Tensor] | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Forget an earlier run."""
         if event_type == EventType.START_RUN:
-            self._held, self._start, self._dice, self._site_weights = {}, None, {}, SiteWeights()
+            self._held, self._start, self._told, self._site_weights = {}, None, {}, WeightsByReport()
 
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
         """Hold a site's update; False for a code, another round, or a second update of the site in this round."""
@@ -69,16 +69,15 @@ class RobustAggregator(Aggregator):
             return False
         dxo = from_shareable(shareable)
         self._held[site] = int(dxo.get_meta_prop(MetaKey.NUM_STEPS_CURRENT_ROUND, 1)), dxo.data
-        if (dice := dice_beside(dxo)) is not None:
-            self._dice[site] = dice
+        self._told[site] = {kind: value for kind, read in _REPORTS.items() if (value := read(dxo)) is not None}
         return True
 
     def aggregate(self, fl_ctx: FLContext) -> Shareable:
         """The change of the global model; none if no site sent an update."""
         plan, current = plan_of(fl_ctx), fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
         theta = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)[ModelLearnableKey.WEIGHTS]
-        updates, dice = dict(sorted(self._held.items())), self._dice
-        self._held, self._dice = {}, {}
+        updates, told_by = dict(sorted(self._held.items())), self._told
+        self._held, self._told = {}, {}
         if not updates:
             self.logger.error(f"round {current}: no site sent an update, the global model stays as it is")
             return DXO(
@@ -88,7 +87,7 @@ class RobustAggregator(Aggregator):
         change, judged = combine(
             _tensors(theta),
             [_tensors(data) for _, data in updates.values()],
-            self._weights(plan, updates, dice),
+            self._weights(plan, updates, told_by, fl_ctx),
             rule,
             [plan.most_of(site) for site in updates],
             self._start,
@@ -100,13 +99,24 @@ class RobustAggregator(Aggregator):
 
     def reset(self, fl_ctx: FLContext) -> None:
         """Forget what was held."""
-        self._held, self._dice = {}, {}
+        self._held, self._told = {}, {}
 
-    def _weights(self, plan: Plan, updates: Mapping[str, tuple[int, Any]], dice: Mapping[str, float]) -> list[float]:
-        """What each site counts before it is judged: its cases, or what follows from its Dice."""
-        if plan.checked().weights != "dro":
+    def _weights(
+        self,
+        plan: Plan,
+        updates: Mapping[str, tuple[int, Any]],
+        told_by: Mapping[str, Mapping[str, float]],
+        fl_ctx: FLContext,
+    ) -> list[float]:
+        """What each site counts before it is judged: its cases, or what follows from its report."""
+        kind = plan.checked().weights
+        if kind not in REPORTED:
             return [cases for cases, _ in updates.values()]
-        return list(self._site_weights.next({site: dice.get(site) for site in updates}).values())
+        number, rounds = (int(fl_ctx.get_prop(key, 0)) for key in (AppConstants.CURRENT_ROUND, AppConstants.NUM_ROUNDS))
+        # what NVFlare calls the number of rounds are those of this run: a resumed one begins later
+        rounds += int(fl_ctx.get_prop(AppConstants.START_ROUND, 0))
+        reports = {site: told_by.get(site, {}).get(kind) for site in updates}
+        return self._site_weights.next(kind, reports, number, rounds)
 
     def rule(self, plan: Plan) -> str:
         """The plan's rule."""
@@ -185,6 +195,16 @@ def dice_beside(dxo: DXO, metric: str = METRICS[0]) -> float | None:
     """The Dice of the global model that a site has sent with its update, None if it has sent none."""
     value = (dxo.get_meta_prop(MetaKey.INITIAL_METRICS) or {}).get(metric)
     return float(value) if value is not None and math.isfinite(value) else None
+
+
+def gap_beside(dxo: DXO) -> float | None:
+    """How far a site's training has moved its predictions, None if it has told nothing."""
+    value = dxo.get_meta_prop(GAP_KEY)
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+#: How the report is read that weights of each kind follow from.
+_REPORTS: dict[str, Callable[[DXO], float | None]] = {"dro": dice_beside, "gaa": gap_beside}
 
 
 def told(one: Judgement) -> str:

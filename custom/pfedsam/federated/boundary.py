@@ -11,6 +11,8 @@ the site's outgoing filter and the server's guard (see `filters`).
 | `validate` | listed metrics, rounded |
 | any other | its return code |
 
+A number of `METADATA_BY_WEIGHTS` passes only where the strategy asks for it and the site allows it.
+
 The values themselves are bounded, not understood: these rules keep personal tensors, names and texts at the site, and
 do not stop a learner that was written to hide data in the values of shared tensors.
 """
@@ -33,6 +35,7 @@ from nvflare.app_common.app_constant import AppConstants
 
 from pfedsam.errors import PFedSAMError, code_of_reply
 from pfedsam.parameters import SHAREABLE_GROUPS, Manifest, TensorSpec, group_of, short
+from pfedsam.training.gap_weights import LARGEST_GAP, rounded_gap
 
 #: Metrics that may leave a site, of the global model; each is a number from 0 to 1.
 METRICS: tuple[str, ...] = ("val_dice",)
@@ -41,8 +44,11 @@ METRIC_DECIMALS = 2
 #: Metadata keys of our own.
 ROUND_KEY = "pfedsam_round"
 FINGERPRINT_KEY = "pfedsam_fingerprint"
+GAP_KEY = "pfedsam_gap"
 #: Metadata of a weight difference. Metrics of the model before the training may go with it, as INITIAL_METRICS.
 METADATA: tuple[str, ...] = (MetaKey.NUM_STEPS_CURRENT_ROUND, ROUND_KEY, FINGERPRINT_KEY)
+#: Metadata that may go with a weight difference only where the strategy's `weights` are of this kind; else refused.
+METADATA_BY_WEIGHTS: dict[str, tuple[str, ...]] = {"gaa": (GAP_KEY,)}
 #: Tasks whose result is a weight difference.
 MODEL_TASKS: tuple[str, ...] = (AppConstants.TASK_TRAIN, AppConstants.TASK_SUBMIT_MODEL)
 #: No element of a weight difference may be larger.
@@ -53,6 +59,7 @@ MEANINGS: dict[str, str] = {
     ROUND_KEY: "number of the round",
     FINGERPRINT_KEY: "SHA-256 of the public base weights and the network's settings",
     "val_dice": "Dice of the global model on the validation cases",
+    GAP_KEY: "how far the round's training has moved the predictions on training slices, mean divergence of a pixel",
 }
 #: Bound of the number of training cases and of the round.
 LARGEST_COUNT = 10**6
@@ -106,7 +113,13 @@ class SanitizedResult:
 
 
 def check_result(
-    result: Shareable, task: str, *, shared: Manifest, personal: Collection[str] = (), code: str
+    result: Shareable,
+    task: str,
+    *,
+    shared: Manifest,
+    personal: Collection[str] = (),
+    further: Collection[str] = (),
+    code: str,
 ) -> SanitizedResult:
     """Rebuild a task's result from checked parts.
 
@@ -115,6 +128,7 @@ def check_result(
         task: name of the task.
         shared: the tensors that must be in a weight difference, all of them and no others.
         personal: names that are left out. At the server there are none, so that a personal tensor is refused.
+        further: metadata of `METADATA_BY_WEIGHTS` that may be in a weight difference; what is not named is refused.
         code: code to refuse with: E19 at a site, E20 at the server.
 
     Returns:
@@ -125,7 +139,7 @@ def check_result(
             an unknown name.
     """
     try:
-        return _check_result(result, task, shared, personal, code)
+        return _check_result(result, task, shared, personal, further, code)
     except PFedSAMError:
         raise
     except Exception as error:
@@ -182,7 +196,7 @@ def told_names(metadata: Mapping[str, Any]) -> list[str]:
     return sorted([*map(str, names), *(f"{MetaKey.INITIAL_METRICS}.{name}" for name in beside)])
 
 
-#: All that `told_names` may find in a result that has passed.
+#: All that `told_names` may find in a result that has passed, in any job; see `METADATA_BY_WEIGHTS` for what more.
 LISTED_NAMES = frozenset({*METADATA, *METRICS, *told_names({MetaKey.INITIAL_METRICS: dict.fromkeys(METRICS)})})
 
 
@@ -194,7 +208,7 @@ def allowed_return_code(return_code: Any) -> str:
 
 
 def _check_result(
-    result: Shareable, task: str, shared: Manifest, personal: Collection[str], code: str
+    result: Shareable, task: str, shared: Manifest, personal: Collection[str], further: Collection[str], code: str
 ) -> SanitizedResult:
     return_code = _headers(result, code).get(ReservedHeaderKey.RC, ReturnCode.OK)
     # nothing that came in goes on: each way out of here makes a new result of checked parts, so what nobody thought of
@@ -204,7 +218,7 @@ def _check_result(
     if task in MODEL_TASKS:
         dxo = _dxo(result, DataKind.WEIGHT_DIFF, code)
         tensors, excluded = _tensors(dxo.data, shared, personal, code)
-        metadata = _metadata(dxo.meta, code)
+        metadata = _metadata(dxo.meta, further, code)
         rebuilt = DXO(DataKind.WEIGHT_DIFF, data=dict(tensors), meta=dict(metadata)).to_shareable()
         return SanitizedResult(rebuilt, tensors, metadata, excluded)
     if task == AppConstants.TASK_VALIDATION:
@@ -264,7 +278,7 @@ def _tensor(name: str, value: Any, spec: TensorSpec, code: str) -> np.ndarray:
     return copy
 
 
-def _metadata(meta: Mapping[str, Any], code: str) -> dict[str, Any]:
+def _metadata(meta: Mapping[str, Any], further: Collection[str], code: str) -> dict[str, Any]:
     fingerprint = meta.get(FINGERPRINT_KEY)
     if type(fingerprint) is not str or not _FINGERPRINT.fullmatch(fingerprint):
         raise PFedSAMError(code, f"metadata '{FINGERPRINT_KEY}' must be 64 hexadecimal digits.")
@@ -275,7 +289,18 @@ def _metadata(meta: Mapping[str, Any], code: str) -> dict[str, Any]:
     }
     if meta.get(MetaKey.INITIAL_METRICS) is not None:
         metadata[MetaKey.INITIAL_METRICS] = _metrics(meta[MetaKey.INITIAL_METRICS], code)
+    if GAP_KEY in meta:
+        if GAP_KEY not in further:
+            raise PFedSAMError(code, f"metadata '{GAP_KEY}' is not for this site to tell in this job.")
+        metadata[GAP_KEY] = _gap(meta[GAP_KEY], code)
     return metadata
+
+
+def _gap(value: Any, code: str) -> float:
+    told = rounded_gap(value) if type(value) is float and 0 <= value <= LARGEST_GAP else None
+    if told is None:
+        raise PFedSAMError(code, f"metadata '{GAP_KEY}' must be a float from 0 to {LARGEST_GAP:g}.")
+    return told
 
 
 def _count(meta: Mapping[str, Any], key: str, least: int, code: str) -> int:

@@ -92,9 +92,15 @@ class PersonalisedFilter(Filter):
         task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
         plan = plan_of(fl_ctx)
         shared = plan.shared()
-        check_site_ceiling(shared, site_settings(fl_ctx).may_share)
+        site = site_settings(fl_ctx)
+        check_site_ceiling(shared, site.may_share)
         passed = check_result(
-            shareable, task, shared=shared, personal=plan.personal(), code=ErrorCode.REFUSED_BY_FILTER
+            shareable,
+            task,
+            shared=shared,
+            personal=plan.personal(),
+            further=site.allowed(plan.further()),
+            code=ErrorCode.REFUSED_BY_FILTER,
         )
         # a site may apply this filter by its privacy.json and the job once more: the first takes the experts out, the
         # last writes down what leaves
@@ -199,7 +205,10 @@ class IncomingGuard(Filter):
         task = fl_ctx.get_prop(FLContextKey.TASK_NAME)
         _check_identity(shareable, client)
         require_enabled(client, fl_ctx.get_engine().get_workspace().get_root_dir())
-        passed = check_result(shareable, task, shared=plan_of(fl_ctx).shared(), code=ErrorCode.REFUSED_BY_GUARD)
+        plan = plan_of(fl_ctx)
+        passed = check_result(
+            shareable, task, shared=plan.shared(), further=plan.further(), code=ErrorCode.REFUSED_BY_GUARD
+        )
         headers = check_headers(shareable, code=ErrorCode.REFUSED_BY_GUARD)
         contribution: dict[str, Any] = {}
         if passed.tensors:

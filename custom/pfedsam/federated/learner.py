@@ -14,7 +14,7 @@ from nvflare.app_common.abstract.model_learner import ModelLearner
 from nvflare.app_common.app_constant import AppConstants
 
 from pfedsam.errors import ErrorCode, PFedSAMError
-from pfedsam.federated.boundary import FINGERPRINT_KEY, ROUND_KEY
+from pfedsam.federated.boundary import FINGERPRINT_KEY, GAP_KEY, ROUND_KEY
 from pfedsam.federated.collection import leave_out_what_is_there
 from pfedsam.federated.filters import outgoing_filters, require_outgoing_filter
 from pfedsam.federated.global_dice import BEST_DICE, best_dice_of, fall
@@ -214,8 +214,15 @@ class PFedSAMLearner(ModelLearner):
                 MetaKey.NUM_STEPS_CURRENT_ROUND: self._local.weight,
                 ROUND_KEY: int(self.current_round),
                 FINGERPRINT_KEY: self._local.fingerprint,
+                **self._further(result),
             },
         )
+
+    def _further(self, result: RoundResult) -> dict[str, float]:
+        """The numbers that the strategy asks for and the site is willing to tell."""
+        numbers = {GAP_KEY: result.gap}
+        told = {name: value for name, value in numbers.items() if value is not None}
+        return {name: told[name] for name in self._site.allowed(told)}
 
     def _finish(self, model: FLModel) -> None:
         before = self._receive_and_validate(model, in_round=False)

@@ -15,6 +15,7 @@ from nvflare.apis.fl_context import FLContext
 
 from pfedsam.bundles import network_of, require_settings
 from pfedsam.errors import ErrorCode, PFedSAMError, shown
+from pfedsam.federated.boundary import METADATA_BY_WEIGHTS
 from pfedsam.federated.literals import require_literal
 from pfedsam.files import read_object
 from pfedsam.parameters import COPY, Manifest, manifest
@@ -120,6 +121,10 @@ class Plan:
     def most_of(self, site: str) -> int | None:
         """The agreed most training cases of a site, None if there is no agreement."""
         return self.most_cases.get(site) if isinstance(self.most_cases, dict) else self.most_cases
+
+    def further(self) -> tuple[str, ...]:
+        """Metadata that the strategy lets a site send beside what all strategies do."""
+        return METADATA_BY_WEIGHTS.get(Strategy.of(self.strategy).weights, ())
 
     def shared(self) -> Manifest:
         """Names, shapes and dtypes of the tensors that this job shares."""

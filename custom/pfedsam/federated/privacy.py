@@ -3,9 +3,9 @@
 The unit is one site's whole update in one round: what is hidden is whether the site took part with this update, not a
 single patient. Epsilon counts the rounds of one job: a later job of the same federation, and a round that is sent again
 after the server was lost, come on top. What travels beside the update has no noise: the number of training cases (see
-`weights: uniform`), the validation Dice in steps of 0.01, and the scalars for curves (losses, shares of gates and
-experts). A small epsilon needs noise that a federation of few sites does not average out: useful noise gives a large
-epsilon, which is then protection against accidents, not a guarantee.
+`weights: uniform`), the validation Dice in steps of 0.01, the gap of `weights: gaa`, and the scalars for curves
+(losses, shares of gates and experts). A small epsilon needs noise that a federation of few sites does not average out:
+useful noise gives a large epsilon, which is then protection against accidents, not a guarantee.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nvflare.apis.fl_context import FLContext
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -44,6 +45,9 @@ class SiteSettings(BaseModel):
         labels: what this site's label values mean, for example {"3": "disc", "4": "cup"}; None: the bundle's numbers.
         federations: names of the federations that this site has agreed to; None for any.
         may_share: parameter groups that this site is willing to share; None sets no limit but the code's.
+        may_tell: numbers of `pfedsam.federated.boundary.METADATA_BY_WEIGHTS` that this site is willing to tell beside
+            its update, where a strategy asks for one; None sets no limit but the code's. Where it tells none, it counts
+            as the mean of the others.
         largest_clip, least_noise: a job must clip this site's update to a norm of at most so much, and add noise of at
             least so many times that (see `pfedsam.federated.privacy`); None asks for nothing.
         curves: whether losses, validation Dice and shares of gates and experts are sent as scalars for curves; None:
@@ -67,6 +71,7 @@ class SiteSettings(BaseModel):
     labels: dict[str, str] | None = None
     federations: tuple[str, ...] | None = None
     may_share: tuple[str, ...] | None = None
+    may_tell: tuple[Literal["pfedsam_gap"], ...] | None = None
     largest_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
     least_noise: float | None = Field(None, gt=0, allow_inf_nan=False)
     curves: bool | None = None
@@ -75,6 +80,10 @@ class SiteSettings(BaseModel):
     most_rounds: int | None = Field(None, ge=1)
     most_epochs: int | None = Field(None, ge=1)
     most_hours: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+    def allowed(self, asked: Iterable[str]) -> tuple[str, ...]:
+        """What the site tells of the numbers that a strategy asks for, see `may_tell`."""
+        return tuple(name for name in asked if self.may_tell is None or name in self.may_tell)
 
 
 def site_settings(fl_ctx: FLContext) -> SiteSettings:

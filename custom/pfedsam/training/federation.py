@@ -31,9 +31,9 @@ from pfedsam.networks.adaptation import EXPERT_SETTINGS
 from pfedsam.parameters import shared_state
 from pfedsam.storage.site_model import SiteModel, read, write
 from pfedsam.training.aggregation import aggregate
+from pfedsam.training.reported_weights import REPORTED, WeightsByReport
 from pfedsam.training.round_result import RoundResult
 from pfedsam.training.site import SiteTrainer
-from pfedsam.training.site_weights import SiteWeights
 from pfedsam.training.strategy import Strategy
 
 ROUND_FILE, HISTORY_FILE, MODELS = "global.safetensors", "history.jsonl", "models"
@@ -130,7 +130,7 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
     sites = {name: _open(federation, name) for name in federation.sites}
     theta, done = _start(federation, sites)
     start = _theta_0(federation) if 0 < done < federation.rounds else theta
-    site_weights = SiteWeights()
+    site_weights = WeightsByReport()
     for number in range(done):  # as they were when the run was stopped
         _weights(federation, sites, site_weights, number)
     for number in range(done, federation.rounds):
@@ -158,12 +158,16 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
         tell(f"{strategy.name}: final phase, {name}: global {before:.3f}, personal {after:.3f}")
 
 
-def _weights(federation: Federation, sites: Mapping[str, SiteTrainer], kept: SiteWeights, number: int) -> list[float]:
+def _weights(
+    federation: Federation, sites: Mapping[str, SiteTrainer], kept: WeightsByReport, number: int
+) -> list[float]:
     """What each site counts in a round."""
-    if federation.strategy.weights != "dro":
+    kind = federation.strategy.weights
+    if kind not in REPORTED:
         return [local.weight for local in sites.values()]
     notes = {note["site"]: note for note in federation.history() if note["round"] == number}
-    return list(kept.next({name: notes[name].get("val_dice_global") for name in sites}).values())
+    told = {name: notes[name].get(REPORTED[kind].note) for name in sites}
+    return kept.next(kind, told, number, federation.rounds)
 
 
 def _open(federation: Federation, name: str) -> SiteTrainer:
@@ -215,7 +219,8 @@ def _round(
     result = local.train(number)
     if (personal := local.personal_dice(number)) is not None:
         metrics["val_dice_personal"] = personal
-    _note(federation, name, number, result, started, **metrics)
+    gap = {} if result.gap is None else {"gap": result.gap}
+    _note(federation, name, number, result, started, **metrics, **gap)
     return result, local.model(round=number, final=False, **metrics)
 
 

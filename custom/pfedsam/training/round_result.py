@@ -32,9 +32,13 @@ class PhaseReport:
 
 @dataclass
 class RoundResult:
-    """What a round gave: `delta` of the shared tensors, the trained `personal` ones, and a report of each phase."""
+    """What a round gave: `delta` of the shared tensors, the trained `personal` ones, and a report of each phase.
+
+    `gap` is how far the predictions have moved, where the strategy's `weights` ask for it, see `prediction_gap`.
+    """
 
     delta: dict[str, Tensor]
     personal: dict[str, Tensor]
     phases: dict[str, PhaseReport] = field(default_factory=dict)
     gates: dict[str, dict[str, float]] = field(default_factory=dict)
+    gap: float | None = None

@@ -25,8 +25,10 @@ from pfedsam.training.by_validation import ByValidation
 from pfedsam.training.choice import Choice
 from pfedsam.training.cross_fit import CrossFit
 from pfedsam.training.left_out import leave_out_trained
+from pfedsam.training.prediction_gap import prediction_gap
 from pfedsam.training.round_result import RoundResult
 from pfedsam.training.site_tensors import SiteTensors
+from pfedsam.training.soft_load import SoftLoad
 from pfedsam.training.strategy import Phase, Serving, Strategy
 from pfedsam.training.trainer import PhaseTrainer
 from pfedsam.training.validation import LEAST_CASES, RoundSample, run_validation, validated_cases
@@ -115,6 +117,8 @@ class SiteTrainer:
         self.validation_cases = opened.validation_cases
         self.tensors = SiteTensors(self.network, self.strategy.roles, self.strategy.needs_unshared)
         self.trainer.base = self.tensors.unshared
+        load = self.strategy.load
+        self._load = SoftLoad(load, self.trainer, self.tensors) if load is not None else None
         self._seed = opened.seed
         self._sample = RoundSample(opened.seed, self.least_validated)
 
@@ -215,8 +219,11 @@ class SiteTrainer:
 
     def train(self, round_number: int) -> RoundResult:
         """One round beside the global model received last. If it fails or is stopped, the model is as before."""
-        with self.tensors.all_or_nothing(self.trainer):
+        loaded = self._load.around(round_number) if self._load else nullcontext()
+        with self.tensors.all_or_nothing(self.trainer), loaded:
             result = self._run(self.strategy.phases, round_number)
+            if self.strategy.tells_gap and not self.trainer.should_stop():
+                result.gap = prediction_gap(self.trainer, self.tensors.received, round_number)
         result.personal = self.tensors.personal()
         self._forget_global_dice()
         result.delta = self.tensors.delta()
@@ -229,6 +236,8 @@ class SiteTrainer:
         `serving`. If it fails or is stopped, the model is as before.
         """
         with self.tensors.all_or_nothing(self.trainer):
+            if self._load:
+                self._load.serve(round_number)
             if self.strategy.serving is None:
                 result = self._run(self.strategy.final, round_number)
                 self.tensors.interpolate(self.strategy.interpolation)

@@ -23,12 +23,13 @@ class SiteWeights:
     def __init__(self) -> None:
         self._kept: dict[str, float] = {}
 
-    def next(self, dice: Mapping[str, float | None]) -> dict[str, float]:
+    def next(self, dice: Mapping[str, float | None], progress: float = 0.0) -> dict[str, float]:
         """The weights of a round.
 
         Args:
             dice: of the global model that the round began with, at each site that takes part; None where a site tells
                 none: it counts as the mean of the others.
+            progress: rounds done of all rounds; here a step is the same in each.
 
         Returns:
             Positive, their mean is 1. A site that was not there before starts with 1.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from pfedsam.parameters import OWN_GROUPS, Roles
 from pfedsam.ranges import MOST_EPOCHS, MOST_ROUNDS
@@ -25,6 +25,8 @@ from pfedsam.training.extra_losses import (
     Whole,
 )
 from pfedsam.training.judgement import JUDGING
+from pfedsam.training.load_settings import Load
+from pfedsam.training.reported_weights import REPORTED
 from pfedsam.training.style_settings import Augment, Mixup, PatchSwap
 
 #: What other tools call two keys of a phase.
@@ -216,8 +218,12 @@ class Strategy(Settings):
             factored again to the same rank; `alternate`: B in even rounds and A in odd ones, so that the mean is exact.
         weights: of the sites in the mean: by `cases`, or `uniform`, which also keeps the number of cases at the site:
             nothing that is sent tells it then. So does `dro`, by which sites count the more the worse the global model
-            has been on their validation cases, see `pfedsam.training.site_weights`.
+            has been on their validation cases, see `pfedsam.training.site_weights`; and `gaa`, by which they count the
+            more the further their training moves the predictions, a number that each then sends, see
+            `pfedsam.training.gap_weights`.
         augment: what comes behind the bundle's own augmentations of a slice, in all phases. None: nothing.
+        load: how much of the global model a site loads at the start of a round, the rest being its own of the last
+            round, which then is its personal model. None: all of it.
     """
 
     name: Name = "pfedsam"
@@ -229,8 +235,9 @@ class Strategy(Settings):
     serving: Serving | None = None
     validate_every: Whole = Field(1, ge=1, le=MOST_ROUNDS)
     aggregation: Literal["norm_clipped", "mean", "trimmed_mean", "median", "krum", "svd", "alternate"] = "norm_clipped"
-    weights: Literal["cases", "uniform", "dro"] = "cases"
+    weights: Literal["cases", "uniform", "dro", "gaa"] = "cases"
     augment: Augment | None = None
+    load: Load | None = None
 
     @model_validator(mode="after")
     def _roles_are_possible(self) -> Strategy:
@@ -239,9 +246,10 @@ class Strategy(Settings):
 
     @model_validator(mode="after")
     def _weights_count(self) -> Strategy:
-        if self.weights == "dro" and self.aggregation not in JUDGING:
+        if self.weights in REPORTED and self.aggregation not in JUDGING:
             raise ValueError(
-                f"weights 'dro' need one of {list(JUDGING)}: 'mean' is NVFlare's own, and rules by rank ignore weights"
+                f"weights '{self.weights}' need one of {list(JUDGING)}: "
+                "'mean' is NVFlare's own, and rules by rank ignore weights"
             )
         return self
 
@@ -276,6 +284,29 @@ class Strategy(Settings):
             raise ValueError(f"serving compares the models of one final phase with the global one, but {what}")
         return self
 
+    @model_validator(mode="after")
+    def _loads_what_is_shared(self) -> Strategy:
+        if self.load is None:
+            return self
+        others = [phase.name for phase in self.phases if phase.trains != ("shared",) or phase.experts]
+        others += [phase.name for phase in self.final if "copy" not in phase.trains]
+        if others or self.serving or not self.shared:
+            raise ValueError(
+                "with 'load' the rounds train the shared tensors alone, without experts, final phases the copy, and "
+                f"there is no 'serving': see {others or 'serving' if self.shared else 'shared'}"
+            )
+        if self.aggregation == "alternate":
+            raise ValueError("with 'load' a factor that is not trained differs between the sites: no 'alternate'")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A strategy that does not use it is told, and hashed, as before there was a load."""
+        told: dict[str, Any] = handler(self)
+        if told.get("load") is None:
+            told.pop("load", None)
+        return told
+
     @property
     def roles(self) -> Roles:
         """The roles of the groups (E16 if they are impossible)."""
@@ -287,6 +318,8 @@ class Strategy(Settings):
         Strategies that differ in what is personal only then have the same rounds, and the same global model.
         """
         if any(phase.trains != ("shared",) or phase.experts or phase.distillation for phase in self.phases):
+            return None
+        if self.load is not None:
             return None
         phases = tuple(
             phase.model_copy(update={"name": f"global_{number}" if number else "global"})
@@ -310,7 +343,7 @@ class Strategy(Settings):
     @property
     def needs_unshared(self) -> bool:
         """Whether a site needs the tensors of a network that no federation has trained."""
-        alone = self.serving is not None and self.serving.alone is not None
+        alone = self.load is not None or (self.serving is not None and self.serving.alone is not None)
         return alone or any(
             phase.warm_up is not None or (phase.pseudo is not None and phase.pseudo.refine == "box")
             for phase in (*self.phases, *self.final)
@@ -319,8 +352,13 @@ class Strategy(Settings):
     @property
     def has_copy(self) -> bool:
         """Whether a site keeps a copy of the shared tensors of its own."""
-        alone = self.serving is not None and self.serving.alone is not None
+        alone = self.load is not None or (self.serving is not None and self.serving.alone is not None)
         return alone or any("copy" in phase.trains for phase in (*self.phases, *self.final))
+
+    @property
+    def tells_gap(self) -> bool:
+        """Whether a site reports how far its training has moved the predictions."""
+        return self.weights == "gaa"
 
     @property
     def keeps(self) -> bool:
@@ -335,7 +373,8 @@ class Strategy(Settings):
     @property
     def rounds_are_personal(self) -> bool:
         """Whether the rounds, and not only the final phases, train a personal model beside the global one."""
-        return bool(self.shared) and any(set(phase.trains) - {"shared"} for phase in self.phases)
+        own = self.load is not None or any(set(phase.trains) - {"shared"} for phase in self.phases)
+        return bool(self.shared) and own
 
     def frozen_this_round(self, round_number: int) -> frozenset[str]:
         """Groups that are not trained in a round though they are shared."""
