@@ -27,7 +27,9 @@ from pfedsam.training.alignment_settings import Adversary, Episode, WarmUp
 from pfedsam.training.catalogue import ablation_names, find_strategy, strategy_names
 from pfedsam.training.extra_losses import Distillation, PseudoLabels, Smoothness
 from pfedsam.training.load_settings import Load
-from pfedsam.training.strategy import Phase, Serving, Strategy
+from pfedsam.training.phase import Phase
+from pfedsam.training.serving import Serving
+from pfedsam.training.strategy import Strategy
 from pfedsam.training.style_settings import GIN, Amplitude, Augment, Mixup, PatchSwap
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -341,7 +341,7 @@ def test_a_setting_may_have_the_name_that_other_tools_give_it(other: str, ours: 
 
 
 def test_a_phase_may_have_the_names_that_other_tools_give_its_keys() -> None:
-    from pfedsam.training.strategy import Phase
+    from pfedsam.training.phase import Phase
 
     given = {"name": "local", "trains": ["shared"], "experts": False}
     other = Phase.of({**given, "lr_multipliers": {"lora_b": 4}, "proximal_mu": 0.1})

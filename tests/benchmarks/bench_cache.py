@@ -32,7 +32,7 @@ from pfedsam.networks.sam import build_network
 from pfedsam.parameters import Roles, set_trainable
 from pfedsam.training.extra_losses import Distillation
 from pfedsam.training.feature_cache import FeatureCache
-from pfedsam.training.strategy import Phase
+from pfedsam.training.phase import Phase
 from pfedsam.training.trainer import PhaseTrainer
 
 RESULTS = Path(__file__).parent / "results" / "cache.json"

@@ -25,7 +25,7 @@ from pfedsam.training.alignment_settings import Adversary, Episode, WarmUp
 from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.dropped import dropped
 from pfedsam.training.episode import add_outer_gradient
-from pfedsam.training.strategy import Phase
+from pfedsam.training.phase import Phase
 from pfedsam.training.trainer import PhaseTrainer
 
 SIDE = 64

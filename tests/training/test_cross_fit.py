@@ -16,8 +16,9 @@ from pfedsam.parameters import personal_state, shared_state, swapped_parameters
 from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.choice import GLOBAL, Candidate, choose, standard_error
 from pfedsam.training.cross_fit import CrossFit, dice_of, overlap
+from pfedsam.training.serving import Serving
 from pfedsam.training.site import SiteTrainer
-from pfedsam.training.strategy import Serving, Strategy
+from pfedsam.training.strategy import Strategy
 from pfedsam.training.validation import validated_cases
 
 torch.set_num_threads(1)

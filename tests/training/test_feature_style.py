@@ -29,8 +29,9 @@ from pfedsam.parameters import Roles, shared_state, tensors
 from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.feature_cache import FeatureCache
 from pfedsam.training.feature_store import FeatureStore
+from pfedsam.training.phase import Phase
 from pfedsam.training.site import SiteTrainer
-from pfedsam.training.strategy import Phase, Strategy
+from pfedsam.training.strategy import Strategy
 from pfedsam.training.style import Style, channels_first, mixed, mixed_labels, patches_along, swapped_styles
 from pfedsam.training.style_settings import GIN, Amplitude, Augment, Mixup, PatchSwap
 from pfedsam.training.trainer import PhaseTrainer

@@ -20,9 +20,10 @@ from pfedsam.parameters import shared_state
 from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.extra_losses import PseudoLabels, Smoothness
 from pfedsam.training.open_voxels import OpenVoxels
+from pfedsam.training.phase import Phase
 from pfedsam.training.site import SiteTrainer
 from pfedsam.training.smoothness import carried_along, gated_crf, smoothness_loss
-from pfedsam.training.strategy import Phase, Strategy
+from pfedsam.training.strategy import Strategy
 
 torch.set_num_threads(1)
 TINY = {

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import Roles
-from pfedsam.training.strategy import Phase, Strategy
+from pfedsam.training.phase import Phase
+from pfedsam.training.strategy import Strategy
 
 PERSONAL = {"name": "personal", "trains": ["personal"], "experts": True}
 SHARED = {"name": "shared", "trains": ["shared"], "experts": False}

@@ -16,8 +16,9 @@ from pfedsam.networks.sam import build_network
 from pfedsam.parameters import Roles, group_of, shared_state, swapped_parameters, tensors
 from pfedsam.training.distillation import QualityGate, categorical_kl, distillation_loss, foreground
 from pfedsam.training.extra_losses import Distillation
+from pfedsam.training.phase import Phase
 from pfedsam.training.site import SiteTrainer
-from pfedsam.training.strategy import Phase, Strategy
+from pfedsam.training.strategy import Strategy
 from pfedsam.training.trainer import PhaseTrainer
 
 torch.set_num_threads(1)

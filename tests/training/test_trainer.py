@@ -22,7 +22,7 @@ from pfedsam.networks.sam import build_network
 from pfedsam.parameters import Roles, group_of, manifest, shared_state, tensors
 from pfedsam.training.extra_losses import Distillation
 from pfedsam.training.feature_cache import FeatureCache
-from pfedsam.training.strategy import Phase
+from pfedsam.training.phase import Phase
 from pfedsam.training.trainer import PhaseTrainer
 
 torch.set_num_threads(1)

@@ -14,8 +14,8 @@ from pfedsam.data.known import settled, share_open
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.training.alignment import StyleAdversary
 from pfedsam.training.open_voxels import OpenVoxels
+from pfedsam.training.phase import Phase
 from pfedsam.training.smoothness import smoothness_loss
-from pfedsam.training.strategy import Phase
 from pfedsam.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)

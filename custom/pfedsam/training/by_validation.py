@@ -2,7 +2,7 @@
 
 The final phase runs once, on all training patients. After some of its epochs the models between the global one and the
 one at hand are compared with the global model on the validation cases, whole, as in every validation; so is the model
-that the site would have by itself, if the strategy asks for it. See `pfedsam.training.strategy.Serving`.
+that the site would have by itself, if the strategy asks for it. See `pfedsam.training.serving.Serving`.
 
 A cross-fit on training patients (`pfedsam.training.cross_fit`) has more patients to compare on, but the global model
 was trained on all of them, and what is compared with it was not: it is for federations that a site has just joined.
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from pfedsam.parameters import load_personal_state, personal_state, shared_state, swapped_parameters
 from pfedsam.training.choice import GLOBAL, Candidate, Choice, choose
+from pfedsam.training.phase import Phase
+from pfedsam.training.serving import Serving
 from pfedsam.training.site_tensors import SiteTensors
-from pfedsam.training.strategy import Phase, Serving
 from pfedsam.training.trainer import PhaseTrainer
 
 #: The personal tensors and the site's copy of the shared ones, as they were at one moment.

@@ -115,7 +115,7 @@ def choose(gains: Mapping[Candidate, Sequence[float]], margin: float, spread: fl
 
     Args:
         gains: of each candidate, patient by patient.
-        margin, spread: see `pfedsam.training.strategy.Serving`.
+        margin, spread: see `pfedsam.training.serving.Serving`.
     """
     known = [Compared(one, float(np.mean(values)), standard_error(values, spread)) for one, values in gains.items()]
     known.sort(key=lambda one: (-round(one.gain, 6), one.candidate.alone, one.candidate.alpha, one.candidate.epochs))

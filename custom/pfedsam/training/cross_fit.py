@@ -26,8 +26,9 @@ from pfedsam.data.slices import EpochSampler
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.parameters import load_personal_state, personal_state, swapped_parameters
 from pfedsam.training.choice import GLOBAL, Candidate, Choice, choose
+from pfedsam.training.phase import Phase
+from pfedsam.training.serving import Serving
 from pfedsam.training.site_tensors import SiteTensors
-from pfedsam.training.strategy import Phase, Serving
 from pfedsam.training.trainer import PhaseTrainer
 
 logger = logging.getLogger(__name__)

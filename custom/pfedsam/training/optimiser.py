@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pfedsam.parameters import group_of
-from pfedsam.training.strategy import Phase
+from pfedsam.training.phase import Phase
 
 
 def names_by_factor(phase: Phase, names: Sequence[str]) -> dict[float, list[str]]:

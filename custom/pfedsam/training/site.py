@@ -25,11 +25,13 @@ from pfedsam.training.by_validation import ByValidation
 from pfedsam.training.choice import Choice
 from pfedsam.training.cross_fit import CrossFit
 from pfedsam.training.left_out import leave_out_trained
+from pfedsam.training.phase import Phase
 from pfedsam.training.prediction_gap import prediction_gap
 from pfedsam.training.round_result import RoundResult
+from pfedsam.training.serving import Serving
 from pfedsam.training.site_tensors import SiteTensors
 from pfedsam.training.soft_load import SoftLoad
-from pfedsam.training.strategy import Phase, Serving, Strategy
+from pfedsam.training.strategy import Strategy
 from pfedsam.training.trainer import PhaseTrainer
 from pfedsam.training.validation import LEAST_CASES, RoundSample, run_validation, validated_cases
 from pfedsam.training.workflow import open_workflow

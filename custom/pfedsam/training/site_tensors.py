@@ -22,7 +22,7 @@ from pfedsam.parameters import (
     shared_state,
     swapped_parameters,
 )
-from pfedsam.training.strategy import Phase
+from pfedsam.training.phase import Phase
 from pfedsam.training.trainer import PhaseTrainer
 
 

@@ -2,198 +2,25 @@
 
 from __future__ import annotations
 
-from math import ceil
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from pfedsam.parameters import OWN_GROUPS, Roles
-from pfedsam.ranges import MOST_EPOCHS, MOST_ROUNDS
-from pfedsam.settings import by_one_name
-from pfedsam.training.alignment_settings import Adversary, Episode, WarmUp
+from pfedsam.parameters import Roles
+from pfedsam.ranges import MOST_ROUNDS
 from pfedsam.training.extra_losses import (
-    LARGEST_FACTOR,
-    LARGEST_RATE,
-    Distillation,
-    Factor,
     Number,
-    PseudoLabels,
-    Rounds,
     Settings,
-    Smoothness,
-    Switch,
     Whole,
 )
 from pfedsam.training.judgement import JUDGING
 from pfedsam.training.load_settings import Load
+from pfedsam.training.phase import Name, Phase
 from pfedsam.training.reported_weights import REPORTED
-from pfedsam.training.style_settings import Augment, Mixup, PatchSwap
+from pfedsam.training.serving import Serving
+from pfedsam.training.style_settings import Augment
 
-#: What other tools call two keys of a phase.
-ALIASES = {"lr_multipliers": "rates", "proximal_mu": "proximal"}
-
-MOST_PHASES, MOST_STEPS = 20, 100_000
-Name = Annotated[str, Field(max_length=100)]
-Length = Annotated[Whole, Field(ge=1, le=MOST_EPOCHS)]
-
-
-class Phase(Settings):
-    """One step of local training.
-
-    Attributes:
-        name: for logs and curves.
-        trains: roles whose parameters are trained; `copy` is the site's own copy of the shared tensors, which starts as
-            the global model and is a part of the personal state.
-        experts: whether the experts are on in the student.
-        epochs: passes over one drawn epoch of slices.
-        learning_rate: of the bundle's optimiser in this phase.
-        rates: factors of the learning rate by group of tensors, 1 for those that are not named: what is pretrained,
-            such as the decoder, takes a lower rate than LoRA [ours], and LoRA's B, which starts at zero, a higher one
-            than its A (LoRA+: Hayou et al., arXiv 2402.12354).
-        keep_moments: go on with the optimiser's moments of the last round (personal tensors) or start anew (shared).
-        warmup_rounds: in these first rounds the learning rate rises linearly from a tenth over the phase's steps.
-        decay: the learning rate is multiplied by this once for every round before (exponential decay).
-        inverse_time_decay: d in `rate / (1 + d * rounds before)`, a fall that fits few rounds and many. On sites that
-            differ, averaging comes to rest with a rate that falls so (Li et al., arXiv 1907.02189).
-        anneal: `cosine`: within the phase the learning rate falls to zero as half a cosine over its steps (SGDR without
-            restarts: Loshchilov and Hutter, arXiv 1608.03983).
-        distillation: the extra loss, or None.
-        pseudo: what is learnt from voxels of which no label says what they are: of cases without a label, which are
-            drawn for this phase alone, and of weak labels. None: nothing.
-        smooth: the loss that lets a prediction change where the image does, on images with such voxels, or None.
-        patch_swap: patches of the features take mean and spread of other patches of the batch. None: they do not.
-        mixup: images of a batch and their masks are mixed by pairs. None: they are not.
-        warm_up: the first rounds train without labels, on all images. None: none does.
-        adversary: a discriminator of styles that the encoder is trained against. None: there is none.
-        episode: each step also looks at another style behind it. None: it does not.
-        balance: weight of the experts' load-balance loss, where only the top k gates count.
-        proximal: mu of the extra loss `mu / 2 * ||w - theta||^2`, w what is trained of the shared tensors or of their
-            copy, theta as received (FedProx: Li et al., arXiv 1812.06127; Ditto: Li et al., arXiv 2012.04221).
-
-    `rates` may also be written `lr_multipliers`, and `proximal` `proximal_mu`.
-    """
-
-    name: Name
-    trains: tuple[Literal["shared", "personal", "copy"], ...] = Field(min_length=1, max_length=2)
-    experts: Switch
-    epochs: Whole = Field(1, ge=0, le=MOST_EPOCHS)
-    learning_rate: Number = Field(1e-3, gt=0, le=LARGEST_RATE)
-    rates: dict[str, Annotated[Number, Field(gt=0, le=LARGEST_FACTOR)]] = Field(default_factory=dict)
-    keep_moments: Switch = False
-    warmup_rounds: Rounds = 0
-    decay: Number = Field(1.0, gt=0, le=1)
-    inverse_time_decay: Factor = 0.0
-    anneal: Literal["none", "cosine"] = "none"
-    distillation: Distillation | None = None
-    pseudo: PseudoLabels | None = None
-    smooth: Smoothness | None = None
-    patch_swap: PatchSwap | None = None
-    mixup: Mixup | None = None
-    warm_up: WarmUp | None = None
-    adversary: Adversary | None = None
-    episode: Episode | None = None
-    balance: Factor = 0.01
-    proximal: Factor = 0.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_one_name(cls, given: Any) -> Any:
-        return by_one_name(given, ALIASES) if isinstance(given, dict) else given
-
-    @field_validator("rates")
-    @classmethod
-    def _of_groups(cls, rates: dict[str, float]) -> dict[str, float]:
-        unknown = sorted(set(rates) - set(OWN_GROUPS))
-        if unknown:
-            raise ValueError(f"no group(s) {unknown}; there are {list(OWN_GROUPS)}")
-        return rates
-
-    @model_validator(mode="after")
-    def _copy_alone(self) -> Phase:
-        if "copy" in self.trains and "shared" in self.trains:
-            raise ValueError("a phase trains the shared tensors or the site's copy of them, not both")
-        return self
-
-    @model_validator(mode="after")
-    def _mixed_alone(self) -> Phase:
-        keys = ("distillation", "pseudo", "smooth", "episode")
-        others = [key for key in keys if getattr(self, key) is not None]
-        if self.mixup is not None and others:
-            raise ValueError(f"mixup and {others} in one phase: a mixed image is none that a teacher has seen")
-        return self
-
-
-class Serving(Settings):
-    """How a site finds out what it keeps after the final phase. [ours]
-
-    Models on the way of the final phase are compared with the global one, patient by patient, on patients that they
-    were not fitted to: on the validation cases (`pfedsam.training.by_validation`), which the global model has not seen
-    either; or, with folds, by cross-fit on the training patients (`pfedsam.training.cross_fit`), which the global model
-    was trained on, so that it wins more often than it should. Where no gain stands out, the global model is kept.
-
-    Attributes:
-        folds: 0: the validation cases decide, and the final phase runs once. Else the number of folds of a cross-fit,
-            at most one a patient: for each the final phase is run without its patients.
-        epochs: after how many epochs of the final phase a model is compared. The largest takes the place of the phase's
-            own `epochs`; the phase is stopped after those that were chosen, with the learning rates of the largest.
-        alphas: which of the models between the global one (0) and the personal one (1) are compared.
-        margin: the mean gain over the global model must be more than so many of its standard errors; else the global
-            model is kept: the rule of one standard error (Breiman et al., Classification and Regression Trees, 1984).
-        spread: standard deviation of patients' gains that is expected before any is seen. It counts as much as one
-            patient: a site with one or two validation patients can choose, too. 0: of one patient nothing follows.
-        least_steps: a site with few slices makes few steps in an epoch. Where the largest of `epochs` is fewer steps
-            than these, all are multiplied by the one whole number that makes them as many; those of `alone` likewise.
-        alone: a phase that trains the site's copy of the shared tensors from where the first round of a federation
-            begins: the model that the site would have by itself, at the end of this phase, is compared, too. None: it
-            is not.
-    """
-
-    folds: Whole = Field(0, ge=0, le=10)
-    epochs: tuple[Length, ...] = Field((2, 4, 8), min_length=1, max_length=10)
-    alphas: tuple[Annotated[Number, Field(gt=0, le=1)], ...] = Field(
-        (0.25, 0.5, 0.75, 1.0), min_length=1, max_length=10
-    )
-    margin: Factor = 1.0
-    spread: Annotated[Number, Field(ge=0, le=1)] = 0.05
-    least_steps: Annotated[Whole, Field(ge=0, le=MOST_STEPS)] = 0
-    alone: Phase | None = None
-
-    @field_validator("folds")
-    @classmethod
-    def _leaves_some(cls, folds: int) -> int:
-        if folds == 1:
-            raise ValueError("one fold leaves no patient to train on; 0 is for the validation cases")
-        return folds
-
-    @model_validator(mode="after")
-    def _alone_is_alone(self) -> Serving:
-        if self.alone and (self.alone.trains != ("copy",) or self.alone.experts or self.alone.distillation):
-            raise ValueError("'alone' trains the copy, without experts and without a teacher: nothing is the others'")
-        return self
-
-    def runs(self) -> tuple[int, ...]:
-        """Epochs of each run of a phase: in each fold, and at last of what was chosen, at most; or once."""
-        longest, alone = max(self.epochs), (self.alone.epochs,) if self.alone else ()
-        return (longest, *alone) * self.folds + (max((longest, *alone)),) if self.folds else (longest, *alone)
-
-    def stretched(self, steps: int, most_epochs: int | None = None) -> Serving:
-        """As it is at a site, see `least_steps`.
-
-        Args:
-            steps: of an epoch at the site.
-            most_epochs: of all runs together, or None for no limit: what the site's own settings allow.
-        """
-
-        def factor(epochs: int) -> int:
-            needed = ceil(self.least_steps / (epochs * steps))
-            allowed = needed if most_epochs is None else most_epochs // sum(self.runs())
-            return max(1, min(needed, allowed, MOST_EPOCHS // epochs))
-
-        change: dict[str, Any] = {"epochs": tuple(epochs * factor(max(self.epochs)) for epochs in self.epochs)}
-        if self.alone:
-            longer = self.alone.epochs * factor(self.alone.epochs)
-            change["alone"] = self.alone.model_copy(update={"epochs": longer})
-        return self.model_copy(update=change)
+MOST_PHASES = 20
 
 
 class Strategy(Settings):

@@ -16,7 +16,7 @@ from pfedsam.data.known import settled
 from pfedsam.data.labels import OPEN
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.model import SegmentAnything
-from pfedsam.training.strategy import Phase
+from pfedsam.training.phase import Phase
 
 #: Added to a variance, so that a patch of one value can take another's spread.
 EPSILON = 1e-5

@@ -27,8 +27,8 @@ from pfedsam.training.alignment_settings import Episode
 from pfedsam.training.episode import add_outer_gradient
 from pfedsam.training.feature_cache import TRAINING, FeatureCache
 from pfedsam.training.optimiser import Moments, learning_rate, names_by_factor, phase_optimizer
+from pfedsam.training.phase import Phase
 from pfedsam.training.round_result import PhaseReport
-from pfedsam.training.strategy import Phase
 from pfedsam.training.style import Style
 
 logger = logging.getLogger(__name__)
