@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,9 +14,13 @@ from scenarios import LEAKS, LOCKED_CLASSES, SECRET, TROUBLES, canary_of
 from simulated import FEDERATION, SOURCE, Job, Run, component, simulate
 
 from pfedsam.data.phantom import write_phantom
+from pfedsam.data.site_folder import site_names
 from pfedsam.data.splitting import write_datalist
 from pfedsam.deployment.allowed_classes import allow_classes
 from pfedsam.storage.site_model import read, write
+
+#: Value of a voxel that nobody has outlined, in `open_federation`.
+UNKNOWN_HERE = 254
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +32,38 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def clean_run(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def open_federation(federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two sites, each with a case without a label, and a label that is known in part."""
+    data = tmp_path_factory.mktemp("open") / "phantom"
+    shutil.copytree(federation, data)
+    for number, site in enumerate(data / name for name in site_names(data)):
+        first, second = sorted((site / "images").iterdir())[:2]
+        volume = nib.load(first)
+        noise = np.random.default_rng(number).normal(size=volume.shape)
+        values = (np.asarray(volume.dataobj) * (1 + 0.1 * noise)).astype(np.float32)
+        nib.save(nib.Nifti1Image(values, volume.affine), site / "images" / "without-outline.nii.gz")
+        write_datalist(site)
+        label = nib.load(site / "labels" / second.name)
+        known = np.asarray(label.dataobj).astype(np.uint8)
+        known[:, : known.shape[1] // 2] = UNKNOWN_HERE
+        nib.save(nib.Nifti1Image(known, label.affine), site / "labels" / second.name)
+        content = json.loads((site / "datalist.json").read_text())
+        (site / "datalist.json").write_text(json.dumps({**content, "unknown": UNKNOWN_HERE}))
+    return data
+
+
+def curious_job() -> Job:
+    """The job, whose shared phase learns from voxels without a label and against restyled slices, too."""
+    job = Job()
+    (phase,) = (one for one in job.plan["strategy"]["phases"] if one["name"] == "global")
+    phase |= {"pseudo": {"warmup_rounds": 0}, "smooth": {}, "adversary": {}}
+    return job
+
+
+@pytest.fixture(scope="session")
+def clean_run(open_federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One round of two sites, with everything on: aggregation, final phase, evaluation, TensorBoard."""
-    return simulate(tmp_path_factory.mktemp("clean"), Job(), federation, forked=False)
+    return simulate(tmp_path_factory.mktemp("clean"), curious_job(), open_federation, forked=False)
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +73,7 @@ def resumed_run(clean_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Run
     shutil.copytree(clean_run.state_root, folder / "kept")
     for number, site in enumerate(("site-1", "site-2")):
         plant_canary(clean_run.state_folder(site), folder / "kept", number)
-    job = Job()
+    job = curious_job()
     job.server["start_round"] = 1
     job.custom["start.safetensors"] = clean_run.global_model.read_bytes()
     component(job.server, "persistor")["args"]["source_ckpt_file_full_name"] = "start.safetensors"

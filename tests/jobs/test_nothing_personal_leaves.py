@@ -6,16 +6,19 @@ import re
 import socket
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from recorder import Item, Needles, personal_arrays, texts_in, words_in
 from scenarios import LEAKS, SECRET, TROUBLES, canary_of
-from simulated import INTERPOLATION, Run, component
+from simulated import BUNDLE, INTERPOLATION, TINY, Run, component
 
 from pfedsam.errors import code_of_reply
 from pfedsam.federated.boundary import METRICS
 from pfedsam.federated.scalars import LISTED
 from pfedsam.storage.site_model import read
+from pfedsam.training.catalogue import find_strategy
+from pfedsam.training.site import SiteTrainer
 
 RUNS = ("clean_run", "resumed_run", "troubled_run")
 SITES = ("site-1", "site-2")
@@ -92,6 +95,22 @@ def test_no_personal_value_reaches_the_server(run: Run, site: str) -> None:
     wanted = run.needles(site)
     assert len(wanted) > 10_000
     assert run.found(wanted) == []
+
+
+@pytest.mark.parametrize("run", ["clean_run", "resumed_run"], indirect=True)
+@pytest.mark.parametrize("site", SITES)
+def test_no_voxel_of_any_case_reaches_the_server_with_a_label_or_without(run: Run, site: str, tmp_path: Path) -> None:
+    assert "of the voxels without a label got one" in run.site_log(site), "the site has learnt from such cases"
+    images = sorted((run.data / site / "images").iterdir())
+    assert "without-outline.nii.gz" in {path.name for path in images}
+    local = SiteTrainer(BUNDLE, run.data / site, find_strategy("pseudo_labels").checked(), TINY, tmp_path)
+    local.open()
+    assert len(local.unlabelled_cases) == 1
+    data = local.trainer.data_loader.dataset
+    prepared = [data[item]["image"].numpy() for item in range(len(data))]
+    for values in (*(np.asarray(nib.load(path).dataobj, np.float32) for path in images), *prepared):
+        wanted = Needles.of([values])
+        assert len(wanted) > 1000 and run.found(wanted) == []
 
 
 @pytest.mark.parametrize("number", [0, 1])
