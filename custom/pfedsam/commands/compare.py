@@ -33,7 +33,10 @@ DEFAULT = ",".join(defaults.STRATEGIES)
 
 @app.command(rich_help_panel=LOOK)
 def compare(
-    data: Annotated[Path | None, typer.Argument(help="Folder that holds the site folders.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="Folder that holds the site folders; `{seed}` in it stands for the seed."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of records and trainings; what is done in it is not repeated.")] = (
         Path("runs/compare")
     ),
@@ -179,11 +182,9 @@ def _runs(
     aggregation: str | None,
     overrides: dict[str, Any],
 ) -> list[Any]:
-    from pfedsam.comparison.planned import planned_runs
+    from pfedsam.comparison.planned import of_seed, planned_runs
     from pfedsam.data.site_folder import site_names
 
-    if not site_names(data):
-        raise typer.BadParameter(f"{data} holds no site folder (<data>/<site>/images)", param_hint="DATA")
     try:
         chosen = [int(seed) for seed in seeds.split(",")]
     except ValueError:
@@ -191,6 +192,9 @@ def _runs(
     wrong = [seed for seed in chosen if not 0 <= seed <= LARGEST_SEED]
     if wrong:
         raise typer.BadParameter(f"{wrong} are not from 0 to {LARGEST_SEED}", param_hint="--seeds")
+    for folder in dict.fromkeys(of_seed(data, seed) for seed in chosen):
+        if not site_names(folder):
+            raise typer.BadParameter(f"{folder} holds no site folder (<data>/<site>/images)", param_hint="DATA")
     common = {"validate_every": validate_every, "simulator": nvflare, "aggregation": aggregation}
     return planned_runs(data, names, chosen, rounds, bundle, overrides, unseen, **common)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,15 @@ def planned_runs(
     """The runs of a comparison, checked: each strategy on each seed, and with `unseen` without each site in turn.
 
     Args:
-        data: folder that holds the site folders.
+        data: folder that holds the site folders; with `{seed}` in it each seed has one of its own, of the same sites.
         strategies, seeds, rounds, bundle, overrides, unseen: see `pfedsam.compare`.
         common: what else all runs have, see `pfedsam.comparison.run.Run`.
 
     Raises:
         PFedSAMError: E02 if there is no site; E16, E18, E28 or E32 for wrong settings or names.
     """
-    sites = site_names(data)
-    if not sites:
-        message = f"{data} holds no site folder."
-        raise PFedSAMError(
-            ErrorCode.SITE_FOLDER, message, "Lay it out as <data>/<site>/images and <data>/<site>/labels."
-        )
+    folders = {seed: of_seed(data, seed) for seed in seeds}
+    sites = _sites(folders.values())
     wrong = [seed for seed in seeds if not 0 <= seed <= LARGEST_SEED]
     if wrong:
         message = f"seed(s) {wrong} are not from 0 to {LARGEST_SEED}."
@@ -48,7 +44,7 @@ def planned_runs(
         require_settings(bundle, {**overrides, **find_strategy(name).overrides})
     require_own_names(strategies)
     runs = [
-        Run(str(data.resolve()), sites, bundle, name, seed, rounds, dict(overrides), held_out=held_out, **common)
+        Run(str(folders[seed].resolve()), sites, bundle, name, seed, rounds, dict(overrides), held_out=held_out, **common)
         for seed in seeds
         for held_out in (sites if unseen else (None,))
         for name in strategies
@@ -57,6 +53,22 @@ def planned_runs(
         run.check()
         run.file.checked()  # an error for a rule that there is not
     return runs
+
+
+def of_seed(data: Path, seed: int) -> Path:
+    """The folder of a seed: `runs/few-{seed}` is `runs/few-0` for seed 0; a path without `{seed}` is that of all."""
+    return Path(str(data).replace("{seed}", str(seed)))
+
+
+def _sites(folders: Iterable[Path]) -> tuple[str, ...]:
+    """The sites, which must be the same in all folders."""
+    found = {folder: site_names(folder) for folder in folders}
+    empty = [str(folder) for folder, sites in found.items() if not sites]
+    if empty or len(set(found.values())) > 1:
+        told = f"{empty[0]} holds no site folder" if empty else f"the seeds have other sites: {found}"
+        remedy = "Lay each out as <data>/<site>/images and <data>/<site>/labels."
+        raise PFedSAMError(ErrorCode.SITE_FOLDER, f"{told}.", remedy)
+    return next(iter(found.values()))
 
 
 def require_own_names(strategies: Sequence[str]) -> None:
