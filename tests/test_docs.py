@@ -25,6 +25,7 @@ from pfedsam.federated.boundary import MEANINGS, METADATA, METADATA_BY_WEIGHTS, 
 from pfedsam.settings import all_settings
 from pfedsam.training.alignment_settings import Adversary, Episode, WarmUp
 from pfedsam.training.catalogue import ablation_names, find_strategy, strategy_names
+from pfedsam.training.download_settings import Downloads
 from pfedsam.training.extra_losses import Distillation, PseudoLabels, Smoothness
 from pfedsam.training.load_settings import Load
 from pfedsam.training.phase import Phase
@@ -150,7 +151,13 @@ def settings_table() -> str:
 def strategy_tables() -> str:
     """Every setting of a strategy, of its phases and of what they add to the loss, in the words of the docstrings."""
     parts = []
-    kinds = ((Strategy, "`strategy`"), (Serving, "`serving`"), (Augment, "`augment`"), (Load, "`load`"))
+    kinds = (
+        (Strategy, "`strategy`"),
+        (Serving, "`serving`"),
+        (Augment, "`augment`"),
+        (Load, "`load`"),
+        (Downloads, "`downloads`"),
+    )
     restyled = ((Amplitude, "`amplitude` of `augment`"), (GIN, "`gin` of `augment`"))
     added = ((Distillation, "distillation"), (PseudoLabels, "pseudo"), (Smoothness, "smooth"))
     added += ((PatchSwap, "patch_swap"), (Mixup, "mixup"))
@@ -204,6 +211,8 @@ METHODS = (
     "soft_load",
     "soft_load_binary",
     "soft_load_learned",
+    "site_groups",
+    "site_mixtures",
     "fedgin",
     "amplitude_mix",
     "cpss",
@@ -221,11 +230,14 @@ def leaves_table() -> str:
     beside = ", ".join(MEANINGS[name] for name in (*METADATA, *METRICS) if name != MetaKey.NUM_STEPS_CURRENT_ROUND)
     rows = ["| strategy or method | tensors whose change leaves | its number of training cases | what is its own |"]
     rows.append("|---|---|---|---|")
+    seen: list[str] = []
     for name in (*strategy_names(), *METHODS):
         file = find_strategy(name)
         if file.kind != "federated":
             continue
         strategy = file.checked()
+        if strategy.downloads and strategy.downloads.tells_models:
+            seen.append(f"`{name}`")
         own = [*strategy.personal, *(["copy"] if strategy.has_copy else [])]
         told = ["leaves" if strategy.weights == "cases" else "stays", ", ".join(f"`{one}`" for one in own)]
         rows.append(f"| `{name}` | {', '.join(f'`{one}`' for one in strategy.shared)} | {' | '.join(told)} |")
@@ -233,7 +245,9 @@ def leaves_table() -> str:
     for name in METHODS:
         more = METADATA_BY_WEIGHTS.get(find_strategy(name).checked().weights, ())
         told += [f"With an update of `{name}` also goes: {MEANINGS[one]} (`{one}`)." for one in more]
-    return "\n".join([*rows, "", " ".join(told)])
+    peers = f"From what a site gets it can read another site's model in {', '.join(seen)}"
+    may = f"{peers}: each site's own file must allow it (`peers_see_my_model`)."
+    return "\n".join([*rows, "", " ".join(told), "", may])
 
 
 #: Generated parts: page, name between the markers, content.

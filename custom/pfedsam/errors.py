@@ -183,6 +183,11 @@ class ErrorCode(str, Enum):
         "an exported model computes other numbers",
         "Use the model file itself, and tell the project which model it was.",
     )
+    PEERS_WOULD_SEE = (
+        "E35",
+        "another site could read this site's model, and it has not agreed to that",
+        "Take downloads that do not tell one site's model, or let the site's IT set `peers_see_my_model`.",
+    )
     UNEXPECTED = "E99", "unexpected error", "See the log of the site or server where it was raised."
 
 

@@ -452,6 +452,26 @@ def test_a_site_takes_part_with_as_many_sites_as_it_asks_for(
     assert run(executor(), fl_ctx, "train", 0).get_return_code() == code
 
 
+@pytest.mark.parametrize(
+    ("downloads", "told", "code"),
+    [
+        ({"kind": "mixtures", "peers_see_models": True}, {}, "SITE_REFUSED:E35"),
+        ({"kind": "mixtures", "peers_see_models": True}, {"peers_see_my_model": False}, "SITE_REFUSED:E35"),
+        ({"kind": "mixtures", "peers_see_models": True}, {"peers_see_my_model": True}, "OK"),
+        ({"least_size": 2, "peers_see_models": True}, {}, "SITE_REFUSED:E35"),
+        ({"kind": "mixtures"}, {"peers_see_my_model": True}, "SITE_REFUSED:E16"),
+        ({}, {}, "OK"),
+        ({}, {"peers_see_my_model": "yes"}, "SITE_REFUSED:E01"),
+    ],
+    ids=str,
+)
+def test_what_tells_another_site_this_sites_model_needs_its_own_word(
+    ready: Path, curves: list[Any], downloads: dict[str, Any], told: dict[str, Any], code: str
+) -> None:
+    set_site(ready, **told)
+    assert run(executor(), context(ready, downloads=downloads), "train", 0).get_return_code() == code
+
+
 # what a site allows ---------------------------------------------------------------------------------------------------
 
 

@@ -229,3 +229,27 @@ def test_a_rule_that_tells_the_numbers_of_single_sites_is_refused(
         return
     with pytest.raises(PFedSAMError, match=rf"E27.*'{rule}'"):
         require_enough_sites(fl_ctx, plan, least)
+
+
+@pytest.mark.parametrize(
+    ("downloads", "least", "refused"),
+    [
+        ({}, 3, False),
+        ({}, 4, True),
+        ({}, None, False),
+        ({"least_size": 4}, 4, False),
+        ({"kind": "mixtures", "peers_see_models": True}, 4, False),  # of another agreement
+    ],
+)
+def test_groups_that_may_be_smaller_than_a_site_asks_for_are_refused(
+    downloads: dict[str, object], least: int | None, refused: bool
+) -> None:
+    plan = Plan("demo", "brain_lesion_mri", {"downloads": downloads}, least_sites=least)
+    fl_ctx = FLContext()
+    listed = [{"name": f"site-{number}"} for number in range(8)]
+    fl_ctx.put(FLContextKey.JOB_META, {JobMetaKey.JOB_CLIENTS.value: listed}, private=True, sticky=False)
+    if not refused:
+        require_enough_sites(fl_ctx, plan, least)
+        return
+    with pytest.raises(PFedSAMError, match=r"E27.*groups may be of 3.*least_size"):
+        require_enough_sites(fl_ctx, plan, least)

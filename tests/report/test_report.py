@@ -504,3 +504,25 @@ def test_in_a_real_browser(
     assert page.stat().st_size < 10e6
     found = in_browser(page)
     assert found["keys"] == {"in_order": True, "outlined": True, "opened": True, "enlarged": True}
+
+
+def test_which_sites_are_alike_is_shown_where_the_server_wrote_it_down(run: Path, page: str, tmp_path: Path) -> None:
+    assert "Which sites are alike" not in page
+    told = {
+        "sites": ["a", "<b>", "c"],
+        "similarity": [[1.0, 0.251, -0.5], [0.251, 1.0, 0.0], [-0.5, 0.0, 1.0]],
+        "shares": [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.333, 0.333, 0.333]],
+        "groups": [["a", "<b>"]],
+    }
+    equal = {**told, "groups": [], "shares": [[0.333] * 3] * 3}
+    mixed = {**told, "groups": []}
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    records = copy / "workspace" / "server" / "simulate_job" / "pfedsam_rounds.jsonl"
+    lines = [{"round": number, "downloads": one} for number, one in enumerate((equal, mixed, told))]
+    records.write_text("".join(json.dumps(line) + "\n" for line in [{"round": 0}, *lines]))
+    written = write_report(copy, tmp_path / "page.html").read_text()
+    assert "Which sites are alike" in written and "<b>" not in written and "0.25 (0.50)" in written
+    assert "After round 0: all sites have the mean of all." in written
+    assert "After round 1: each site has a mixture of its own." in written
+    assert "After round 2: a, &lt;b&gt;." in written

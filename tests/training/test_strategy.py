@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pfedsam.errors import PFedSAMError
 from pfedsam.parameters import Roles
+from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.phase import Phase
 from pfedsam.training.strategy import Strategy
 
@@ -184,3 +185,12 @@ def test_settings_cannot_be_changed_afterwards():
     phase = Phase(**PERSONAL)
     with pytest.raises(ValueError):
         phase.epochs = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["fedavg_lora", "pfedsam", "soft_load", "site_groups", "warm_up", "style_adversary"])
+def test_a_key_that_came_later_is_told_where_it_is_used_and_nowhere_else(name: str) -> None:
+    strategy = find_strategy(name).checked()
+    told = strategy.model_dump(mode="json")
+    assert Strategy.of(told) == strategy
+    for one, keys in ((strategy, told), *zip(strategy.phases, told["phases"], strict=True)):
+        assert {key for key in one.LATER if getattr(one, key) is not None} == one.LATER & set(keys)

@@ -59,6 +59,13 @@ def init(
             min=1, help="Take part with at least so many sites; 3 by default: of two, each knows the other's."
         ),
     ] = None,
+    peers_see_my_model: Annotated[
+        bool | None,
+        typer.Option(
+            "--peers-see-my-model/--no-peers-see-my-model",
+            help="Other sites may be sent mixtures from which they can read this site's model; not by default.",
+        ),
+    ] = None,
     most_rounds: Annotated[
         int | None, typer.Option(min=1, help="Of a job at this site; 1000 where nothing was said before.")
     ] = None,
@@ -99,6 +106,7 @@ def init(
         "curves": curves,
         "least_validation_cases": least_validation_cases,
         "least_sites": least_sites,
+        "peers_see_my_model": peers_see_my_model,
         "most_rounds": most_rounds,
         "most_epochs": most_epochs,
         "most_hours": most_hours,

@@ -95,7 +95,14 @@ def check_encryption(plan: Mapping[str, Any]) -> None:
     """Refuse an encrypted job that could not run (E31 without TenSEAL, E32 if its rule is not the mean)."""
     if find_spec("tenseal") is None:
         raise PFedSAMError(ErrorCode.MISSING_LIBRARY, "encryption needs TenSEAL.", "Install the extra 'he' of pfedsam.")
-    rule = Strategy.of(plan["strategy"]).aggregation
+    strategy = Strategy.of(plan["strategy"])
+    if strategy.downloads is not None:
+        raise PFedSAMError(
+            ErrorCode.CONTRADICTION,
+            "a server that cannot read updates cannot tell which sites are alike.",
+            "Leave out 'downloads' of the strategy, or the encryption.",
+        )
+    rule = strategy.aggregation
     if rule not in _OF_CIPHERTEXTS:
         raise PFedSAMError(
             ErrorCode.CONTRADICTION,

@@ -38,7 +38,7 @@ CARRIED = "theta0.safetensors"
 #: A plan promises so many sites in each round, if the server waits for so many; see `pfedsam.federated.least_sites`.
 PROMISED = 3
 _LEAST_SITES = {"id": "least_sites", "path": "pfedsam.federated.least_sites.LeastSites"}
-#: Our aggregator, for every rule but the plain mean.
+#: Our aggregator, for every rule but the plain mean, and for downloads that differ.
 _ROBUST = "pfedsam.federated.aggregators.RobustAggregator"
 #: The kind of folder that is written here, see `pfedsam.ownership`.
 _FOLDER = "job"
@@ -210,11 +210,13 @@ def _count_sites(config: dict[str, Any], plan: Mapping[str, Any]) -> None:
 def _set_aggregator(config: dict[str, Any], plan: Mapping[str, Any]) -> None:
     """The aggregator of the plan's rule, in the place of one of the two; another one is somebody's own and stays."""
     component = component_of(config, "aggregator")
-    rule = Strategy.of(plan["strategy"]).aggregation
+    strategy = Strategy.of(plan["strategy"])
     if component["path"] not in (MEAN["path"], _ROBUST):
         return
     component.pop("args", None)
-    component.update(MEAN if rule == "mean" else {"path": _ROBUST})
+    # NVFlare's own knows no site once it has added its update
+    plain = strategy.aggregation == "mean" and strategy.downloads is None
+    component.update(MEAN if plain else {"path": _ROBUST})
 
 
 def _add_code(custom: Path) -> None:

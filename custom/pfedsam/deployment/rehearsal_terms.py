@@ -23,7 +23,7 @@ from pfedsam.federated.least_sites import require_enough_sites
 from pfedsam.federated.literals import require_literal
 from pfedsam.federated.plan import Plan
 from pfedsam.federated.privacy import ClipAndNoise, require_policy
-from pfedsam.federated.settings import SiteSettings, require_agreed, require_epochs, require_round
+from pfedsam.federated.settings import SiteSettings, require_agreed, require_epochs, require_round, require_unseen
 from pfedsam.files import hash_of
 from pfedsam.storage.job_plan import CLIENT, PLAN_FILE
 
@@ -110,6 +110,7 @@ def check_terms(
     yield _check_filters(app)
     yield _tried("job: federation", lambda: _agreed(plan, site))
     yield _tried("job: sites", lambda: _enough(terms, site))
+    yield _tried("job: downloads", lambda: _downloads(plan, site))
     yield _tried("job: length", lambda: _length(terms, site))
     yield _tried("job: clip and noise", lambda: _noise(terms, site))
 
@@ -193,6 +194,17 @@ def _enough(terms: Terms, site: SiteSettings) -> str:
     return f"the job waits for {terms.sites}, promises {terms.plan.least_sites or 1}, this site asks for " + (
         str(site.least_sites) if site.least_sites else "any number"
     )
+
+
+def _downloads(plan: Plan, site: SiteSettings) -> str:
+    strategy = plan.checked()
+    require_unseen(strategy, site)
+    downloads = strategy.downloads
+    if downloads is None:
+        return "all sites get the same model"
+    if downloads.tells_models:
+        return f"{downloads.kind}: another site can read this site's model, and this site has agreed to that"
+    return f"groups of at least {downloads.least_size} similar sites have a model each"
 
 
 def _length(terms: Terms, site: SiteSettings) -> str:

@@ -267,4 +267,6 @@ def _limits(settings: SiteSettings) -> str:
     }
     limits = ", ".join(f"{what} {'any' if value is None else format(value, 'g')}" for what, value in bounds.items())
     agreed = "any federation" if settings.federations is None else f"federations {', '.join(settings.federations)}"
-    return f"{limits}; {agreed}; curves {'on' if settings.curves else 'off'}"
+    return f"{limits}; {agreed}; curves {'on' if settings.curves else 'off'}" + (
+        "; other sites may see this site's model" if settings.peers_see_my_model else ""
+    )

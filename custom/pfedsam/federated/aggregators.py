@@ -22,9 +22,11 @@ from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.aggregator import Aggregator
 from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.widgets.intime_model_selector import IntimeModelSelector
 
 from pfedsam.federated.boundary import GAP_KEY, METRICS
+from pfedsam.federated.downloads import ServedDownloads
 from pfedsam.federated.plan import Plan, plan_of
 from pfedsam.federated.records import ROUNDS_FILE, append_record
 from pfedsam.training.aggregation import combine, robust_mean
@@ -47,11 +49,19 @@ class RobustAggregator(Aggregator):
         self._site_weights = WeightsByReport()
         #: The global model that this run began with, once a round is done.
         self._start: dict[str, torch.Tensor] | None = None
+        self._served = ServedDownloads()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Forget an earlier run."""
+        """Forget an earlier run; let each site have its own download, where the plan says so."""
         if event_type == EventType.START_RUN:
             self._held, self._start, self._told, self._site_weights = {}, None, {}, WeightsByReport()
+            self._served = ServedDownloads()
+        elif event_type == AppEventType.INITIAL_MODEL_LOADED:
+            self._served.begin(fl_ctx)
+        elif event_type == AppEventType.AFTER_SHAREABLE_TO_LEARNABLE:
+            self._served.keep(fl_ctx)
+        elif event_type == EventType.BEFORE_TASK_DATA_FILTER:
+            self._served.replace(fl_ctx)
 
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
         """Hold a site's update; False for a code, another round, or a second update of the site in this round."""
@@ -80,20 +90,21 @@ class RobustAggregator(Aggregator):
         self._held, self._told = {}, {}
         if not updates:
             self.logger.error(f"round {current}: no site sent an update, the global model stays as it is")
+            self._served.skip(fl_ctx)
             return DXO(
                 DataKind.WEIGHT_DIFF, data={name: np.zeros_like(value) for name, value in theta.items()}
             ).to_shareable()
         rule = self.rule(plan)
-        change, judged = combine(
-            _tensors(theta),
-            [_tensors(data) for _, data in updates.values()],
-            self._weights(plan, updates, told_by, fl_ctx),
-            rule,
-            [plan.most_of(site) for site in updates],
-            self._start,
-        )
+        deltas = {site: _tensors(data) for site, (_, data) in updates.items()}
+        weights, ceilings = self._weights(plan, updates, told_by, fl_ctx), [plan.most_of(site) for site in updates]
+        told: dict[str, Any] = {}
+        if plan.checked().downloads is None:
+            change, judged = combine(_tensors(theta), list(deltas.values()), weights, rule, ceilings, self._start)
+        else:
+            outcome = self._served.next(fl_ctx, _tensors(theta), deltas, weights, ceilings, self._start)
+            change, judged, told = outcome.change, outcome.judged, {"downloads": outcome.told}
         self._start = self._start or {name: tensor.clone() for name, tensor in _tensors(theta).items()}
-        self._tell(current, rule, dict(zip(updates, judged, strict=True)), fl_ctx)
+        self._tell(current, rule, dict(zip(updates, judged, strict=True)), fl_ctx, told)
         data = {name: change[name].numpy().astype(np.asarray(value).dtype) for name, value in theta.items()}
         return DXO(DataKind.WEIGHT_DIFF, data=data).to_shareable()
 
@@ -122,10 +133,12 @@ class RobustAggregator(Aggregator):
         """The plan's rule."""
         return plan.checked().aggregation
 
-    def _tell(self, number: int, rule: str, judged: dict[str, Judgement], fl_ctx: FLContext) -> None:
+    def _tell(
+        self, number: int, rule: str, judged: dict[str, Judgement], fl_ctx: FLContext, more: Mapping[str, Any]
+    ) -> None:
         run_dir = Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))
         sites = {site: _rounded(judgement) for site, judgement in judged.items()}
-        append_record(run_dir, ROUNDS_FILE, {"round": number, "rule": rule, "sites": sites})
+        append_record(run_dir, ROUNDS_FILE, {"round": number, "rule": rule, "sites": sites, **more})
         total = sum(judgement.counted for judgement in judged.values()) or 1.0
         for site, judgement in judged.items():
             line = f"round {number}: site {site}: {told(judgement)}, share {judgement.counted / total:.2f}"

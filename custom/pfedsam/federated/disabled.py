@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 DISABLED_FILE, _KEY = "disabled_clients.json", "disabled_clients"
 #: Header of a task that was emptied, so that the site can say why.
 WITHHELD = "pfedsam_withheld"
+#: Header of a task that was emptied because the site's own download could not be made (`pfedsam.federated.downloads`).
+NO_DOWNLOAD = "pfedsam_no_download"
 
 
 def require_enabled(site: str, kit: str | Path) -> None:
@@ -60,7 +62,7 @@ def withhold(fl_ctx: FLContext) -> None:
     if not isinstance(data, Shareable):
         return
     try:
-        names = _addressed(fl_ctx)
+        names = addressed(fl_ctx)
         away = sorted(names & set(_disabled(Path(fl_ctx.get_engine().get_workspace().get_root_dir()) / DISABLED_FILE)))
         if names and not away:
             return
@@ -68,11 +70,21 @@ def withhold(fl_ctx: FLContext) -> None:
     except Exception:
         logger.exception("who is disabled could not be found out")
         why = "a site that may be disabled"
+    empty(data, WITHHELD)
+    logger.warning("task %s goes to %s without a model", fl_ctx.get_prop(FLContextKey.TASK_NAME), why)
+
+
+def empty(data: Shareable, why: str) -> None:
+    """Take all but the headers out of a task that goes to one site, and say why in a header.
+
+    Args:
+        data: the site's own copy of the task.
+        why: `WITHHELD` or `NO_DOWNLOAD`.
+    """
     headers = data.get(ReservedHeaderKey.HEADERS, {})
     data.clear()
     data[ReservedHeaderKey.HEADERS] = headers
-    data.set_header(WITHHELD, True)
-    logger.warning("task %s goes to %s without a model", fl_ctx.get_prop(FLContextKey.TASK_NAME), why)
+    data.set_header(why, True)
 
 
 def tell_withheld(fl_ctx: FLContext) -> None:
@@ -80,9 +92,11 @@ def tell_withheld(fl_ctx: FLContext) -> None:
     data = fl_ctx.get_prop(FLContextKey.TASK_DATA)
     if isinstance(data, Shareable) and data.get_header(WITHHELD):
         logger.error("the federation's administrator has disabled this site: this task came without a model")
+    elif isinstance(data, Shareable) and data.get_header(NO_DOWNLOAD):
+        logger.error("the server could not make what this site downloads: this task came without a model")
 
 
-def _addressed(fl_ctx: FLContext) -> set[str]:
+def addressed(fl_ctx: FLContext) -> set[str]:
     """The name that the site gives itself, and the one that the server knows it by, from its token."""
     peer = fl_ctx.get_peer_context()
     names = {peer.get_identity_name(default="")} if peer else set()

@@ -31,6 +31,7 @@ from pfedsam.federated.settings import (
     require_agreed,
     require_epochs,
     require_round,
+    require_unseen,
     site_folder,
     site_settings,
 )
@@ -132,6 +133,7 @@ class PFedSAMLearner(ModelLearner):
         strategy, site = plan.checked(), site_settings(self.fl_ctx)
         require_agreed(plan.federation, site)
         require_enough_sites(self.fl_ctx, plan, site.least_sites)
+        require_unseen(strategy, site, self._is_simulated())
         self._require_within(strategy, site)
         trained = outgoing_filters(self.fl_ctx, AppConstants.TASK_TRAIN)
         require_policy(trained, site.largest_clip, site.least_noise)

@@ -50,8 +50,8 @@ def require_enough_sites(fl_ctx: FLContext, plan: Plan, least: int | None) -> No
         least: `least_sites` of the site's settings, None for any number.
 
     Raises:
-        PFedSAMError: E27 if fewer take part, the plan does not promise that each round has as many, or its rule tells
-            the numbers of single sites.
+        PFedSAMError: E27 if fewer take part, the plan does not promise that each round has as many, its rule tells the
+            numbers of single sites, or its groups of sites with a model of their own may be smaller.
     """
     if least is None:
         return
@@ -67,6 +67,14 @@ def require_enough_sites(fl_ctx: FLContext, plan: Plan, least: int | None) -> No
             ErrorCode.TOO_FEW_SITES,
             f"the job's rule is '{rule}': of {count} site(s) each number of its result may be that of one or two.",
             "Ask for `aggregation` norm_clipped or mean.",
+        )
+    downloads = plan.checked().downloads
+    # what tells single models is agreed on apart, see `require_unseen`
+    if downloads is not None and not downloads.tells_models and downloads.least_size < least:
+        raise PFedSAMError(
+            ErrorCode.TOO_FEW_SITES,
+            f"the job's groups may be of {downloads.least_size} sites, this site asks for at least {least}.",
+            f"Ask for `least_size` {least} of `downloads`.",
         )
     if (plan.least_sites or 0) < least:
         raise PFedSAMError(

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pfedsam.files import append_line
-from pfedsam.storage.run_folder import LEFT, SENT_FILE
+from pfedsam.storage.run_folder import LEFT, ROUNDS_FILE, SENT_FILE
 
-#: Written by `filters.IncomingGuard` at the server; `SENT_FILE` by `filters.PersonalisedFilter` at a site.
+#: Written by `filters.IncomingGuard` at the server; `SENT_FILE` by `filters.PersonalisedFilter` at a site;
+#: `ROUNDS_FILE` by `aggregators.RobustAggregator` at the server: what became of each site's update, one record a round.
 RECEIVED_FILE = "pfedsam_received.jsonl"
-#: Written by `aggregators.RobustAggregator` at the server: what became of each site's update, one record a round.
-ROUNDS_FILE = "pfedsam_rounds.jsonl"
 #: Written by `least_sites.LeastSites` at the server: who took part in a round and who was missing, one record a round.
 SITES_FILE = "pfedsam_sites.jsonl"
 #: Stages of a record in `SENT_FILE`: a result as the allow-list let it pass, the same after the filters behind it, and

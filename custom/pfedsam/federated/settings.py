@@ -55,6 +55,8 @@ class SiteSettings(BaseModel):
         least_validation_cases: with fewer validation cases no Dice leaves the site, in no result and no scalar.
         least_sites: in a federation of fewer sites this site does not take part, see `pfedsam.federated.least_sites`;
             None for any number.
+        peers_see_my_model: whether another site may be sent something from which it can read this site's model, as a
+            mixture, or the mean of a group of two (`downloads` of a strategy); None: in a simulation only.
         most_rounds: of a job at this site; None for no limit.
         most_epochs: of all phases of one round together, and of all final phases together; None for no limit.
         most_hours: that a job may take at this site, from its first task on; None for no limit.
@@ -77,6 +79,7 @@ class SiteSettings(BaseModel):
     curves: bool | None = None
     least_validation_cases: int = Field(1, ge=1)
     least_sites: int | None = Field(None, ge=1)
+    peers_see_my_model: bool | None = Field(None, strict=True)
     most_rounds: int | None = Field(None, ge=1)
     most_epochs: int | None = Field(None, ge=1)
     most_hours: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -134,6 +137,29 @@ def require_agreed(federation: str, settings: SiteSettings) -> None:
             f"the job is of federation '{federation}', this site has agreed to {list(settings.federations)}.",
             f"Ask who submitted it, or add the name to 'federations' in local/{SITE_SETTINGS}.",
         )
+
+
+def require_unseen(strategy: Strategy, settings: SiteSettings, simulated: bool = False) -> None:
+    """Refuse downloads that tell another site this site's model, if it has not agreed to that.
+
+    Args:
+        strategy: of the job.
+        settings: of the site.
+        simulated: whether all sites are on one machine.
+
+    Raises:
+        PFedSAMError: E35 naming what tells it.
+    """
+    downloads, agreed = strategy.downloads, settings.peers_see_my_model
+    if downloads is None or not downloads.tells_models or (simulated if agreed is None else agreed):
+        return
+    what = "mixtures" if downloads.kind == "mixtures" else f"groups of {downloads.least_size}"
+    raise PFedSAMError(
+        ErrorCode.PEERS_WOULD_SEE,
+        f"the job's downloads are {what}: another site could read this site's model.",
+        f"Ask for groups of at least 3, or set 'peers_see_my_model' in local/{SITE_SETTINGS} "
+        "(`pfedsam site init --peers-see-my-model`).",
+    )
 
 
 def require_epochs(strategy: Strategy, settings: SiteSettings) -> None:

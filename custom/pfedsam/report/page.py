@@ -31,6 +31,7 @@ from pfedsam.files import write_atomically
 from pfedsam.parameters import Roles
 from pfedsam.report.plots import plots
 from pfedsam.report.serving import SiteServing, advice, servings
+from pfedsam.report.similar import similar_sites
 from pfedsam.report.warnings import FEW_CASES, gain_of, warnings_of, worse_than_alone
 from pfedsam.storage.job_plan import SERVER, plan_arguments
 from pfedsam.storage.run_folder import RUN, SENT_FILE, bytes_by_round, starts
@@ -96,6 +97,7 @@ def write_report(run: Path, out: Path | None = None, compare: Path | None = None
         warnings=[*warnings_of(results, curves, classes, settings, rounds), *alone],
         served=served,
         pays=pays,
+        similar=similar_sites(run),
         compared=compare is not None,
         shown=pictures,
         gain=gain_of,

@@ -21,7 +21,9 @@ WORKSPACE, EARLIER = "workspace", "earlier"
 RUN = "simulate_job"
 #: What a site's filter wrote down of all that left it, in the folder of the site's run; see `federated.records`.
 SENT_FILE = "pfedsam_sent.jsonl"
-#: Stage of a record in it: a result as it left, after all filters.
+#: What the server wrote down of each round: what became of each site's update; see `federated.records`.
+ROUNDS_FILE = "pfedsam_rounds.jsonl"
+#: Stage of a record in `SENT_FILE`: a result as it left, after all filters.
 LEFT = "left"
 #: What a run leaves in its folder, beside data and jobs that somebody may have put there.
 RESULTS = (

@@ -68,7 +68,7 @@ def combine(
     judged = judge(deltas, weights, how, ceilings, way)
     if how in ("trimmed_mean", "median", "krum"):
         return _by_rank(theta, deltas, how), judged
-    kept = [(_scaled(delta, one), one.counted) for delta, one in zip(deltas, judged, strict=True) if not one.left_out]
+    kept = [(scaled(delta, one), one.counted) for delta, one in zip(deltas, judged, strict=True) if not one.left_out]
     change = _mean(theta, kept)
     if how == "svd":
         for a in [name for name in theta if name.endswith(A) and name.removesuffix(A) + B in theta]:
@@ -125,7 +125,8 @@ def _mean(theta: State, kept: Sequence[tuple[State, float]]) -> dict[str, Tensor
     return change
 
 
-def _scaled(delta: State, one: Judgement) -> State:
+def scaled(delta: State, one: Judgement) -> State:
+    """An update as it counts: scaled down where it was judged too long."""
     if one.clipped_to is None:
         return delta
     scale = one.clipped_to / one.norm

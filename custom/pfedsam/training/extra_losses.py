@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from typing_extensions import Self
 
 from pfedsam.errors import ErrorCode, PFedSAMError, shown
@@ -22,9 +30,20 @@ Part = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
-    """Settings from a file: no other keys, finite numbers, never changed."""
+    """Settings from a file: no other keys, finite numbers, never changed.
+
+    Attributes:
+        LATER: keys that came later and are None unless they are given. Where they are None they are not told, so that
+            runs, jobs and shared rounds of before keep their hashes and can go on.
+    """
+
+    LATER: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key not in self.LATER or value is not None}
 
     @classmethod
     def of(cls, settings: object) -> Self:

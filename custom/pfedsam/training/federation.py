@@ -31,12 +31,16 @@ from pfedsam.networks.adaptation import EXPERT_SETTINGS
 from pfedsam.parameters import shared_state
 from pfedsam.storage.site_model import SiteModel, read, write
 from pfedsam.training.aggregation import aggregate
+from pfedsam.training.federation_downloads import begun_downloads, forget_downloads, save_downloads
 from pfedsam.training.reported_weights import REPORTED, WeightsByReport
 from pfedsam.training.round_result import RoundResult
 from pfedsam.training.site import SiteTrainer
+from pfedsam.training.site_downloads import SiteDownloads
 from pfedsam.training.strategy import Strategy
 
 ROUND_FILE, HISTORY_FILE, MODELS = "global.safetensors", "history.jsonl", "models"
+#: Which sites were alike, and what each downloaded: one line a round, of strategies with `downloads`.
+DOWNLOADS_FILE = "downloads.jsonl"
 
 
 @dataclass
@@ -133,20 +137,22 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
     site_weights = WeightsByReport()
     for number in range(done):  # as they were when the run was stopped
         _weights(federation, sites, site_weights, number)
+    downloads = begun_downloads(strategy, (federation.shared_rounds or federation).out, done) if aggregated else None
     for number in range(done, federation.rounds):
         results, models = {}, {}
         for name, local in sites.items():
-            results[name], models[name] = _round(federation, name, local, theta, number)
+            results[name], models[name] = _round(federation, name, local, _received(downloads, name, theta), number)
             tell(f"{strategy.name}: round {number + 1} of {federation.rounds}, {name}")
         if aggregated and theta:
-            deltas = [one.delta for one in results.values()]
+            deltas = {name: one.delta for name, one in results.items()}
             weights = _weights(federation, sites, site_weights, number)
-            theta = aggregate(theta, deltas, weights, strategy.aggregation, start if number else None)
+            theta = _aggregated(federation, theta, deltas, weights, start if number else None, downloads, number)
+            save_downloads(downloads, federation.out, number + 1)
         _save_round(federation, theta, models, number, next(iter(sites.values())).fingerprint)
     for name, local in sites.items():
         if _is_final(federation, name):
             continue  # this site's final phase was done before
-        local.receive(theta, local.fingerprint)
+        local.receive(_received(downloads, name, theta), local.fingerprint)
         started = time.monotonic()
         before = local.validate(experts=False)["val_dice"]
         result = local.finish(federation.rounds)
@@ -156,6 +162,29 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
         _note(federation, name, federation.rounds, result, started, **metrics)
         write(_model(federation, name, federation.rounds), local.model(round=federation.rounds, final=True, **metrics))
         tell(f"{strategy.name}: final phase, {name}: global {before:.3f}, personal {after:.3f}")
+
+
+def _received(downloads: SiteDownloads | None, site: str, theta: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What a site begins with: the global model, or what it downloads in its place."""
+    own = downloads.of(site) if downloads else None
+    return theta if own is None else own
+
+
+def _aggregated(
+    federation: Federation,
+    theta: dict[str, Tensor],
+    deltas: Mapping[str, Mapping[str, Tensor]],
+    weights: Sequence[float],
+    start: Mapping[str, Tensor] | None,
+    downloads: SiteDownloads | None,
+    number: int,
+) -> dict[str, Tensor]:
+    """The global model after a round."""
+    if downloads is None:
+        return aggregate(theta, list(deltas.values()), weights, federation.strategy.aggregation, start)
+    outcome = downloads.next(number, theta, deltas, weights, start=start)
+    append_line(federation.out / DOWNLOADS_FILE, {"round": number, **outcome.told})
+    return {name: (tensor.double() + outcome.change[name]).to(tensor.dtype) for name, tensor in theta.items()}
 
 
 def _weights(
@@ -258,6 +287,7 @@ def _save_round(
     for folder in (federation.out / MODELS).iterdir():
         if folder.name.isdigit() and int(folder.name) < number:
             shutil.rmtree(folder)
+    forget_downloads(federation.out, number + 1)
 
 
 def _model(federation: Federation, site: str, number: int) -> Path:

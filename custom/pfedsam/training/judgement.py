@@ -81,12 +81,15 @@ def judge(
     how: str = "norm_clipped",
     ceilings: Sequence[float | None] | None = None,
     way: State | None = None,
+    groups: Sequence[tuple[Sequence[int], State | None]] | None = None,
 ) -> list[Judgement]:
     """What each update counts as, see the module's text. Rules that do not judge only report the norms.
 
     Args:
         deltas, weights, how, ceilings: as in `pfedsam.training.aggregation.combine`.
         way: theta minus theta of the first round, None in that one.
+        groups: places of the sites of each group that has a theta of its own, and the way of that: directions are
+            judged within a group. None: all sites are one. Without any, no direction is judged.
     """
     norms = [_norm(delta) for delta in deltas]
     if how == "krum":
@@ -105,7 +108,12 @@ def judge(
     for i in sorted(range(len(norms)), key=lambda i: -norms[i]):
         if norms[i] > ABSURD * usual > 0:
             _leave_out(judged, i, usual, f"more than {ABSURD:g} times as long as is usual")
-    return _without_opposed(judged, deltas, way, usual) if len(deltas) > 2 else judged
+    for members, its_way in [(range(len(deltas)), way)] if groups is None else groups:
+        if len(members) > 2:
+            found = _without_opposed([judged[i] for i in members], [deltas[i] for i in members], its_way, usual)
+            for i, one in zip(members, found, strict=True):
+                judged[i] = one
+    return judged
 
 
 def _leave_out(judged: list[Judgement], one: int, usual: float, why: str) -> bool:
@@ -138,7 +146,7 @@ def _without_opposed(
     """Leave out updates that point back, one at a time, the most opposed first."""
     units = torch.stack([_unit(_flat(delta)) for delta in deltas])
     inside = [i for i, one in enumerate(judged) if not one.left_out]
-    while True:
+    while inside:
         cosines = {i: _cosine(units, i, [j for j in inside if j != i], way) for i in inside}
         judged = [replace(one, cosine=cosines.get(i, one.cosine)) for i, one in enumerate(judged)]
         worst = min(inside, key=cosines.__getitem__)
@@ -147,6 +155,7 @@ def _without_opposed(
         if not _leave_out(judged, worst, usual, f"it points back: {cosines[worst]:.2f}"):
             return judged
         inside.remove(worst)
+    return judged
 
 
 def _cosine(units: Tensor, one: int, others: list[int], way: State | None) -> float:

@@ -67,6 +67,8 @@ class Phase(Settings):
     `rates` may also be written `lr_multipliers`, and `proximal` `proximal_mu`.
     """
 
+    LATER = frozenset({"warm_up", "adversary", "episode"})
+
     name: Name
     trains: tuple[Literal["shared", "personal", "copy"], ...] = Field(min_length=1, max_length=2)
     experts: Switch

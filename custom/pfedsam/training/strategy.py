@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from pfedsam.parameters import Roles
 from pfedsam.ranges import MOST_ROUNDS
-from pfedsam.training.extra_losses import (
-    Number,
-    Settings,
-    Whole,
-)
+from pfedsam.training.download_settings import Downloads
+from pfedsam.training.extra_losses import Number, Settings, Whole
 from pfedsam.training.judgement import JUDGING
 from pfedsam.training.load_settings import Load
 from pfedsam.training.phase import Name, Phase
@@ -51,7 +48,10 @@ class Strategy(Settings):
         augment: what comes behind the bundle's own augmentations of a slice, in all phases. None: nothing.
         load: how much of the global model a site loads at the start of a round, the rest being its own of the last
             round, which then is its personal model. None: all of it.
+        downloads: what each site downloads. None: all get the same, the mean.
     """
+
+    LATER = frozenset({"load", "downloads"})
 
     name: Name = "pfedsam"
     shared: tuple[str, ...] = ("lora_a", "lora_b", "decoder_subset")
@@ -65,6 +65,7 @@ class Strategy(Settings):
     weights: Literal["cases", "uniform", "dro", "gaa"] = "cases"
     augment: Augment | None = None
     load: Load | None = None
+    downloads: Downloads | None = None
 
     @model_validator(mode="after")
     def _roles_are_possible(self) -> Strategy:
@@ -78,6 +79,20 @@ class Strategy(Settings):
                 f"weights '{self.weights}' need one of {list(JUDGING)}: "
                 "'mean' is NVFlare's own, and rules by rank ignore weights"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _downloads_are_means(self) -> Strategy:
+        if self.downloads is None:
+            return self
+        if self.aggregation not in (means := ("norm_clipped", "mean")):
+            raise ValueError(f"'downloads' mix models by weights, so 'aggregation' must be one of {list(means)}")
+        if self.weights not in (weights := ("cases", "uniform")):
+            raise ValueError(
+                f"'downloads' need weights {list(weights)}: '{self.weights}' are of one model for all sites"
+            )
+        if not self.shared:
+            raise ValueError("'downloads' are of shared tensors, and there are none")
         return self
 
     @model_validator(mode="after")
@@ -125,14 +140,6 @@ class Strategy(Settings):
         if self.aggregation == "alternate":
             raise ValueError("with 'load' a factor that is not trained differs between the sites: no 'alternate'")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A strategy that does not use it is told, and hashed, as before there was a load."""
-        told: dict[str, Any] = handler(self)
-        if told.get("load") is None:
-            told.pop("load", None)
-        return told
 
     @property
     def roles(self) -> Roles:
