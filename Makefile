@@ -61,11 +61,11 @@ bench-lgg: $(STAMP)
 # Shows the records that are kept with the code. Trained anew, into a file of its own:
 # make bench-phantom PHANTOM_RECORDS=runs/bench-phantom/runs.jsonl
 PHANTOM_RECORDS ?= tests/benchmarks/results/phantom.jsonl
-PHANTOM_SEEDS ?= 0
+PHANTOM_SEEDS ?= 0,1,2
 bench-phantom: $(STAMP)
 	test -d runs/bench-phantom-data || $(BIN)/pfedsam phantom runs/bench-phantom-data --cases 9 --slices 12
 	$(BIN)/pfedsam compare runs/bench-phantom-data --out runs/bench-phantom \
-		--records $(PHANTOM_RECORDS) --strategies local_only,fedavg_lora,pfedsam,without_interpolation,pfedsam_chosen --seeds $(PHANTOM_SEEDS) \
+		--records $(PHANTOM_RECORDS) --strategies local_only,longer_local,fedavg_lora,pfedsam,without_interpolation,pfedsam_chosen --seeds $(PHANTOM_SEEDS) \
 		--aggregation mean --rounds 4 --set image_size=64 --set batch_size=2 --set augmentations=1 --set adapted_blocks=1 \
 		--set positives_per_case=4 --set negatives_per_case=2 $(if $(filter tests/%,$(PHANTOM_RECORDS)),--table)
 
