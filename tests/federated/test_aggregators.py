@@ -12,6 +12,7 @@ import pytest
 import torch
 from nvflare.apis.analytix import AnalyticsDataType  # noqa: F401  registers NVFlare's types
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
+from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext, FLContextManager
 from nvflare.apis.shareable import Shareable, make_reply
@@ -24,9 +25,11 @@ from pfedsam.federated.boundary import GAP_KEY, METRICS
 from pfedsam.federated.plan import Plan
 from pfedsam.federated.records import ROUNDS_FILE
 from pfedsam.storage.job_plan import PLAN_ID
-from pfedsam.training.aggregation import RULES, aggregate
+from pfedsam.training.aggregation import RULES, aggregate, combine
 from pfedsam.training.gap_weights import GapWeights
 from pfedsam.training.reported_weights import WeightsByReport
+from pfedsam.training.server_settings import ServerStep
+from pfedsam.training.server_step import ServerSteps
 from pfedsam.training.site_weights import SiteWeights
 
 SHAPES = {"qkv.lora_a": (2, 4, 12), "qkv.lora_b": (2, 9, 4), "hyper.weight": (5, 3)}
@@ -211,6 +214,27 @@ def test_the_servers_weights_are_those_that_follow_from_the_dice_that_the_sites_
             torch.testing.assert_close(torch.as_tensor(theta[name]), tensor, rtol=0, atol=1e-6)
     counted = {site: one["cases"] for site, one in server.records()[-1]["sites"].items()}
     assert counted == {f"site-{place}": pytest.approx(weight, rel=1e-3) for place, weight in enumerate(weights)}
+
+
+@pytest.mark.parametrize("rule", ["norm_clipped", "mean"])
+def test_the_servers_momentum_is_that_of_a_federation_in_one_process(tmp_path: Path, rule: str) -> None:
+    random = np.random.default_rng(0)
+    theta = start = arrays(random)
+    server, aggregator = Server(tmp_path, rule, server={"momentum": 0.5, "rate": 1.5}), RobustAggregator()
+    steps = ServerSteps(ServerStep(momentum=0.5, rate=1.5))
+    for number in range(3):
+        deltas = [arrays(random, 0.2) for _ in range(3)]
+        server.start(number, theta)
+        for place in (2, 0, 1):
+            assert aggregator.accept(contribution(deltas[place], 1, f"site-{place}", number), server.context)
+        change = from_shareable(aggregator.aggregate(server.context)).data
+        mean, _ = combine(*_tensors(theta, deltas), [1, 1, 1], rule, start=_start(start, number))
+        wanted = steps.next(mean)
+        for name, value in change.items():
+            torch.testing.assert_close(torch.as_tensor(value), wanted[name].float(), rtol=0, atol=1e-6)
+        theta = {name: theta[name] + change[name] for name in theta}
+    aggregator.handle_event(EventType.START_RUN, server.context)
+    assert aggregator._steps is None, "another run begins without momentum"
 
 
 @pytest.mark.parametrize("start", [0, 2])

@@ -44,8 +44,18 @@ def planned_runs(
         require_settings(bundle, {**overrides, **find_strategy(name).overrides})
     require_own_names(strategies)
     runs = [
-        Run(str(folders[seed].resolve()), sites, bundle, name, seed, rounds, dict(overrides), held_out=held_out, **common)
-        for seed in seeds
+        Run(
+            str(folders[seed].resolve()),
+            sites,
+            bundle,
+            name,
+            seed,
+            rounds,
+            dict(overrides),
+            held_out=held_out,
+            **common,
+        )
+        for seed, path in folders.items()
         for held_out in (sites if unseen else (None,))
         for name in strategies
     ]

@@ -214,8 +214,8 @@ def _set_aggregator(config: dict[str, Any], plan: Mapping[str, Any]) -> None:
     if component["path"] not in (MEAN["path"], _ROBUST):
         return
     component.pop("args", None)
-    # NVFlare's own knows no site once it has added its update
-    plain = strategy.aggregation == "mean" and strategy.downloads is None
+    # NVFlare's own knows no site once it has added its update, and no earlier round
+    plain = strategy.aggregation == "mean" and strategy.downloads is None and strategy.server is None
     component.update(MEAN if plain else {"path": _ROBUST})
 
 

@@ -32,6 +32,7 @@ from pfedsam.federated.records import ROUNDS_FILE, append_record
 from pfedsam.training.aggregation import combine, robust_mean
 from pfedsam.training.judgement import JUDGING, Judgement, counted_cases
 from pfedsam.training.reported_weights import REPORTED, WeightsByReport
+from pfedsam.training.server_step import ServerSteps
 
 
 class RobustAggregator(Aggregator):
@@ -50,12 +51,13 @@ class RobustAggregator(Aggregator):
         #: The global model that this run began with, once a round is done.
         self._start: dict[str, torch.Tensor] | None = None
         self._served = ServedDownloads()
+        self._steps: ServerSteps | None = None
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Forget an earlier run; let each site have its own download, where the plan says so."""
         if event_type == EventType.START_RUN:
             self._held, self._start, self._told, self._site_weights = {}, None, {}, WeightsByReport()
-            self._served = ServedDownloads()
+            self._served, self._steps = ServedDownloads(), None
         elif event_type == AppEventType.INITIAL_MODEL_LOADED:
             self._served.begin(fl_ctx)
         elif event_type == AppEventType.AFTER_SHAREABLE_TO_LEARNABLE:
@@ -99,7 +101,8 @@ class RobustAggregator(Aggregator):
         weights, ceilings = self._weights(plan, updates, told_by, fl_ctx), [plan.most_of(site) for site in updates]
         told: dict[str, Any] = {}
         if plan.checked().downloads is None:
-            change, judged = combine(_tensors(theta), list(deltas.values()), weights, rule, ceilings, self._start)
+            mean, judged = combine(_tensors(theta), list(deltas.values()), weights, rule, ceilings, self._start)
+            change = self._stepped(plan, mean)
         else:
             outcome = self._served.next(fl_ctx, _tensors(theta), deltas, weights, ceilings, self._start)
             change, judged, told = outcome.change, outcome.judged, {"downloads": outcome.told}
@@ -128,6 +131,14 @@ class RobustAggregator(Aggregator):
         rounds += int(fl_ctx.get_prop(AppConstants.START_ROUND, 0))
         reports = {site: told_by.get(site, {}).get(kind) for site in updates}
         return self._site_weights.next(kind, reports, number, rounds)
+
+    def _stepped(self, plan: Plan, mean: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The server's step along the mean; where a job goes on after a resume, it begins without momentum."""
+        settings = plan.checked().server
+        if settings is None:
+            return mean
+        self._steps = self._steps or ServerSteps(settings)
+        return self._steps.next(mean)
 
     def rule(self, plan: Plan) -> str:
         """The plan's rule."""

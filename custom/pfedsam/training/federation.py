@@ -30,10 +30,11 @@ from pfedsam.files import append_line, read_lines, read_safetensors, write_atomi
 from pfedsam.networks.adaptation import EXPERT_SETTINGS
 from pfedsam.parameters import shared_state
 from pfedsam.storage.site_model import SiteModel, read, write
-from pfedsam.training.aggregation import aggregate
+from pfedsam.training.aggregation import aggregate, combine
 from pfedsam.training.federation_downloads import begun_downloads, forget_downloads, save_downloads
 from pfedsam.training.reported_weights import REPORTED, WeightsByReport
 from pfedsam.training.round_result import RoundResult
+from pfedsam.training.server_step import ServerSteps, begun_steps, forget_steps
 from pfedsam.training.site import SiteTrainer
 from pfedsam.training.site_downloads import SiteDownloads
 from pfedsam.training.strategy import Strategy
@@ -137,7 +138,9 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
     site_weights = WeightsByReport()
     for number in range(done):  # as they were when the run was stopped
         _weights(federation, sites, site_weights, number)
-    downloads = begun_downloads(strategy, (federation.shared_rounds or federation).out, done) if aggregated else None
+    folder = (federation.shared_rounds or federation).out
+    downloads = begun_downloads(strategy, folder, done) if aggregated else None
+    steps = begun_steps(strategy.server, folder, done) if aggregated and not federation.shared_rounds else None
     for number in range(done, federation.rounds):
         results, models = {}, {}
         for name, local in sites.items():
@@ -146,7 +149,11 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
         if aggregated and theta:
             deltas = {name: one.delta for name, one in results.items()}
             weights = _weights(federation, sites, site_weights, number)
-            theta = _aggregated(federation, theta, deltas, weights, start if number else None, downloads, number)
+            way = start if number else None
+            if steps is not None:
+                theta = _stepped(federation, theta, deltas, weights, way, steps, number)
+            else:
+                theta = _aggregated(federation, theta, deltas, weights, way, downloads, number)
             save_downloads(downloads, federation.out, number + 1)
         _save_round(federation, theta, models, number, next(iter(sites.values())).fingerprint)
     for name, local in sites.items():
@@ -185,6 +192,22 @@ def _aggregated(
     outcome = downloads.next(number, theta, deltas, weights, start=start)
     append_line(federation.out / DOWNLOADS_FILE, {"round": number, **outcome.told})
     return {name: (tensor.double() + outcome.change[name]).to(tensor.dtype) for name, tensor in theta.items()}
+
+
+def _stepped(
+    federation: Federation,
+    theta: dict[str, Tensor],
+    deltas: Mapping[str, Mapping[str, Tensor]],
+    weights: Sequence[float],
+    start: Mapping[str, Tensor] | None,
+    steps: ServerSteps,
+    number: int,
+) -> dict[str, Tensor]:
+    """The global model after a round of a strategy whose server makes steps of its own."""
+    change, _ = combine(theta, list(deltas.values()), weights, federation.strategy.aggregation, start=start)
+    step = steps.next(change)
+    steps.save(federation.out, number + 1)
+    return {name: (tensor.double() + step[name]).to(tensor.dtype) for name, tensor in theta.items()}
 
 
 def _weights(
@@ -288,6 +311,7 @@ def _save_round(
         if folder.name.isdigit() and int(folder.name) < number:
             shutil.rmtree(folder)
     forget_downloads(federation.out, number + 1)
+    forget_steps(federation.out, number + 1)
 
 
 def _model(federation: Federation, site: str, number: int) -> Path:

@@ -14,6 +14,7 @@ from pfedsam.training.judgement import JUDGING
 from pfedsam.training.load_settings import Load
 from pfedsam.training.phase import Name, Phase
 from pfedsam.training.reported_weights import REPORTED
+from pfedsam.training.server_settings import ServerStep
 from pfedsam.training.serving import Serving
 from pfedsam.training.style_settings import Augment
 
@@ -48,10 +49,11 @@ class Strategy(Settings):
         augment: what comes behind the bundle's own augmentations of a slice, in all phases. None: nothing.
         load: how much of the global model a site loads at the start of a round, the rest being its own of the last
             round, which then is its personal model. None: all of it.
+        server: what the server does with the mean of the updates. None: it adds it.
         downloads: what each site downloads. None: all get the same, the mean.
     """
 
-    LATER = frozenset({"load", "downloads"})
+    LATER = frozenset({"load", "server", "downloads"})
 
     name: Name = "pfedsam"
     shared: tuple[str, ...] = ("lora_a", "lora_b", "decoder_subset")
@@ -65,6 +67,7 @@ class Strategy(Settings):
     weights: Literal["cases", "uniform", "dro", "gaa"] = "cases"
     augment: Augment | None = None
     load: Load | None = None
+    server: ServerStep | None = None
     downloads: Downloads | None = None
 
     @model_validator(mode="after")
@@ -93,6 +96,17 @@ class Strategy(Settings):
             )
         if not self.shared:
             raise ValueError("'downloads' are of shared tensors, and there are none")
+        return self
+
+    @model_validator(mode="after")
+    def _server_steps_along_a_mean(self) -> Strategy:
+        if self.server is None:
+            return self
+        if self.aggregation not in (means := ("norm_clipped", "mean")):
+            raise ValueError(f"'server' goes on along a mean, so 'aggregation' must be one of {list(means)}")
+        if self.downloads is not None or not self.shared:
+            what = "'downloads' give each site another" if self.downloads else "nothing is shared"
+            raise ValueError(f"'server' is for one model of all sites, but {what}")
         return self
 
     @model_validator(mode="after")
