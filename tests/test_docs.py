@@ -207,6 +207,7 @@ def errors_table() -> str:
 METHODS = (
     "iat",
     "weights_dro",
+    "server_momentum",
     "weights_gaa",
     "soft_load",
     "soft_load_binary",
@@ -217,6 +218,9 @@ METHODS = (
     "amplitude_mix",
     "cpss",
     "mixup",
+    "style_adversary",
+    "episodic",
+    "warm_up",
     "pseudo_labels",
     "pseudo_labels_refined",
     "weak_crf",
@@ -241,7 +245,8 @@ def leaves_table() -> str:
         own = [*strategy.personal, *(["copy"] if strategy.has_copy else [])]
         told = ["leaves" if strategy.weights == "cases" else "stays", ", ".join(f"`{one}`" for one in own)]
         rows.append(f"| `{name}` | {', '.join(f'`{one}`' for one in strategy.shared)} | {' | '.join(told)} |")
-    told = [f"With every update go, in each of them: {beside}. Of cases without a label nothing goes."]
+    told = [f"With every update go, in each of them: {beside}."]
+    told += ["Of cases without a label nothing goes but their part in the update."]
     for name in METHODS:
         more = METADATA_BY_WEIGHTS.get(find_strategy(name).checked().weights, ())
         told += [f"With an update of `{name}` also goes: {MEANINGS[one]} (`{one}`)." for one in more]

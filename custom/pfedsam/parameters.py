@@ -222,6 +222,12 @@ def shared_state(network: nn.Module, roles: Roles) -> dict[str, Tensor]:
     return _state(network, roles, "shared")
 
 
+def base_state(network: nn.Module, roles: Roles) -> dict[str, Tensor]:
+    """A copy of all that may be trained but the experts, on the CPU: of a network that nobody has trained yet."""
+    state = {**_state(network, roles, "shared"), **_state(network, roles, "personal")}
+    return {name: tensor for name, tensor in state.items() if group_of(name) != "experts"}
+
+
 def personal_state(network: nn.Module, roles: Roles) -> dict[str, Tensor]:
     """A copy of the personal tensors on the CPU. It never leaves the site."""
     return _state(network, roles, "personal")

@@ -268,6 +268,10 @@ def test_what_cannot_be_encrypted_is_refused(tmp_path: Path, monkeypatch: pytest
     job = make_job(str(file), tmp_path / "svd")
     with pytest.raises(PFedSAMError, match=r"E32.*mean"):
         export_job(job, tmp_path / "job", privacy=Privacy(encrypt=True))
+    for more in ({"server": {"momentum": 0.5}}, {"weights": "gaa", "aggregation": "norm_clipped"}):
+        plan = {"strategy": {"aggregation": "mean", **more}}
+        with pytest.raises(PFedSAMError, match=r"E32.*our aggregator"):
+            export_job(find_job("fedavg_lora"), tmp_path / "job", plan=plan, privacy=Privacy(encrypt=True))
     monkeypatch.setitem(sys.modules, "tenseal", None)
     monkeypatch.setattr("pfedsam.deployment.job_privacy.find_spec", lambda name: None)
     with pytest.raises(PFedSAMError, match=r"E31.*TenSEAL"):

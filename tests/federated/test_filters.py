@@ -477,3 +477,6 @@ def test_a_site_can_name_every_number_that_a_strategy_may_ask_for():
     names = [name for kind in METADATA_BY_WEIGHTS.values() for name in kind]
     assert SiteSettings(may_tell=names).allowed(names) == tuple(names)
     assert SiteSettings().allowed(names) == tuple(names) and SiteSettings(may_tell=()).allowed(names) == ()
+    # a site that asks for noise tells no number without noise, unless it says so
+    assert SiteSettings(least_noise=1.0).allowed(names) == ()
+    assert SiteSettings(least_noise=1.0, may_tell=names).allowed(names) == tuple(names)

@@ -19,13 +19,15 @@ from pfedsam.data.slices import EpochSampler, SliceDataset
 from pfedsam.errors import PFedSAMError
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.networks.sam import build_network
-from pfedsam.parameters import Roles, group_of, tensors
+from pfedsam.parameters import Roles, base_state, group_of, tensors
+from pfedsam.training import episode
 from pfedsam.training.alignment import Contrast, Reversed, StyleAdversary, contrast
 from pfedsam.training.alignment_settings import Adversary, Episode, WarmUp
 from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.dropped import dropped
 from pfedsam.training.episode import add_outer_gradient
 from pfedsam.training.phase import Phase
+from pfedsam.training.strategy import Strategy
 from pfedsam.training.trainer import PhaseTrainer
 
 SIDE = 64
@@ -206,8 +208,8 @@ def test_the_outer_gradient_is_taken_where_the_inner_step_leads_and_nothing_move
     parameters = [one for one in network.parameters() if one.requires_grad]
     before = [one.detach().clone() for one in parameters]
     item = case(0)
-    label = item["label"][None, ..., 1]
-    features = network.trunk(item["image"][None, ..., 1].expand(-1, 3, -1, -1))
+    label = item["label"][None, ..., 1].expand(2, -1, -1, -1)
+    features = network.trunk(item["image"][None, ..., 1].expand(2, 3, -1, -1))
 
     def gradients() -> list[Tensor]:
         network.zero_grad()
@@ -224,12 +226,37 @@ def test_the_outer_gradient_is_taken_where_the_inner_step_leads_and_nothing_move
             one.copy_(value)
     gradients()
     settings, plain = Episode(rate=0.05, weight=0.5), lambda: torch.autocast("cpu", enabled=False)
-    # one image alone takes its own style: the loss outside is the same function
+    # two images of one style: the loss outside is the same function
     add_outer_gradient(network, parameters, settings, LOSS, features, label, (0, 0, 0), plain)
     assert all(torch.equal(one, value) for one, value in zip(parameters, before, strict=True))
     for one, a, b in zip(parameters, inner, outer, strict=True):
         torch.testing.assert_close(one.grad, a + 0.5 * b, rtol=1e-3, atol=1e-5)
     assert any(not torch.allclose(a, b, atol=1e-5) for a, b in zip(inner, outer, strict=True))
+    gradients()
+    add_outer_gradient(network, parameters, settings, LOSS, features[:1], label[:1], (0, 0, 0), plain)
+    assert all(torch.equal(one.grad, a) for one, a in zip(parameters, inner, strict=True)), (
+        "one image has no other style"
+    )
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_an_image_takes_the_style_of_another_and_never_its_own(
+    built: SegmentAnything, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[np.ndarray] = []
+
+    def restyled(network: SegmentAnything, features: Tensor, number: int, partners: np.ndarray) -> Tensor:
+        found.append(partners)
+        return features
+
+    monkeypatch.setattr(episode, "restyled_features", restyled)
+    features, label = built.trunk(torch.rand(count, 3, SIDE, SIDE)), torch.zeros(count, 1, SIDE, SIDE)
+    for step in range(10):
+        add_outer_gradient(
+            built, [], Episode(), LOSS, features, label, (0, 0, step), lambda: torch.autocast("cpu", enabled=False)
+        )
+    assert len(found) == 10
+    assert all(sorted(one) == list(range(count)) and (one != np.arange(count)).all() for one in found)
 
 
 def test_an_episode_without_weight_has_the_digits_of_none_and_one_with_weight_has_others(make) -> None:
@@ -264,6 +291,46 @@ def test_a_warm_up_wants_cases_without_a_label_and_the_base() -> None:
     warm, plain = (find_strategy(name).checked() for name in ("warm_up", "style_adversary"))
     assert warm.learns_from_unlabelled and warm.needs_unshared
     assert not plain.learns_from_unlabelled and not plain.needs_unshared
+
+
+def test_a_warm_up_is_near_the_base_also_where_a_site_keeps_lora(make) -> None:
+    trainer = make()
+    names = {name for name, tensor in tensors(trainer.network).items() if group_of(name) in ("lora_a", "lora_b")}
+    assert names and names <= set(base_state(trainer.network, Roles((), ("lora_a", "lora_b"))))
+
+
+@pytest.mark.parametrize("where", ["final", "alone"])
+def test_a_warm_up_behind_the_last_round_is_refused(where: str) -> None:
+    late = {"name": "late", "trains": ["copy"], "experts": False, "warm_up": {}}
+    plain = {**late, "warm_up": None}
+    serving = {"serving": {"alone": late}} if where == "alone" else {}
+    with pytest.raises(PFedSAMError, match=r"E16.*late"):
+        Strategy.of({"personal": [], "final": [late if where == "final" else plain], **serving})
+
+
+@pytest.mark.parametrize("key", ["warm_up", "adversary"])
+def test_what_aligns_the_encoder_trains_something_in_it(make, key: str) -> None:
+    with pytest.raises(PFedSAMError, match=rf"E32.*{key}"):
+        make().set_phase(phase(**{key: {}}), Roles(("decoder_subset",), ()), 0)
+
+
+@pytest.mark.parametrize("settings", [{"adversary": {}}, {"episode": {}}, {"warm_up": {}}], ids=str)
+def test_gates_count_the_sites_own_images_once(settings: dict[str, Any]) -> None:
+    network = build_network("vit_test", SIDE, experts=2)
+    network.set_experts(True)
+    network.train()
+    features, label = network.trunk(torch.rand(2, 3, SIDE, SIDE)), torch.zeros(2, 1, SIDE, SIDE)
+    autocast = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
+    one = phase(**settings)
+    if one.adversary:
+        StyleAdversary(network, one.adversary, (0, 0), autocast)(features, torch.rand(2, 3, SIDE, SIDE), 0)
+    elif one.warm_up:
+        Contrast(network, one.warm_up, {}, (0, 0), autocast)(features, [0, 1], 0)
+    else:
+        add_outer_gradient(network, [], one.episode, LOSS, features, label, (0, 0, 0), autocast)
+    assert {layer._seen for layer in network.expert_layers().values()} == {0}
+    network.head(features)
+    assert all(layer._seen > 0 for layer in network.expert_layers().values())
 
 
 def test_a_warm_up_draws_cases_without_a_label(tmp_path: Path, make) -> None:

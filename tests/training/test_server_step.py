@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pfedsam.data.phantom import write_phantom
-from pfedsam.deployment.jobs import make_job
+from pfedsam.deployment.jobs import export_job, make_job
 from pfedsam.errors import PFedSAMError
 from pfedsam.storage.job_plan import component_of
 from pfedsam.training.catalogue import find_strategy
@@ -111,3 +111,7 @@ def test_a_job_of_the_plain_mean_with_momentum_has_our_aggregator(tmp_path: Path
     job = make_job(str(tmp_path / "mine.json"), tmp_path / "job")
     config = json.loads((job / "app/config/config_fed_server.json").read_text())
     assert component_of(config, "aggregator")["path"].endswith("RobustAggregator")
+    component_of(config, "aggregator")["path"] = "somebodys.own.Aggregator"
+    (job / "app/config/config_fed_server.json").write_text(json.dumps(config))
+    with pytest.raises(PFedSAMError, match=r"E32.*an aggregator of its own.*server"):
+        export_job(job, tmp_path / "other")

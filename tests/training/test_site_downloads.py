@@ -200,6 +200,15 @@ def test_a_mixture_weighs_sites_by_their_cosine_and_follows_the_formula() -> Non
             close(received[site], {name: value.float() for name, value in wanted.items()})
 
 
+def test_a_site_of_which_nothing_counts_that_is_like_it_has_the_mean_of_all() -> None:
+    rounds = Rounds(SIX, kind="mixtures", temperature=0.001, peers_see_models=True, warmup_rounds=0)
+    updates = {site: {name: torch.zeros(shape) for name, shape in SHAPES.items()} for site in SIX}
+    for place, site in enumerate(SIX):  # all at right angles, and one far too long
+        updates[site]["hyper.weight"].view(-1)[place] = 1000.0 if site == "a" else 1.0
+    rounds.run(updates)
+    assert rounds.judged[0].left_out and all(sum(row) == pytest.approx(1, abs=0.01) for row in rounds.told["shares"])
+
+
 def test_a_federation_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole, stopped = Rounds(SIX), Rounds(SIX)
     for _ in range(3):
@@ -208,6 +217,8 @@ def test_a_federation_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: P
     stopped.downloads.save(tmp_path / "kept.safetensors", "digest")
     for number, model in ((2, "digest"), (3, "of another model")):
         assert not stopped.downloads.load(tmp_path / "kept.safetensors", number, model)
+    other = SiteDownloads(Downloads(kind="mixtures", peers_see_models=True), "norm_clipped")
+    assert not other.load(tmp_path / "kept.safetensors", 3, "digest"), "what other settings made is not gone on with"
     again = SiteDownloads(stopped.downloads.settings, "norm_clipped")
     assert again.load(tmp_path / "kept.safetensors", 3, "digest")
     assert again.of("a") is again.of("c") and not same(again.of("a"), again.of("b"))

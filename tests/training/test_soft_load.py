@@ -100,7 +100,9 @@ def test_what_is_sent_is_the_difference_to_the_global_model_as_received(data: Pa
         assert equal(result.delta, {name: tensor - theta[name] for name, tensor in trained.items()})
 
 
-@pytest.mark.parametrize("mode", ["smooth", "binary", "learned"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("smooth", marks=pytest.mark.slow), pytest.param("binary", marks=pytest.mark.slow), "learned"]
+)
 def test_a_stopped_run_goes_on_with_what_was_a_sites_own(data: Path, tmp_path: Path, mode: str) -> None:
     # without a cache: features that are computed in other batches after a stop are rounded otherwise
     whole = ran(data, tmp_path / "whole", strategy({"mode": mode}), cache_limit_gb=0.0)
@@ -184,7 +186,9 @@ def test_a_unit_is_loaded_as_one() -> None:
         assert torch.equal(found[name][1], own[name][1])
 
 
-@pytest.mark.parametrize("mode", ["smooth", "binary", "learned"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("smooth", marks=pytest.mark.slow), pytest.param("binary", marks=pytest.mark.slow), "learned"]
+)
 def test_m_is_from_0_to_1_and_what_was_learned_lowers_the_loss(data: Path, tmp_path: Path, mode: str) -> None:
     local = opened(data, tmp_path, {"mode": mode, "threshold": 0.6, "steps": 4})
     local.train(0)

@@ -161,7 +161,7 @@ def compare(
     Every run is a process of its own, so a script that calls it needs `if __name__ == "__main__":`.
 
     Args:
-        data: folder that holds the site folders.
+        data: folder that holds the site folders; `{seed}` in it stands for the seed.
         strategies: names of strategies or ablations, or `.json` files.
         seeds: of splits and draws; the test fold is the seed modulo `folds`.
         out: folder of trainings and records.

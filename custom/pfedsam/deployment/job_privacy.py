@@ -11,6 +11,7 @@ from typing import Any, get_args
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.federated.packing import Precision
 from pfedsam.storage.job_plan import SERVER, component_of
+from pfedsam.training.reported_weights import REPORTED
 from pfedsam.training.strategy import Strategy
 
 #: Rules that can be taken of ciphertexts, as a plain mean: what would be bounded cannot be seen.
@@ -101,6 +102,13 @@ def check_encryption(plan: Mapping[str, Any]) -> None:
             ErrorCode.CONTRADICTION,
             "a server that cannot read updates cannot tell which sites are alike.",
             "Leave out 'downloads' of the strategy, or the encryption.",
+        )
+    if strategy.server is not None or strategy.weights in REPORTED:
+        what = "'server'" if strategy.server is not None else f"weights '{strategy.weights}'"
+        raise PFedSAMError(
+            ErrorCode.CONTRADICTION,
+            f"{what} of the strategy needs our aggregator, and that of ciphertexts is NVFlare's own.",
+            "Leave it out, or the encryption.",
         )
     rule = strategy.aggregation
     if rule not in _OF_CIPHERTEXTS:

@@ -31,6 +31,7 @@ from pfedsam.ownership import MARKER, require_sealed, seal
 from pfedsam.storage.global_model import SCHEMA, SCHEMA_VERSION, round_of
 from pfedsam.storage.job_plan import CLIENT, PLAN_FILE, PLAN_ID, SERVER, component_of
 from pfedsam.training.catalogue import find_strategy
+from pfedsam.training.reported_weights import REPORTED
 from pfedsam.training.strategy import Strategy
 
 #: Name of the global model that a job carries.
@@ -212,6 +213,14 @@ def _set_aggregator(config: dict[str, Any], plan: Mapping[str, Any]) -> None:
     component = component_of(config, "aggregator")
     strategy = Strategy.of(plan["strategy"])
     if component["path"] not in (MEAN["path"], _ROBUST):
+        asked = [name for name in ("downloads", "server") if getattr(strategy, name) is not None]
+        asked += [f"weights: {strategy.weights}"] if strategy.weights in REPORTED else []
+        if asked:
+            raise PFedSAMError(
+                ErrorCode.CONTRADICTION,
+                f"the job has an aggregator of its own, '{component['path']}', which knows nothing of {asked}.",
+                f"Take {_ROBUST}, or leave {asked} out of the strategy.",
+            )
         return
     component.pop("args", None)
     # NVFlare's own knows no site once it has added its update, and no earlier round

@@ -28,7 +28,7 @@ from pfedsam.deployment.rehearsal_messages import Asked, Measured
 from pfedsam.deployment.rehearsal_terms import Terms
 from pfedsam.deployment.site_check import Finding
 from pfedsam.errors import ErrorCode, PFedSAMError
-from pfedsam.federated.settings import KIT_DEFAULTS, SITE_SETTINGS, SiteSettings, read_settings, site_folder
+from pfedsam.federated.settings import FURTHER, KIT_DEFAULTS, SITE_SETTINGS, SiteSettings, read_settings, site_folder
 
 _PREFIX = "pfedsam-rehearsal-"
 #: Of `check_kit`: whether the server's port answers. It is no part of a dry run, and no fault of the site.
@@ -112,7 +112,7 @@ def asked(site: Site, terms: Terms, report: SiteReport, work: Path, cases: int) 
         all_cases=training,
         keeps_prepared=settings.prepared_root is not None,
         may_share=settings.may_share,
-        may_tell=settings.may_tell,
+        may_tell=settings.allowed(FURTHER),
         label_map=settings.labels,
         checkpoint=settings.checkpoint,
         device=settings.device or "auto",

@@ -153,9 +153,17 @@ def run(asked: Asked, step: Callable[[str], None]) -> Measured:
 
 
 def shortened(strategy: Strategy) -> Strategy:
-    """A strategy with one epoch in each phase; the site does not look for the best length of its final phase."""
+    """A strategy with one epoch in each phase; the site does not look for the best length of its final phase.
+
+    A warm-up without labels has one round, so that the next is one of those that follow it.
+    """
     phases, final = (
-        tuple(phase.model_copy(update={"epochs": 1}) for phase in phases)
+        tuple(
+            phase.model_copy(
+                update={"epochs": 1, "warm_up": phase.warm_up and phase.warm_up.model_copy(update={"rounds": 1})}
+            )
+            for phase in phases
+        )
         for phases in (strategy.phases, strategy.final)
     )
     return strategy.model_copy(update={"phases": phases, "final": final, "serving": None, "validate_every": 1})

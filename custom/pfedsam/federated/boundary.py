@@ -59,7 +59,7 @@ MEANINGS: dict[str, str] = {
     ROUND_KEY: "number of the round",
     FINGERPRINT_KEY: "SHA-256 of the public base weights and the network's settings",
     "val_dice": "Dice of the global model on the validation cases",
-    GAP_KEY: "how far the round's training has moved the predictions on training slices, mean divergence of a pixel",
+    GAP_KEY: "how far the round's model is from the one received, on training slices: mean divergence of a pixel",
 }
 #: Bound of the number of training cases and of the round.
 LARGEST_COUNT = 10**6

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nvflare.apis.fl_context import FLContext
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,6 +30,11 @@ KIT_DEFAULTS: dict[str, Any] = {
 }
 
 
+#: Numbers that a strategy may ask for beside the update.
+Further = Literal["pfedsam_gap"]
+FURTHER: tuple[str, ...] = get_args(Further)
+
+
 class SiteSettings(BaseModel):
     """The site's own settings.
 
@@ -46,8 +51,9 @@ class SiteSettings(BaseModel):
         federations: names of the federations that this site has agreed to; None for any.
         may_share: parameter groups that this site is willing to share; None sets no limit but the code's.
         may_tell: numbers of `pfedsam.federated.boundary.METADATA_BY_WEIGHTS` that this site is willing to tell beside
-            its update, where a strategy asks for one; None sets no limit but the code's. Where it tells none, it counts
-            as the mean of the others.
+            its update, where a strategy asks for one; None sets no limit but the code's, or tells none where
+            `least_noise` asks for noise, since these numbers have none. Where a site tells none, it counts as the mean
+            of the others.
         largest_clip, least_noise: a job must clip this site's update to a norm of at most so much, and add noise of at
             least so many times that (see `pfedsam.federated.privacy`); None asks for nothing.
         curves: whether losses, validation Dice and shares of gates and experts are sent as scalars for curves; None:
@@ -73,7 +79,7 @@ class SiteSettings(BaseModel):
     labels: dict[str, str] | None = None
     federations: tuple[str, ...] | None = None
     may_share: tuple[str, ...] | None = None
-    may_tell: tuple[Literal["pfedsam_gap"], ...] | None = None
+    may_tell: tuple[Further, ...] | None = None
     largest_clip: float | None = Field(None, gt=0, allow_inf_nan=False)
     least_noise: float | None = Field(None, gt=0, allow_inf_nan=False)
     curves: bool | None = None
@@ -86,7 +92,9 @@ class SiteSettings(BaseModel):
 
     def allowed(self, asked: Iterable[str]) -> tuple[str, ...]:
         """What the site tells of the numbers that a strategy asks for, see `may_tell`."""
-        return tuple(name for name in asked if self.may_tell is None or name in self.may_tell)
+        if self.may_tell is None:
+            return () if self.least_noise else tuple(asked)
+        return tuple(name for name in asked if name in self.may_tell)
 
 
 def site_settings(fl_ctx: FLContext) -> SiteSettings:

@@ -151,6 +151,18 @@ class SegmentAnything(nn.Module):
             for layer, enabled in before.items():
                 layer.enabled = enabled
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Passes inside are no second look at the site's images: their gates do not count in the experts' usage."""
+        layers = list(self.expert_layers().values())
+        for layer in layers:
+            layer.counted = False
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.counted = True
+
     def _steps(self) -> list[Any]:
         return self.image_encoder.steps()  # type: ignore[operator]
 

@@ -45,6 +45,8 @@ class LMoE(nn.Module):
         self.number, self.bottleneck, self.scale = experts, bottleneck, scale
         self.gate_per, self.top_k = gate, top_k
         self.enabled = True
+        #: Whether the gates of a pass in training are of the site's own images, and count in `usage`.
+        self.counted = True
         #: Factor of the output, to see what `interpolate` would give.
         self.strength = 1.0
         self.gate = nn.Linear(dim, experts, device=device)
@@ -71,7 +73,7 @@ class LMoE(nn.Module):
             return torch.zeros_like(n)
         probabilities = self._probabilities(n)
         gates = self._select(probabilities)
-        if self.training:
+        if self.training and self.counted:
             self._note(gates)
             self.balance = load_balance(probabilities, gates) if self.top_k else None
         hidden = F.gelu(self.down(n)).unflatten(-1, (self.number, self.bottleneck)) * gates.unsqueeze(-1)

@@ -66,7 +66,7 @@ class Contrast:
         return loss + self.settings.alignment * apart.mean()
 
     def _embedded(self, features: Tensor) -> Tensor:
-        with self.network.prompted(None), self.autocast():
+        with self.network.prompted(None), self.network.uncounted(), self.autocast():
             embedding = self.network.encode(features)
         return F.normalize(embedding.float().mean((-2, -1)), dim=1)
 
@@ -129,7 +129,7 @@ class StyleAdversary:
         """
         random = np.random.RandomState(np.random.SeedSequence([*self._draw, step]).generate_state(4))
         other = torch.stack([self._restyled(image, random) for image in images])
-        with self.network.prompted(None), self.autocast():
+        with self.network.prompted(None), self.network.uncounted(), self.autocast():
             both = torch.cat([self.network.encode(features), self.network.encode(self.network.trunk(other))])
         statistics = torch.cat([both.float().mean((-2, -1)), both.float().std((-2, -1))], 1)
         told = self._discriminator(statistics)(Reversed.apply(statistics, self.settings.weight))[:, 0]

@@ -47,7 +47,8 @@ class Adversary(Settings):
     The gradient is reversed between the two (Ganin and Lempitsky, arXiv 1409.7495), after FedDA (arXiv 2509.23907).
     [ours]: the restyled slices are what a random net makes of the site's own, see `pfedsam.data.restyle.RandGINd`,
     where theirs are feature maps of other sites; it sees mean and spread of each channel of the embedding; each phase
-    of each round begins with a new one, which never leaves the process. It costs a pass of the trunk in each step.
+    of each round begins with a new one, which never leaves the process. In each step it costs a pass of the trunk and
+    two of what follows it in the encoder.
 
     Attributes:
         weight: of the reversed gradient.
@@ -68,7 +69,7 @@ class Episode(Settings):
 
     Theirs: an inner step of 0.001 and the loss outside on images of other amplitudes, with second derivatives and a
     contrast of boundaries. [ours]: first order, no contrast, and the style is that of another image of the batch, in
-    the features behind the frozen trunk: mean and spread of each channel.
+    the features behind the frozen trunk: mean and spread of each channel. A batch of one image has no loss outside.
 
     Attributes:
         rate: of the inner step.

@@ -34,18 +34,22 @@ def add_outer_gradient(
         loss: of the bundle.
         features: of the trunk, `(B, ...)`.
         label: `(B, C, H, W)`.
-        draw: number of the round, of the phase in it and of the step in that: they seed whose style an image takes.
+        draw: number of the round, of the phase in it and of the step in that: they seed whose style an image takes,
+            always another's.
         autocast: gives the context of the network's passes.
     """
     stepped = [parameter for parameter in trained if parameter.grad is not None]
     before = [parameter.detach().clone() for parameter in stepped]
-    partners = np.random.default_rng(draw).permutation(len(features))
+    if len(features) < 2:
+        return  # there is no other image whose style it could take
+    step = int(np.random.default_rng(draw).integers(1, len(features)))
+    partners = (np.arange(len(features)) + step) % len(features)
     try:
         with torch.no_grad():
             for parameter in stepped:
                 assert parameter.grad is not None
                 parameter.sub_(settings.rate * parameter.grad)
-        with autocast():
+        with network.uncounted(), autocast():
             prediction = network.head(restyled_features(network, features, 1, partners))
         (settings.weight * known_loss(loss, prediction.float(), label)).backward()
     finally:

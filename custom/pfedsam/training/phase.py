@@ -91,6 +91,16 @@ class Phase(Settings):
     balance: Factor = 0.01
     proximal: Factor = 0.0
 
+    @property
+    def asks_base(self) -> bool:
+        """Whether it asks the SAM that no federation has trained."""
+        return self.warm_up is not None or (self.pseudo is not None and self.pseudo.refine == "box")
+
+    @property
+    def learns_from_unlabelled(self) -> bool:
+        """Whether it trains on cases without a label."""
+        return self.pseudo is not None or self.warm_up is not None
+
     @model_validator(mode="before")
     @classmethod
     def _by_one_name(cls, given: Any) -> Any:

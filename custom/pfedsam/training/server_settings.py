@@ -14,7 +14,7 @@ class ServerStep(Settings):
 
     `v <- momentum * v + change`, then `theta <- theta + rate * v`, change the mean of the updates as the rule has it.
     The mean of sites that each make few steps is a small step; with momentum m it becomes up to `1 / (1 - m)` times as
-    long where rounds agree, and no longer where they do not.
+    long where rounds agree, and hardly longer where they do not.
 
     Attributes:
         momentum: m; 0 forgets earlier rounds.

@@ -19,7 +19,7 @@ from torch import Tensor
 from pfedsam.data.seen import SEEN, Seen, patient_of
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.model import SegmentAnything
-from pfedsam.parameters import swapped_parameters
+from pfedsam.parameters import base_state, swapped_parameters
 from pfedsam.storage.site_model import SiteModel
 from pfedsam.training.by_validation import ByValidation
 from pfedsam.training.choice import Choice
@@ -118,7 +118,8 @@ class SiteTrainer:
         self.unlabelled_cases = [case for case in opened.cases if "label" not in case]
         self.validation_cases = opened.validation_cases
         self.tensors = SiteTensors(self.network, self.strategy.roles, self.strategy.needs_unshared)
-        self.trainer.base = self.tensors.unshared
+        if self.strategy.needs_unshared:
+            self.trainer.base = base_state(self.network, self.strategy.roles)
         load = self.strategy.load
         self._load = SoftLoad(load, self.trainer, self.tensors) if load is not None else None
         self._seed = opened.seed

@@ -146,6 +146,7 @@ class SiteDownloads:
         tensors = {f"{i}/{name}": tensor.contiguous() for i, one in enumerate(told) for name, tensor in one.items()}
         tensors |= {f"memory/{i}": tensor for i, tensor in enumerate(self._memory.values())}
         about = {"round": self.round_number, "model": model, "sites": places, "memory": list(self._memory)}
+        about["of"] = self._of
         write_atomically(path, save(tensors, metadata={_ABOUT: json.dumps(about)}))
 
     def load(self, path: Path, number: int, model: str = "") -> bool:
@@ -157,7 +158,7 @@ class SiteDownloads:
         try:
             tensors, metadata = read_safetensors(path)
             about = json.loads(metadata[_ABOUT])
-            if (about["round"], about["model"]) != (number, model):
+            if (about["round"], about["model"], about["of"]) != (number, model, self._of):
                 return False
             thetas: dict[int, dict[str, Tensor]] = {}
             for key in (key for key in tensors if not key.startswith("memory/")):
@@ -173,6 +174,11 @@ class SiteDownloads:
             ) from None
         self._next = number, own
         return True
+
+    @property
+    def _of(self) -> dict[str, Any]:
+        """What the downloads follow from: those of a job with other settings are not gone on with."""
+        return {**self.settings.model_dump(mode="json"), "rule": self.rule}
 
     def _remember(self, updates: Mapping[str, State]) -> None:
         for site, delta in updates.items():
@@ -196,7 +202,9 @@ class SiteDownloads:
         """For each site what each site counts in its download; see `shares_of`."""
         if self.settings.kind == "mixtures" and number >= self.settings.warmup_rounds:
             warm = [[exp(value / self.settings.temperature) for value in row] for row in (similarity - 1).tolist()]
-            return [[weight * count for weight, count in zip(row, counted, strict=True)] for row in warm]
+            rows = [[weight * count for weight, count in zip(row, counted, strict=True)] for row in warm]
+            # where all that is like a site counts nothing, it has the mean of all
+            return [row if sum(row) > 0 else counted for row in rows]
         rows = [counted] * len(counted)
         for group in groups:
             row = [count if place in group else 0.0 for place, count in enumerate(counted)]

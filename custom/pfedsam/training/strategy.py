@@ -117,6 +117,13 @@ class Strategy(Settings):
         return self
 
     @model_validator(mode="after")
+    def _warms_up_in_rounds_alone(self) -> Strategy:
+        wrong = [phase.name for phase in (*self.final, *self._alone) if phase.warm_up is not None]
+        if wrong:
+            raise ValueError(f"'warm_up' of {wrong}: it is for the first rounds, and these run after the last")
+        return self
+
+    @model_validator(mode="after")
     def _interpolates_what_has_two_ends(self) -> Strategy:
         others = [group for group in self.personal if group != "experts"]
         if self.interpolation < 1 and (others or not self.final):
@@ -184,24 +191,28 @@ class Strategy(Settings):
         return self.serving.runs()
 
     @property
+    def every_phase(self) -> tuple[Phase, ...]:
+        """Those of a round, the final ones, and that of the site alone."""
+        return (*self.phases, *self.final, *self._alone)
+
+    @property
     def learns_from_unlabelled(self) -> bool:
         """Whether a phase trains on cases without a label."""
-        return any(phase.pseudo is not None or phase.warm_up is not None for phase in (*self.phases, *self.final))
+        return any(phase.learns_from_unlabelled for phase in self.every_phase)
 
     @property
     def needs_unshared(self) -> bool:
         """Whether a site needs the tensors of a network that no federation has trained."""
-        alone = self.load is not None or (self.serving is not None and self.serving.alone is not None)
-        return alone or any(
-            phase.warm_up is not None or (phase.pseudo is not None and phase.pseudo.refine == "box")
-            for phase in (*self.phases, *self.final)
-        )
+        return bool(self._alone or self.load) or any(phase.asks_base for phase in self.every_phase)
 
     @property
     def has_copy(self) -> bool:
         """Whether a site keeps a copy of the shared tensors of its own."""
-        alone = self.load is not None or (self.serving is not None and self.serving.alone is not None)
-        return alone or any("copy" in phase.trains for phase in (*self.phases, *self.final))
+        return bool(self._alone or self.load) or any("copy" in phase.trains for phase in (*self.phases, *self.final))
+
+    @property
+    def _alone(self) -> tuple[Phase, ...]:
+        return (self.serving.alone,) if self.serving and self.serving.alone else ()
 
     @property
     def tells_gap(self) -> bool:

@@ -20,7 +20,7 @@ from pfedsam.data.known import known_loss, settled
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.networks.model import SegmentAnything
 from pfedsam.networks.prompts import training_boxes
-from pfedsam.parameters import Role, Roles, group_of, set_trainable, short, trains_encoder
+from pfedsam.parameters import Role, Roles, base_state, group_of, set_trainable, short, trains_encoder
 from pfedsam.training.added import AddedLosses, Batch
 from pfedsam.training.alignment import Contrast
 from pfedsam.training.alignment_settings import Episode
@@ -73,9 +73,11 @@ class PhaseTrainer(SupervisedTrainer):
         #: Tensors of the network that no federation has trained, for a phase that asks the base SAM.
         self.base: Mapping[str, Tensor] = {}
         self.roles = Roles(tuple(shared), tuple(personal))
+        if (alone := Phase.of({"epochs": self.state.max_epochs, **phase})).asks_base:
+            self.base = base_state(self.network, self.roles)
         self.add_event_handler(Events.EPOCH_STARTED, PhaseTrainer._draw)
         self.add_event_handler(Events.ITERATION_STARTED, PhaseTrainer._poll)
-        self.set_phase(Phase.of({"epochs": self.state.max_epochs, **phase}), self.roles)
+        self.set_phase(alone, self.roles)
 
     def set_phase(
         self,
@@ -115,6 +117,13 @@ class PhaseTrainer(SupervisedTrainer):
                 ErrorCode.CONTRADICTION,
                 f"phase '{phase.name}' trains {list(phase.trains)}, but no tensor of the network has that role.",
                 "Give the strategy groups that the network has, or leave the phase out.",
+            )
+        if (phase.warm_up or phase.adversary) and not any(name.startswith("image_encoder.") for name in parameters):
+            raise PFedSAMError(
+                ErrorCode.CONTRADICTION,
+                f"phase '{phase.name}' has {'warm_up' if phase.warm_up else 'adversary'}, but trains nothing in the "
+                f"encoder.",
+                "Let it train LoRA, or leave the key out.",
             )
         self.optimizer = phase_optimizer(self._template, phase, parameters, by_factor)
         if phase.keep_moments:
