@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo install gallery poc test test-slow lint cases lgg bench bench-speed bench-framework bench-lgg bench-phantom bench-nuclei bench-style bench-related bench-related-phantom bench-related-nuclei wheel clean
+.PHONY: demo install gallery poc test test-slow lint cases lgg bench bench-speed bench-framework bench-lgg bench-phantom bench-nuclei bench-style bench-style-few bench-related bench-related-phantom bench-related-nuclei wheel clean
 
 demo: $(STAMP)
 	$(BIN)/pfedsam demo
@@ -68,6 +68,19 @@ bench-phantom: $(STAMP)
 		--records $(PHANTOM_RECORDS) --strategies local_only,longer_local,fedavg_lora,pfedsam,without_interpolation,pfedsam_chosen --seeds $(PHANTOM_SEEDS) \
 		--aggregation mean --rounds 4 --set image_size=64 --set batch_size=2 --set augmentations=1 --set adapted_blocks=1 \
 		--set positives_per_case=4 --set negatives_per_case=2 $(if $(filter tests/%,$(PHANTOM_RECORDS)),--table)
+
+# The same where four training patients of each site have labels and the others are not there: FEW_SEEDS=0,1,2 for all folds
+FEW_RECORDS ?= tests/benchmarks/results/nuclei-style-few.jsonl
+FEW_SEEDS ?= 0
+bench-style-few: runs/bench-nuclei-data
+	test -d runs/bench-style-data || $(BIN)/python tests/benchmarks/style.py runs/bench-nuclei-data runs/bench-style-data \
+		--site fluo696=dilate:4 --site fluo256=erode:2 --site tissue_lilac=dilate:4
+	for fold in 0 1 2; do test -d runs/bench-style-few-$$fold || $(BIN)/python tests/benchmarks/fewer_labels.py runs/bench-style-data \
+		runs/bench-style-few-$$fold --patients 4 --drop --fold $$fold; done
+	PFEDSAM_BUNDLES=runs/bench-bundles $(BIN)/pfedsam compare 'runs/bench-style-few-{seed}' --out runs/bench-style-few --records $(FEW_RECORDS) \
+		--bundle nuclei --strategies longer_local,fedavg_lora,pfedsam_chosen,longer_ft,pfedsam --seeds $(FEW_SEEDS) --aggregation mean \
+		--rounds 12 --validate-every 6 --set image_size=96 --set adapted_blocks=2 --set batch_size=4 --set augmentations=2 \
+		$(if $(filter tests/%,$(FEW_RECORDS)),--table)
 
 # Related methods, each under the condition that it was made for, by what was kept with the code; trained anew, into files
 # of their own: make bench-related RELATED=runs/related. NUCLEI is the folder of the six site folders.

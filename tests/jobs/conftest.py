@@ -53,10 +53,14 @@ def open_federation(federation: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def curious_job() -> Job:
-    """The job, whose shared phase learns from voxels without a label and against restyled slices, too."""
+    """The job, whose shared phase learns from voxels without a label and against restyled slices, too.
+
+    And whose sites send the one number more that a strategy can ask for.
+    """
     job = Job()
     (phase,) = (one for one in job.plan["strategy"]["phases"] if one["name"] == "global")
     phase |= {"pseudo": {"warmup_rounds": 0}, "smooth": {}, "adversary": {}}
+    job.plan["strategy"]["weights"] = "gaa"
     return job
 
 

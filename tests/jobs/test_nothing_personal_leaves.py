@@ -14,7 +14,7 @@ from scenarios import LEAKS, SECRET, TROUBLES, canary_of
 from simulated import BUNDLE, INTERPOLATION, TINY, Run, component
 
 from pfedsam.errors import code_of_reply
-from pfedsam.federated.boundary import METRICS
+from pfedsam.federated.boundary import GAP_KEY, METRICS
 from pfedsam.federated.scalars import LISTED
 from pfedsam.storage.site_model import read
 from pfedsam.training.catalogue import find_strategy
@@ -108,9 +108,9 @@ def test_no_voxel_of_any_case_reaches_the_server_with_a_label_or_without(run: Ru
     assert len(local.unlabelled_cases) == 1
     data = local.trainer.data_loader.dataset
     prepared = [data[item]["image"].numpy() for item in range(len(data))]
-    for values in (*(np.asarray(nib.load(path).dataobj, np.float32) for path in images), *prepared):
-        wanted = Needles.of([values])
-        assert len(wanted) > 1000 and run.found(wanted) == []
+    raw = [np.asarray(nib.load(path).dataobj, np.float32) for path in images]
+    assert all(len(Needles.of([values])) > 1000 for values in (*raw, *prepared))
+    assert run.found(Needles.of([*raw, *prepared])) == []
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -133,6 +133,8 @@ def test_a_result_holds_shared_tensors_and_listed_values_only(run: Run) -> None:
         arrays = {where.split("/")[-1] for where, value in one.leaves if isinstance(value, np.ndarray)}
         assert not any("experts" in name for name in arrays)
         assert bool(arrays) == (one.task == "train")
+        gaps = [value for where, value in one.leaves if where.endswith(f"/{GAP_KEY}")]
+        assert len(gaps) == (one.task == "train") and all(type(gap) is float and 0 < gap <= 1 for gap in gaps)
         metrics = {where.split("/")[-1] for where, _ in one.leaves if "/initial_metrics/" in where}
         if one.task == "validate":
             metrics = {where.split("/")[-1] for where, _ in one.leaves if where.startswith("/DXO/data/")}
