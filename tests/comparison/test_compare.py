@@ -502,6 +502,7 @@ def test_a_record_tells_which_cases_are_of_one_patient(data: Path, tmp_path: Pat
     assert len({row["patient"] for row in rows}) == 2
 
 
+@pytest.mark.slow
 def test_nvflare_trains_any_strategy_and_what_needs_no_server_is_trained_here(data: Path, tmp_path: Path) -> None:
     def told(strategy: str) -> dict:
         about = (str(data), SITES, "brain_lesion_mri", strategy, 0, 1, dict(SETTINGS), 1)

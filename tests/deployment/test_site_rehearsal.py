@@ -155,7 +155,7 @@ def test_a_number_that_the_strategy_asks_for_is_shown_unless_the_site_leaves_it_
     plan.strategy = {**(plan.strategy or {}), "weights": "gaa"}
     result.gap = 0.12
     told = leaving(result, local, plan, [], cases=3, may_share=None, further=plan.further())
-    assert plan.further() == (GAP_KEY,) and "predictions" in told.scalars[GAP_KEY]
+    assert plan.further() == (GAP_KEY,) and "training slices" in told.scalars[GAP_KEY]
     assert GAP_KEY not in leaving(result, local, plan, [], cases=3, may_share=None).scalars
 
 

@@ -86,7 +86,8 @@ def test_two_dimensional_images() -> None:
     assert found.nsd == (1.0,)
 
 
-def test_agreement_with_monai_on_a_thousand_pairs() -> None:
+@pytest.mark.parametrize("pairs", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_agreement_with_monai_on_many_pairs(pairs: int) -> None:
     random = np.random.default_rng(0)
     spacing = (1.0, 1.5, 2.5)
     metrics = {
@@ -95,7 +96,7 @@ def test_agreement_with_monai_on_a_thousand_pairs() -> None:
         "asd": SurfaceDistanceMetric(include_background=True, symmetric=True),
         "nsd": SurfaceDiceMetric([TOLERANCE], include_background=True),
     }
-    for _ in range(1000):
+    for _ in range(pairs):
         # blobs that differ, and now and then touch the border
         size = random.integers(6, 12, 3)
         grid = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1)

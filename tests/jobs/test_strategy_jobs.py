@@ -1,7 +1,7 @@
 """Jobs of other shapes than the main one in NVFlare's simulator, and the same federations in one process.
 
-The shapes are: a personal copy that each round trains after the shared tensors, alternating factors with experts in
-the final phase; and, slow, one phase, and two phases (the main job with a local phase in each round).
+The shapes are: alternating factors with experts in the final phase; and, slow, a personal copy that each round trains
+after the shared tensors, one phase, and two phases (the main job with a local phase in each round).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHAPES = {
     "one phase": "fedavg_lora",
     "two phases": "local_phase_each_round",
 }
-SLOW = {"one phase", "two phases"}
+SLOW = {"copy", "one phase", "two phases"}
 ROUNDS = 2
 
 

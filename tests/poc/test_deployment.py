@@ -55,6 +55,7 @@ def test_a_locked_job_runs_and_personal_models_are_in_each_sites_state_only(fede
     assert trained and all(one["bytes"] > 0 and one["excluded"] > 0 for one in trained)
 
 
+@pytest.mark.slow
 def test_a_whole_chain_of_allow_list_noise_and_int8_runs(federation: Federation) -> None:
     """Model selection and metrics files read the packed result; the audit shows what it was packed to."""
     # two rounds: NVFlare selects no model in the first
