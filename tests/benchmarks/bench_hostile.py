@@ -42,6 +42,7 @@ from pfedsam.training import federation as module
 from pfedsam.training.aggregation import combine
 from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.federation import Federation, run_federation
+from pfedsam.training.judgement import Judgement
 
 RESULTS = Path(__file__).parent / "results" / "hostile.jsonl"
 BUNDLE, STRATEGY, HOSTILE = "brain_lesion_mri", "fedavg_lora", "site-2"
@@ -80,7 +81,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def attacked(attack: str, place: int, left_out: list[bool]) -> Callable[..., dict[str, Tensor]]:
+def attacked(attack: str, place: int, left_out: list[bool]) -> Callable[..., tuple[dict[str, Tensor], list[Judgement]]]:
     """The aggregation of a round in which the site at `place` lies; whether it was left out is noted."""
 
     def changed(
@@ -89,7 +90,7 @@ def attacked(attack: str, place: int, left_out: list[bool]) -> Callable[..., dic
         weights: Sequence[float],
         how: str,
         start: Mapping[str, Tensor] | None,
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], list[Judgement]]:
         factor, cases = ATTACKS[attack]
         told = [
             {name: factor * tensor for name, tensor in delta.items()} if number == place else delta
@@ -98,7 +99,7 @@ def attacked(attack: str, place: int, left_out: list[bool]) -> Callable[..., dic
         claims = [cases if cases and number == place else weight for number, weight in enumerate(weights)]
         change, judged = combine(theta, told, claims, how, start=start)
         left_out.append(place < len(told) and judged[place].left_out)
-        return {name: (tensor.double() + change[name]).to(tensor.dtype) for name, tensor in theta.items()}
+        return change, judged
 
     return changed
 
@@ -113,7 +114,7 @@ def run(rule: str, attack: str, args: argparse.Namespace) -> dict[str, Any]:
     overrides = {**SETTINGS, **file.overrides, "seed": args.seed}
     settings = {"feature_store": args.work / "features", "cases": CASES}
     left_out: list[bool] = []
-    module.aggregate = attacked(attack, names.index(HOSTILE) if HOSTILE in names else len(names), left_out)
+    module.combine = attacked(attack, names.index(HOSTILE) if HOSTILE in names else len(names), left_out)
     federation = Federation(BUNDLE, {one: data / one for one in names}, strategy, out, args.rounds, overrides, settings)
     run_federation(federation)
     dice = {}

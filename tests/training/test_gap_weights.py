@@ -15,7 +15,7 @@ from pfedsam.errors import PFedSAMError
 from pfedsam.files import read_lines
 from pfedsam.parameters import shared_state
 from pfedsam.training import federation
-from pfedsam.training.aggregation import aggregate
+from pfedsam.training.aggregation import combine
 from pfedsam.training.catalogue import find_strategy
 from pfedsam.training.distillation import bernoulli_kl
 from pfedsam.training.federation import Federation, run_federation
@@ -162,11 +162,11 @@ def test_a_federation_weighs_by_the_gaps_in_its_history_also_after_a_stop(
     short = strategy.model_copy(update={"phases": (strategy.phases[0].model_copy(update={"epochs": 1}),)})
     counted: list[list[float]] = []
 
-    def kept(theta: Any, deltas: Any, weights: Any, *how: Any) -> Any:
+    def kept(theta: Any, deltas: Any, weights: Any, *how: Any, **more: Any) -> Any:
         counted.append(list(weights))
-        return aggregate(theta, deltas, weights, *how)
+        return combine(theta, deltas, weights, *how, **more)
 
-    monkeypatch.setattr(federation, "aggregate", kept)
+    monkeypatch.setattr(federation, "combine", kept)
     whole, parts = (Federation("brain_lesion_mri", sites, short, tmp_path / out, 3, TINY) for out in ("a", "b"))
     run_federation(whole)
     reference = GapWeights()

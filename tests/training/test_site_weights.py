@@ -15,7 +15,7 @@ from hypothesis import strategies as some
 from pfedsam.data.phantom import write_phantom
 from pfedsam.errors import PFedSAMError
 from pfedsam.training import federation
-from pfedsam.training.aggregation import aggregate
+from pfedsam.training.aggregation import combine
 from pfedsam.training.federation import Federation, run_federation
 from pfedsam.training.site_weights import CEILING, FLOOR, SiteWeights, on_simplex
 from pfedsam.training.strategy import Strategy
@@ -72,11 +72,11 @@ def test_a_federation_that_was_stopped_goes_on_with_the_weights_that_it_had(
     tiny: dict[str, Any] = {"backbone": "vit_test", "image_size": 32, "batch_size": 4, "augmentations": 1, "experts": 0}
     counted: list[list[float]] = []
 
-    def kept(theta: Any, deltas: Any, weights: Any, *how: Any) -> Any:
+    def kept(theta: Any, deltas: Any, weights: Any, *how: Any, **more: Any) -> Any:
         counted.append(list(weights))
-        return aggregate(theta, deltas, weights, *how)
+        return combine(theta, deltas, weights, *how, **more)
 
-    monkeypatch.setattr(federation, "aggregate", kept)
+    monkeypatch.setattr(federation, "combine", kept)
     whole, parts = (Federation("brain_lesion_mri", sites, strategy, tmp_path / out, 3, tiny) for out in ("a", "b"))
     run_federation(whole)
     assert len({round(one, 6) for one in counted[0]}) > 1, "sites that do not differ say nothing here"

@@ -30,11 +30,12 @@ from pfedsam.files import append_line, read_lines, read_safetensors, write_atomi
 from pfedsam.networks.adaptation import EXPERT_SETTINGS
 from pfedsam.parameters import shared_state
 from pfedsam.storage.site_model import SiteModel, read, write
-from pfedsam.training.aggregation import aggregate, combine
-from pfedsam.training.federation_downloads import begun_downloads, forget_downloads, save_downloads
+from pfedsam.training.aggregation import combine
+from pfedsam.training.beside_rounds import beside_round, forget_before
+from pfedsam.training.federation_downloads import DOWNLOADS, begun_downloads
 from pfedsam.training.reported_weights import REPORTED, WeightsByReport
 from pfedsam.training.round_result import RoundResult
-from pfedsam.training.server_step import ServerSteps, begun_steps, forget_steps
+from pfedsam.training.server_step import STEPS, ServerSteps, begun_steps
 from pfedsam.training.site import SiteTrainer
 from pfedsam.training.site_downloads import SiteDownloads
 from pfedsam.training.strategy import Strategy
@@ -150,11 +151,7 @@ def run_federation(federation: Federation, event: Callable[[str], None] | None =
             deltas = {name: one.delta for name, one in results.items()}
             weights = _weights(federation, sites, site_weights, number)
             way = start if number else None
-            if steps is not None:
-                theta = _stepped(federation, theta, deltas, weights, way, steps, number)
-            else:
-                theta = _aggregated(federation, theta, deltas, weights, way, downloads, number)
-            save_downloads(downloads, federation.out, number + 1)
+            theta = _aggregated(federation, theta, deltas, weights, way, downloads or steps, number)
         _save_round(federation, theta, models, number, next(iter(sites.values())).fingerprint)
     for name, local in sites.items():
         if _is_final(federation, name):
@@ -183,31 +180,21 @@ def _aggregated(
     deltas: Mapping[str, Mapping[str, Tensor]],
     weights: Sequence[float],
     start: Mapping[str, Tensor] | None,
-    downloads: SiteDownloads | None,
+    then: SiteDownloads | ServerSteps | None,
     number: int,
 ) -> dict[str, Tensor]:
-    """The global model after a round."""
-    if downloads is None:
-        return aggregate(theta, list(deltas.values()), weights, federation.strategy.aggregation, start)
-    outcome = downloads.next(number, theta, deltas, weights, start=start)
-    append_line(federation.out / DOWNLOADS_FILE, {"round": number, **outcome.told})
-    return {name: (tensor.double() + outcome.change[name]).to(tensor.dtype) for name, tensor in theta.items()}
-
-
-def _stepped(
-    federation: Federation,
-    theta: dict[str, Tensor],
-    deltas: Mapping[str, Mapping[str, Tensor]],
-    weights: Sequence[float],
-    start: Mapping[str, Tensor] | None,
-    steps: ServerSteps,
-    number: int,
-) -> dict[str, Tensor]:
-    """The global model after a round of a strategy whose server makes steps of its own."""
-    change, _ = combine(theta, list(deltas.values()), weights, federation.strategy.aggregation, start=start)
-    step = steps.next(change)
-    steps.save(federation.out, number + 1)
-    return {name: (tensor.double() + step[name]).to(tensor.dtype) for name, tensor in theta.items()}
+    """The global model after a round; what the next one depends on beside it is kept in `then`, and on the disk."""
+    if isinstance(then, SiteDownloads):
+        outcome = then.next(number, theta, deltas, weights, start=start)
+        append_line(federation.out / DOWNLOADS_FILE, {"round": number, **outcome.told})
+        then.save(beside_round(federation.out, DOWNLOADS, number + 1))
+        change: Mapping[str, Tensor] = outcome.change
+    else:
+        change, _ = combine(theta, list(deltas.values()), weights, federation.strategy.aggregation, start=start)
+        if then is not None:
+            change = then.next(change)
+            then.save(federation.out, number + 1)
+    return {name: (tensor.double() + change[name]).to(tensor.dtype) for name, tensor in theta.items()}
 
 
 def _weights(
@@ -310,8 +297,8 @@ def _save_round(
     for folder in (federation.out / MODELS).iterdir():
         if folder.name.isdigit() and int(folder.name) < number:
             shutil.rmtree(folder)
-    forget_downloads(federation.out, number + 1)
-    forget_steps(federation.out, number + 1)
+    for kind in (DOWNLOADS, STEPS):
+        forget_before(federation.out, kind, number + 1)
 
 
 def _model(federation: Federation, site: str, number: int) -> Path:

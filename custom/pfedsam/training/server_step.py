@@ -9,11 +9,12 @@ from torch import Tensor
 
 from pfedsam.errors import ErrorCode, PFedSAMError
 from pfedsam.files import read_safetensors, write_atomically
+from pfedsam.training.beside_rounds import beside_round
 from pfedsam.training.judgement import State
 from pfedsam.training.server_settings import ServerStep
 
-#: Beside the global model of a federation in one process: `server_step/<rounds done>.safetensors`.
-_FOLDER = "server_step"
+#: Folder of them beside the rounds.
+STEPS = "server_step"
 
 
 class ServerSteps:
@@ -44,7 +45,7 @@ class ServerSteps:
         """Keep v; before the global model is written, which says that the round is done."""
         from safetensors.torch import save
 
-        write_atomically(_file(folder, done), save(self.way))
+        write_atomically(beside_round(folder, STEPS, done), save(self.way))
 
     def load(self, folder: Path, done: int) -> None:
         """Go on after so many rounds.
@@ -52,7 +53,7 @@ class ServerSteps:
         Raises:
             PFedSAMError: E33 if v was not kept.
         """
-        path = _file(folder, done)
+        path = beside_round(folder, STEPS, done)
         if not path.exists():
             raise PFedSAMError(ErrorCode.RUN_INCOMPLETE, f"{path} is not there.", "Begin the run anew.")
         self.way, _ = read_safetensors(path)
@@ -75,14 +76,3 @@ def begun_steps(settings: ServerStep | None, folder: Path, done: int) -> ServerS
     if done:
         steps.load(folder, done)
     return steps
-
-
-def forget_steps(folder: Path, done: int) -> None:
-    """Remove what earlier rounds left; once the global model is written."""
-    for path in (folder / _FOLDER).glob("*.safetensors"):
-        if int(path.stem) < done:
-            path.unlink()
-
-
-def _file(folder: Path, done: int) -> Path:
-    return folder / _FOLDER / f"{done}.safetensors"
