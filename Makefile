@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo install gallery poc test test-slow lint cases lgg bench bench-speed bench-framework bench-lgg bench-phantom bench-nuclei bench-style bench-style-few bench-related bench-related-phantom bench-related-nuclei wheel clean
+.PHONY: demo install gallery poc test test-slow lint cases lgg bench bench-speed bench-framework bench-lgg bench-phantom bench-nuclei bench-style bench-style-few bench-related bench-related-phantom bench-related-inverted bench-related-nuclei wheel clean
 
 demo: $(STAMP)
 	$(BIN)/pfedsam demo
@@ -85,6 +85,8 @@ bench-style-few: runs/bench-nuclei-data
 # Related methods, each under the condition that it was made for, by what was kept with the code; trained anew, into files
 # of their own: make bench-related RELATED=runs/related. NUCLEI is the folder of the six site folders.
 RELATED ?= tests/benchmarks/results
+RELATED_SEEDS ?= $(if $(filter tests/%,$(RELATED)),0,0$(comma)1$(comma)2)
+comma := ,
 PHANTOM_FEW = --aggregation mean --rounds 4 --set image_size=64 --set batch_size=2 --set adapted_blocks=1 \
 	--set positives_per_case=4 --set negatives_per_case=2 $(if $(filter tests/%,$(RELATED)),--table)
 NUCLEI_FEW = --bundle nuclei --aggregation mean --rounds 6 --validate-every 6 \
@@ -92,16 +94,19 @@ NUCLEI_FEW = --bundle nuclei --aggregation mean --rounds 6 --validate-every 6 \
 bench-related: bench-related-phantom bench-related-nuclei
 bench-related-phantom: $(STAMP)
 	test -d runs/bench-phantom-data || $(BIN)/pfedsam phantom runs/bench-phantom-data --cases 9 --slices 12
-	test -d runs/bench-inverted-data || $(BIN)/python tests/benchmarks/style.py runs/bench-phantom-data runs/bench-inverted-data --inverted site-3
 	$(BIN)/pfedsam compare runs/bench-phantom-data --out runs/bench-weights --records $(RELATED)/related-weights.jsonl \
 		--strategies fedavg_lora,weights_dro,weights_gaa --reference fedavg_lora --seeds 0,1,2 $(PHANTOM_FEW) --set augmentations=1
-	$(BIN)/pfedsam compare runs/bench-inverted-data --out runs/bench-inverted --records $(RELATED)/related-inverted.jsonl \
-		--strategies fedavg_lora,fedgin,style_adversary --reference fedavg_lora --seeds 0,1,2 $(PHANTOM_FEW) --set augmentations=2
+# One site whose contrast is inverted; no record of it is kept with the code yet
+bench-related-inverted: $(STAMP)
+	test -d runs/bench-phantom-data || $(BIN)/pfedsam phantom runs/bench-phantom-data --cases 9 --slices 12
+	test -d runs/bench-inverted-data || $(BIN)/python tests/benchmarks/style.py runs/bench-phantom-data runs/bench-inverted-data --inverted site-3
+	$(BIN)/pfedsam compare runs/bench-inverted-data --out runs/bench-inverted --strategies fedavg_lora,fedgin,style_adversary \
+		--reference fedavg_lora --seeds 0,1,2 $(filter-out --table,$(PHANTOM_FEW)) --set augmentations=2
 bench-related-nuclei: runs/bench-nuclei-data
 	for fold in 0 1 2; do test -d runs/bench-few-$$fold || $(BIN)/python tests/benchmarks/fewer_labels.py runs/bench-nuclei-data \
 		runs/bench-few-$$fold --patients 2 --fold $$fold; done
 	PFEDSAM_BUNDLES=runs/bench-bundles $(BIN)/pfedsam compare 'runs/bench-few-{seed}' --out runs/bench-few --records $(RELATED)/related-few-labels.jsonl \
-		--strategies fedavg_lora,twice_the_epochs,pseudo_labels_refined,warm_up --reference fedavg_lora --seeds 0,1,2 $(NUCLEI_FEW)
+		--strategies fedavg_lora,twice_the_epochs,pseudo_labels_refined,warm_up --reference fedavg_lora --seeds $(RELATED_SEEDS) $(NUCLEI_FEW)
 
 # Sites that differ: pictures of cell nuclei in six imaging settings, and the same where annotators follow guidelines of
 # their own. NUCLEI is the folder of the six site folders. They show the records that are kept with the code; trained
