@@ -62,8 +62,9 @@ bench-lgg: $(STAMP)
 # make bench-phantom PHANTOM_RECORDS=runs/bench-phantom/runs.jsonl
 PHANTOM_RECORDS ?= tests/benchmarks/results/phantom.jsonl
 PHANTOM_SEEDS ?= 0,1,2
-bench-phantom: $(STAMP)
-	test -d runs/bench-phantom-data || $(BIN)/pfedsam phantom runs/bench-phantom-data --cases 9 --slices 12
+runs/bench-phantom-data: $(STAMP)
+	test -d $@ || $(BIN)/pfedsam phantom $@ --cases 9 --slices 12
+bench-phantom: runs/bench-phantom-data
 	$(BIN)/pfedsam compare runs/bench-phantom-data --out runs/bench-phantom \
 		--records $(PHANTOM_RECORDS) --strategies local_only,longer_local,fedavg_lora,pfedsam,without_interpolation,pfedsam_chosen --seeds $(PHANTOM_SEEDS) \
 		--aggregation mean --rounds 4 --set image_size=64 --set batch_size=2 --set augmentations=1 --set adapted_blocks=1 \
@@ -72,9 +73,7 @@ bench-phantom: $(STAMP)
 # The same where four training patients of each site have labels and the others are not there: FEW_SEEDS=0,1,2 for all folds
 FEW_RECORDS ?= tests/benchmarks/results/nuclei-style-few.jsonl
 FEW_SEEDS ?= 0
-bench-style-few: runs/bench-nuclei-data
-	test -d runs/bench-style-data || $(BIN)/python tests/benchmarks/style.py runs/bench-nuclei-data runs/bench-style-data \
-		--site fluo696=dilate:4 --site fluo256=erode:2 --site tissue_lilac=dilate:4
+bench-style-few: runs/bench-style-data
 	for fold in 0 1 2; do test -d runs/bench-style-few-$$fold || $(BIN)/python tests/benchmarks/fewer_labels.py runs/bench-style-data \
 		runs/bench-style-few-$$fold --patients 4 --drop --fold $$fold; done
 	PFEDSAM_BUNDLES=runs/bench-bundles $(BIN)/pfedsam compare 'runs/bench-style-few-{seed}' --out runs/bench-style-few --records $(FEW_RECORDS) \
@@ -84,21 +83,19 @@ bench-style-few: runs/bench-nuclei-data
 
 # Related methods, each under the condition that it was made for, by what was kept with the code; trained anew, into files
 # of their own: make bench-related RELATED=runs/related. NUCLEI is the folder of the six site folders.
+comma := ,
 RELATED ?= tests/benchmarks/results
 RELATED_SEEDS ?= $(if $(filter tests/%,$(RELATED)),0,0$(comma)1$(comma)2)
-comma := ,
 PHANTOM_FEW = --aggregation mean --rounds 4 --set image_size=64 --set batch_size=2 --set adapted_blocks=1 \
 	--set positives_per_case=4 --set negatives_per_case=2 $(if $(filter tests/%,$(RELATED)),--table)
 NUCLEI_FEW = --bundle nuclei --aggregation mean --rounds 6 --validate-every 6 \
 	--set image_size=96 --set adapted_blocks=2 --set batch_size=4 --set augmentations=2 $(if $(filter tests/%,$(RELATED)),--table)
 bench-related: bench-related-phantom bench-related-nuclei
-bench-related-phantom: $(STAMP)
-	test -d runs/bench-phantom-data || $(BIN)/pfedsam phantom runs/bench-phantom-data --cases 9 --slices 12
+bench-related-phantom: runs/bench-phantom-data
 	$(BIN)/pfedsam compare runs/bench-phantom-data --out runs/bench-weights --records $(RELATED)/related-weights.jsonl \
 		--strategies fedavg_lora,weights_dro,weights_gaa --reference fedavg_lora --seeds 0,1,2 $(PHANTOM_FEW) --set augmentations=1
 # One site whose contrast is inverted; no record of it is kept with the code yet
-bench-related-inverted: $(STAMP)
-	test -d runs/bench-phantom-data || $(BIN)/pfedsam phantom runs/bench-phantom-data --cases 9 --slices 12
+bench-related-inverted: runs/bench-phantom-data
 	test -d runs/bench-inverted-data || $(BIN)/python tests/benchmarks/style.py runs/bench-phantom-data runs/bench-inverted-data --inverted site-3
 	$(BIN)/pfedsam compare runs/bench-inverted-data --out runs/bench-inverted --strategies fedavg_lora,fedgin,style_adversary \
 		--reference fedavg_lora --seeds 0,1,2 $(filter-out --table,$(PHANTOM_FEW)) --set augmentations=2
@@ -123,9 +120,10 @@ runs/bench-nuclei-data: $(STAMP)
 	test -d runs/bench-bundles/nuclei || $(BIN)/pfedsam new-bundle nuclei --classes nucleus --modality rgb --no-mirrored --out runs/bench-bundles
 bench-nuclei: runs/bench-nuclei-data
 	$(NUCLEI_COMPARE) runs/bench-nuclei-data --out runs/bench-nuclei --records $(NUCLEI_RECORDS) $(if $(filter tests/%,$(NUCLEI_RECORDS)),--table)
-bench-style: runs/bench-nuclei-data
-	test -d runs/bench-style-data || $(BIN)/python tests/benchmarks/style.py runs/bench-nuclei-data runs/bench-style-data \
+runs/bench-style-data: runs/bench-nuclei-data
+	test -d $@ || $(BIN)/python tests/benchmarks/style.py runs/bench-nuclei-data $@ \
 		--site fluo696=dilate:4 --site fluo256=erode:2 --site tissue_lilac=dilate:4
+bench-style: runs/bench-style-data
 	$(NUCLEI_COMPARE) runs/bench-style-data --out runs/bench-style --records $(STYLE_RECORDS) $(if $(filter tests/%,$(STYLE_RECORDS)),--table)
 
 # Pictures of the page custom/gallery, from a demo run and the records of bench-phantom (apt install chromium nodejs npm)

@@ -94,7 +94,7 @@ def contrast(
     Returns:
         the mean of `-log(exp(a b / tau) / sum exp(a c / tau))`; 0 where there is no other image.
     """
-    known = torch.stack([second.detach()[n] for n in range(len(second))] + [one for _, one in others])
+    known = torch.stack([*second.detach(), *(one for _, one in others)])
     owners = torch.tensor([*items, *(item for item, _ in others)], device=first.device)
     same = torch.tensor(list(items), device=first.device)[:, None] == owners
     negatives = (first @ known.T / temperature).masked_fill(same, float("-inf"))

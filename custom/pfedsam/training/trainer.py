@@ -162,10 +162,8 @@ class PhaseTrainer(SupervisedTrainer):
             raise
         finally:
             self._draw_unlabelled(0.0)
-        self.report.teacher_passes, self.report.distilled_steps = (
-            self._added.teacher_passes,
-            self._added.distilled_steps,
-        )
+        self.report.teacher_passes = self._added.teacher_passes
+        self.report.distilled_steps = self._added.distilled_steps
         self._added.tell()
         if self.phase.keep_moments:
             self._moments.keep(self.optimizer, self._trained)
